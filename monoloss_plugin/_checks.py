@@ -1,0 +1,65 @@
+"""What every public function checks of its arguments, and rows from leading dimensions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def as_rows(tensor: Tensor, name: str) -> Tensor:
+    """Return ``tensor`` (..., width) as (rows, width); a sparse one becomes dense.
+
+    Only shape and dtype are looked at, never values, so that no check makes an accelerator wait.
+
+    Raises:
+        TypeError: not a floating-point tensor.
+        ValueError: fewer than two dimensions.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+    if tensor.ndim < 2:
+        raise ValueError(
+            f"{name}: expected at least 2 dimensions (samples, width), got shape "
+            f"{tuple(tensor.shape)}"
+        )
+    # A COO tensor's _values() carries no gradient; to_dense() does.
+    dense = tensor if tensor.layout == torch.strided else tensor.to_dense()
+    return dense.flatten(0, -2)
+
+
+def paired_rows(latents: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    """Return latents as (N, M) and embeddings as (N, d), one row for each sample.
+
+    Raises:
+        TypeError, ValueError: as :func:`as_rows`, or the leading dimensions differ.
+    """
+    latent_rows = as_rows(latents, "latents")
+    embedding_rows = as_rows(embeddings, "embeddings")
+    if latents.shape[:-1] != embeddings.shape[:-1]:
+        wanted = ", ".join(str(size) for size in latents.shape[:-1])
+        raise ValueError(
+            f"embeddings: expected ({wanted}, d) to match latents of shape "
+            f"{tuple(latents.shape)}, got {tuple(embeddings.shape)}"
+        )
+    if latents.device != embeddings.device:
+        raise ValueError(
+            f"embeddings: expected on {latents.device} with the latents, got {embeddings.device}"
+        )
+    return latent_rows, embedding_rows
+
+
+def require_finite(statistic: Tensor, name: str) -> None:
+    """Raise ValueError where a statistic over all rows shows a NaN or an infinity.
+
+    Reads a value, so it belongs in evaluation, never in a training step.
+    """
+    if not bool(torch.isfinite(statistic).all()):
+        raise ValueError(f"{name}: contains NaN or infinite values; expected finite numbers")
+
+
+def require_choice(value: str, name: str, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError where an option is not one of the allowed words."""
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {list(allowed)}, got {value!r}")

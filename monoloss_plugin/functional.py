@@ -1,0 +1,288 @@
+"""The formulas as pure functions, one each, with the definition of MonoScore as their oracle.
+
+Everywhere: N samples (B in a batch), M latents, embeddings of width d. Leading dimensions before
+the last are flattened, so (B, T, M) latents go with (B, T, d) embeddings.
+
+Sources: MonoLoss, Nasiri-Sarvi et al. 2026 (arXiv 2602.12403); MonoScore, Pach et al. 2025;
+Beyond the Hard Budget, Jacquier et al. 2026 (arXiv 2606.27321).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from monoloss_plugin._checks import as_rows, paired_rows, require_choice, require_finite
+from monoloss_plugin.embeddings import unit_rows
+from monoloss_plugin.kernels.dense import BatchScores, batch_scores
+from monoloss_plugin.moments import Moments
+from monoloss_plugin.purity import ClassSums, Purity
+
+Units = Literal["batch_active", "all"]
+
+
+def monoscore(latents: Tensor, embeddings: Tensor, *, undefined: float = 0.0) -> Tensor:
+    """MonoScore of every latent, in time linear in the number of samples.
+
+    MS_k = (||w_k||² - t_k) / (u_k² - v_k) with u = Σ ã, v = Σ ã², t = Σ ã²||h||², w = Σ ã h over
+    the samples, ã = a - min a and h = e / ||e||: the mean cosine similarity of all pairs of
+    samples, weighted by the product of their activations. Sums are taken in float64 and in chunks,
+    so memory does not grow with N. For evaluation: no gradient (see :func:`monoloss`); for data
+    that comes in batches use :class:`monoloss_plugin.MonoScore`.
+
+    Args:
+        latents: (N, M), floating, finite; non-negative where 0 means "not active".
+        embeddings: (N, d), floating, finite; a zero embedding is similar to nothing.
+        undefined: the value for a latent with no pair of co-active samples.
+
+    Returns:
+        (M,), in [-1, 1], in the latents' dtype but at least float32.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor.
+        ValueError: shapes that do not match, or NaN or infinite values.
+
+    Example:
+        >>> a = torch.tensor([[1.0, 0.0], [1.0, 3.0], [0.0, 3.0]])
+        >>> e = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+        >>> monoscore(a, e)
+        tensor([1., 0.])
+
+    Source: Nasiri-Sarvi et al. 2026, eq. 2 and Algorithm 2.
+    """
+    a, e = paired_rows(latents, embeddings)
+    moments = Moments(a.shape[1], e.shape[1], a.device)
+    moments.update_(a.detach(), e)
+    scores, defined = moments.score()
+    return scores.masked_fill(~defined, undefined).to(torch.promote_types(a.dtype, torch.float32))
+
+
+def monoscore_pairwise(latents: Tensor, embeddings: Tensor, *, undefined: float = 0.0) -> Tensor:
+    """MonoScore by its definition, over all pairs of samples: the oracle of every other form.
+
+    MS_k = Σ_{n<m} ã_nk ã_mk h_n·h_m / Σ_{n<m} ã_nk ã_mk with ã min-max normalised per latent, in
+    float64, differentiable by autograd. Time and memory grow with N²; use :func:`monoscore`.
+
+    Args:
+        latents: (N, M), floating, finite.
+        embeddings: (N, d), floating, finite.
+        undefined: the value for a latent whose denominator is zero.
+
+    Returns:
+        (M,) in float64.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor.
+        ValueError: shapes that do not match, or NaN or infinite values.
+
+    Example:
+        >>> a = torch.tensor([[1.0, 0.0], [1.0, 3.0], [0.0, 3.0]])
+        >>> e = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+        >>> monoscore_pairwise(a, e)
+        tensor([1., 0.], dtype=torch.float64)
+
+    Source: Pach et al. 2025; Nasiri-Sarvi et al. 2026, eq. 1 and 2 and Algorithm 1.
+    """
+    a, e = paired_rows(latents, embeddings)
+    require_finite(a, "latents")
+    require_finite(e, "embeddings")
+    a = a.double()
+    h, _ = unit_rows(e, torch.float64)
+    pairs = 1 - torch.eye(len(a), dtype=torch.float64, device=a.device)
+    similarity = (h @ h.T) * pairs
+
+    lowest, highest = a.amin(0), a.amax(0)
+    span = highest - lowest
+    normalised = (a - lowest) / torch.where(span > 0, span, 1.0)
+    numerator = (normalised * (similarity @ normalised)).sum(0) / 2
+    denominator = (normalised * (pairs @ normalised)).sum(0) / 2
+    defined = denominator > 0
+    return torch.where(defined, numerator / torch.where(defined, denominator, 1.0), undefined)
+
+
+def monoloss(latents: Tensor, embeddings: Tensor) -> Tensor:
+    """MonoLoss of a batch: one minus the mean MonoScore of the latents that have one in it.
+
+    L = 1 - (1/|K|) Σ_{k in K} MS_k, where K are the latents with a non-zero denominator in this
+    batch; 1 where K is empty. The gradient in the latents is the closed form (see
+    :mod:`monoloss_plugin.kernels.dense`); there is none in the embeddings. Sums are float32 or
+    wider under autocast, nothing waits for the device, and no normalised copy of the activations
+    is made. Values are not checked here: a NaN shows in the result.
+
+    Args:
+        latents: (B, M), floating; dense, or sparse COO.
+        embeddings: (B, d), floating.
+
+    Returns:
+        Scalar in [0, 2], float32 or wider.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor.
+        ValueError: shapes that do not match.
+
+    Example:
+        >>> a = torch.tensor([[1.0, 0.0], [1.0, 3.0], [0.0, 3.0]], requires_grad=True)
+        >>> e = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+        >>> monoloss(a, e).item()
+        0.5
+
+    Source: Nasiri-Sarvi et al. 2026, section 3.3 (the loss that eq. 3 adds to the base loss).
+    """
+    return monoloss_of(batch_scores(*paired_rows(latents, embeddings)))
+
+
+def monoloss_of(batch: BatchScores) -> Tensor:
+    """MonoLoss from a batch's scores: one minus their mean over the defined latents."""
+    # A product instead of boolean indexing, which would make an accelerator wait for a shape.
+    return 1 - batch.scores.sum() / batch.defined.sum().clamp(min=1)
+
+
+def off_support_l1(
+    pre_acts: Tensor,
+    selected: Tensor,
+    *,
+    units: Units = "batch_active",
+    rectify: bool = True,
+    over_units: Literal["sum", "mean"] = "sum",
+) -> Tensor:
+    """L1 penalty on what the Top-k selection leaves out.
+
+    L = (1/B) Σ_i Σ_{j in A, (i,j) not in S} |z_ij|: z are the activations before the selection, S
+    the selected entries and A the units selected at least once in the batch.
+
+    The paper's abstract fixes this much; what it leaves open is an option here.
+
+    Args:
+        pre_acts: (B, M), floating: the activations before the Top-k selection.
+        selected: (B, M) bool: the entries that the selection keeps.
+        units: "batch_active" penalises only A; "all" penalises every unit.
+        rectify: take z = relu(pre_acts), as in an architecture with a ReLU; False takes pre_acts
+            as they are and penalises negative ones too.
+        over_units: "sum" over units, or their "mean".
+
+    Returns:
+        Scalar, float32 or wider; differentiable in ``pre_acts``.
+
+    Raises:
+        TypeError: pre_acts not floating, or selected not bool.
+        ValueError: shapes that do not match, or an unknown option.
+
+    Example:
+        >>> z = torch.tensor([[3.0, 1.0, 2.0], [1.0, 5.0, 4.0]])
+        >>> kept = torch.tensor([[True, False, False], [False, True, False]])
+        >>> off_support_l1(z, kept).item()
+        1.0
+        >>> off_support_l1(z, kept, units="all").item()
+        4.0
+
+    Source: Jacquier et al. 2026, Regularizer 1.
+    """
+    require_choice(over_units, "over_units", ("sum", "mean"))
+    z, kept, active = _before_selection(pre_acts, selected, units, rectify)
+    penalised = z.abs().masked_fill(kept | ~active, 0.0)
+    per_sample = penalised.sum(1)
+    if over_units == "mean":
+        per_sample = per_sample / active.sum().clamp(min=1)
+    return per_sample.mean()
+
+
+def l1_l2_ratio(
+    pre_acts: Tensor,
+    selected: Tensor,
+    *,
+    units: Units = "batch_active",
+    rectify: bool = True,
+    normalize: bool = False,
+) -> Tensor:
+    """Scale-invariant ratio of L1 to L2 norm: small where few units hold the code.
+
+    L = (1/B) Σ_i ||z_i,A||_1 / ||z_i,A||_2, between 1 (one unit) and sqrt(|A|) (all alike): z are
+    the activations before the Top-k selection, A the units selected at least once in the batch. A
+    sample whose z_i,A is zero contributes 0 and no gradient.
+
+    Args:
+        pre_acts: (B, M), floating: the activations before the Top-k selection.
+        selected: (B, M) bool: the entries that the selection keeps.
+        units: "batch_active" looks at A alone; "all" at every unit.
+        rectify: take z = relu(pre_acts), as in an architecture with a ReLU; False takes pre_acts
+            as they are.
+        normalize: divide by sqrt(|A|), so that the largest value is 1.
+
+    Returns:
+        Scalar, float32 or wider; differentiable in ``pre_acts``.
+
+    Raises:
+        TypeError: pre_acts not floating, or selected not bool.
+        ValueError: shapes that do not match, or an unknown option.
+
+    Example:
+        >>> z = torch.tensor([[3.0, 4.0, 9.0]])
+        >>> kept = torch.tensor([[True, True, False]])
+        >>> round(l1_l2_ratio(z, kept).item(), 4)
+        1.4
+
+    Source: Jacquier et al. 2026, Regularizer 2.
+    """
+    z, _, active = _before_selection(pre_acts, selected, units, rectify)
+    magnitude = z.abs().masked_fill(~active, 0.0)
+    # The ratio does not change with a sample's scale: take it out, so that squares stay in range.
+    largest = magnitude.detach().amax(1, keepdim=True)
+    empty = largest == 0
+    magnitude = magnitude / largest.masked_fill(empty, 1.0)
+    l2 = magnitude.square().sum(1).masked_fill(empty.squeeze(1), 1.0).sqrt()
+    ratio = (magnitude.sum(1) / l2).mean()
+    return ratio / active.sum().clamp(min=1).sqrt() if normalize else ratio
+
+
+def class_purity(latents: Tensor, labels: Tensor, num_classes: int) -> Purity:
+    """Class purity of every latent, binary and weighted.
+
+    With N_k the samples where latent k is positive and N*_k those of its dominant class (the one
+    with most samples in N_k; of equals the lowest label), binary = |N*_k| / |N_k| and
+    weighted = Σ_{N*_k} a / Σ_{N_k} a.
+
+    Args:
+        latents: (N, M), floating, finite; only positive activations count.
+        labels: (N,) integer, in [0, num_classes).
+        num_classes: number of classes.
+
+    Returns:
+        Two (M,) tensors in float64, NaN where a latent is never active.
+
+    Raises:
+        TypeError: latents not floating or labels not integer.
+        ValueError: shapes that do not match, a label outside the classes, NaN or infinite values.
+
+    Example:
+        >>> a = torch.tensor([[2.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+        >>> class_purity(a, torch.tensor([0, 0, 1]), num_classes=2)
+        Purity(binary=tensor([0.6667, nan], dtype=torch.float64),
+               weighted=tensor([0.7500, nan], dtype=torch.float64))
+
+    Source: Nasiri-Sarvi et al. 2026, section 4.1.
+    """
+    a = as_rows(latents, "latents")
+    sums = ClassSums(num_classes, a.shape[1], a.device)
+    sums.update_(latents, labels)
+    return sums.purity()
+
+
+def _before_selection(
+    pre_acts: Tensor, selected: Tensor, units: Units, rectify: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return z (B, M) in float32 or wider, the selected entries (B, M), the units to use (M,)."""
+    require_choice(units, "units", ("batch_active", "all"))
+    z = as_rows(pre_acts, "pre_acts")
+    if selected.dtype != torch.bool:
+        raise TypeError(f"selected: expected a bool tensor, got {selected.dtype}")
+    if selected.shape != pre_acts.shape:
+        raise ValueError(
+            f"selected: expected shape {tuple(pre_acts.shape)} to match pre_acts, "
+            f"got {tuple(selected.shape)}"
+        )
+    kept = selected.flatten(0, -2)
+    active = kept.any(0) if units == "batch_active" else torch.ones_like(kept[0])
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    return (z.relu() if rectify else z), kept, active

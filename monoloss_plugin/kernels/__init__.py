@@ -1,0 +1,1 @@
+"""Fast ways to the same numbers as :mod:`monoloss_plugin.functional`."""

@@ -1,0 +1,289 @@
+"""The loss terms: MonoLoss and the two Top-k regularizers, as values that adapters attach.
+
+A term is a frozen dataclass: a weight, a name for the host's logs, and its options. It holds no
+state and no parameters, so it never enters a state dict.
+
+What ``lam`` means. The papers' weights hold for the papers' reconstruction loss. A host that
+reduces its own loss otherwise, or feeds inputs of another scale, needs another weight for the same
+trade-off; ``lam_units`` names the reconstruction loss that ``lam`` is measured against, and
+:func:`lam_factor` is the exchange rate that adapters apply.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, NamedTuple, get_args
+
+from torch import Tensor
+
+from monoloss_plugin import functional
+from monoloss_plugin._checks import paired_rows, require_choice
+from monoloss_plugin.functional import Units
+from monoloss_plugin.kernels.dense import batch_scores
+
+LamUnits = Literal["mse", "nmse", "raw"]
+"""The reconstruction loss that a weight is measured against.
+
+- "mse": mean over elements of (x - x̂)², inputs of unit norm (the MonoLoss paper's BatchTopK,
+  JumpReLU and ReLU SAEs: lam 3e-5 to 7e-4).
+- "nmse": ||x - x̂||² / ||x||² (the paper's TopK SAEs: lam 0.09 to 0.9); the scale-free one.
+- "raw": the host's loss as it is (fine-tuning, or your own tuning).
+"""
+
+
+class StepTensors(NamedTuple):
+    """What a host offers a term in one training step."""
+
+    latents: Tensor
+    """(B, M) activations."""
+    embeddings: Tensor
+    """(B, d) similarity space of the same samples."""
+    pre_acts: Tensor | None = None
+    """(B, M) activations before the Top-k selection, where the architecture has one."""
+    selected: Tensor | None = None
+    """(B, M) bool: the entries that the selection keeps."""
+
+
+class TermValue(NamedTuple):
+    """A term's value in one step."""
+
+    value: Tensor
+    """Scalar, before the weight."""
+    metrics: dict[str, Tensor]
+    """Scalars to log, by name."""
+
+
+@dataclass(frozen=True)
+class LossTerm(ABC):
+    """A weighted term that an adapter adds to a host's loss. Subclass it for one of your own.
+
+    Args:
+        lam: weight, finite and at least 0.
+        name: name in the host's losses, coefficients and logs.
+
+    Raises:
+        TypeError: lam is not a number.
+        ValueError: lam is negative or not finite, or an option is unknown.
+    """
+
+    lam: float
+    name: str = field(default="", kw_only=True)
+
+    needs_selection: ClassVar[bool] = False
+    """The term needs ``pre_acts`` and ``selected``, which only Top-k architectures have."""
+    degree: ClassVar[int] = 0
+    """How the value grows with the activations: 0 scale-free, 1 in proportion."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.lam, bool) or not isinstance(self.lam, (int, float)):
+            raise TypeError(f"lam: expected a number, got {type(self.lam).__name__}")
+        if not 0 <= self.lam < float("inf"):
+            raise ValueError(f"lam: expected a finite weight of at least 0, got {self.lam}")
+        if not self.name:
+            raise ValueError("name: expected a name for the host's logs, got an empty one")
+
+    @property
+    @abstractmethod
+    def weighed_against(self) -> LamUnits:
+        """The reconstruction loss that ``lam`` is measured against."""
+
+    @abstractmethod
+    def evaluate(self, step: StepTensors) -> TermValue:
+        """Return the value before the weight. Must not make the device wait."""
+
+
+@dataclass(frozen=True)
+class MonoLoss(LossTerm):
+    """MonoLoss: rewards latents that respond to samples that are alike.
+
+    ``MonoLoss(lam=3e-4)`` goes to an adapter's ``add_loss``; called by hand it gives
+    ``lam * functional.monoloss(latents, embeddings)`` for a loop of your own.
+
+    Args:
+        lam: weight; the paper uses 3e-5 to 7e-4 (units "mse") and 0.09 to 0.9 (units "nmse").
+        units: the reconstruction loss that lam is measured against: "mse" (default), "nmse" or
+            "raw". For adapters; a call by hand applies lam as it is.
+        name: name in the host's logs; give each its own to attach several.
+
+    Example:
+        >>> import torch
+        >>> loss = MonoLoss(lam=0.5)
+        >>> latents = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+        >>> images = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+        >>> loss(latents, images).item()  # each latent fires on two images with nothing in common
+        0.5
+
+    Source: Nasiri-Sarvi et al. 2026, section 3.3 and eq. 3.
+    """
+
+    units: LamUnits = field(default="mse", kw_only=True)
+    name: str = field(default="monoloss", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice(self.units, "units", get_args(LamUnits))
+
+    @property
+    def weighed_against(self) -> LamUnits:
+        return self.units
+
+    def __call__(self, latents: Tensor, embeddings: Tensor) -> Tensor:
+        """Return ``lam * MonoLoss`` of latents (B, M) and embeddings (B, d)."""
+        return self.lam * functional.monoloss(latents, embeddings)
+
+    def evaluate(self, step: StepTensors) -> TermValue:
+        batch = batch_scores(*paired_rows(step.latents, step.embeddings))
+        value = functional.monoloss_of(batch)
+        prefix = "" if self.name == "monoloss" else f"{self.name}_"
+        metrics = {
+            f"{prefix}monoscore": 1 - value.detach(),
+            f"{prefix}monoscore_defined": batch.defined.sum(),
+        }
+        return TermValue(value, metrics)
+
+
+@dataclass(frozen=True)
+class _TopKRegularizer(LossTerm):
+    """What the two regularizers share: their input and how their weight is measured."""
+
+    units: Units = field(default="batch_active", kw_only=True)
+    rectify: bool = field(default=True, kw_only=True)
+    lam_units: LamUnits = field(default="nmse", kw_only=True)
+
+    needs_selection: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice(self.units, "units", get_args(Units))
+        require_choice(self.lam_units, "lam_units", get_args(LamUnits))
+
+    @property
+    def weighed_against(self) -> LamUnits:
+        return self.lam_units
+
+    @abstractmethod
+    def _value(self, pre_acts: Tensor, selected: Tensor) -> Tensor:
+        """Return the penalty before the weight."""
+
+    def __call__(self, pre_acts: Tensor, selected: Tensor) -> Tensor:
+        """Return ``lam`` times the penalty of pre_acts (B, M) and selected (B, M) bool."""
+        return self.lam * self._value(pre_acts, selected)
+
+    def evaluate(self, step: StepTensors) -> TermValue:
+        if step.pre_acts is None or step.selected is None:
+            raise ValueError(
+                f"{self.name}: needs the activations before a Top-k selection and the selected "
+                "entries; this host or architecture offers none"
+            )
+        return TermValue(self._value(step.pre_acts, step.selected), {})
+
+
+@dataclass(frozen=True)
+class OffSupportL1(_TopKRegularizer):
+    """L1 penalty on the activations that the Top-k selection leaves out.
+
+    Args:
+        lam: weight.
+        units: "batch_active" (default) penalises the units selected at least once in the batch,
+            "all" every unit.
+        rectify: use relu(pre-activations), or with False the pre-activations as they are.
+        over_units: "sum" over units (default) or their "mean".
+        lam_units: the reconstruction loss that lam is measured against: "nmse" by default, since
+            the paper's weights are not known here. The penalty grows with the activations, so its
+            factor is a scale-free term's divided by the input's root mean square norm.
+        name: name in the host's logs.
+
+    Source: Jacquier et al. 2026, Regularizer 1; see :func:`functional.off_support_l1`.
+    """
+
+    over_units: Literal["sum", "mean"] = field(default="sum", kw_only=True)
+    name: str = field(default="off_support_l1", kw_only=True)
+
+    degree: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice(self.over_units, "over_units", ("sum", "mean"))
+
+    def _value(self, pre_acts: Tensor, selected: Tensor) -> Tensor:
+        return functional.off_support_l1(
+            pre_acts,
+            selected,
+            units=self.units,
+            rectify=self.rectify,
+            over_units=self.over_units,
+        )
+
+
+@dataclass(frozen=True)
+class L1L2Ratio(_TopKRegularizer):
+    """L1/L2-ratio penalty on the activations before the Top-k selection: concentrates the code.
+
+    Args:
+        lam: weight.
+        units: "batch_active" (default) looks at the units selected at least once in the batch,
+            "all" at every unit.
+        rectify: use relu(pre-activations), or with False the pre-activations as they are.
+        normalize: divide by the square root of the number of units, so that 1 is the largest value.
+        lam_units: the reconstruction loss that lam is measured against: "nmse" by default, since
+            the paper's weights are not known here.
+        name: name in the host's logs.
+
+    Source: Jacquier et al. 2026, Regularizer 2; see :func:`functional.l1_l2_ratio`.
+    """
+
+    normalize: bool = field(default=False, kw_only=True)
+    name: str = field(default="l1_l2_ratio", kw_only=True)
+
+    def _value(self, pre_acts: Tensor, selected: Tensor) -> Tensor:
+        return functional.l1_l2_ratio(
+            pre_acts,
+            selected,
+            units=self.units,
+            rectify=self.rectify,
+            normalize=self.normalize,
+        )
+
+
+def lam_factor(
+    units: LamUnits,
+    *,
+    width: int,
+    mean_square_norm: float,
+    reduction: Literal["sum", "mean"],
+    degree: int = 0,
+) -> float:
+    """Return what ``lam`` must be multiplied by in a host that reduces its loss its own way.
+
+    With inputs of mean squared norm X and width d, a host's loss is d·X ("sum" over d, mean over
+    samples) or X ("mean" over both) times the paper's "mse" on unit-norm inputs, and X or X/d
+    times "nmse". A term that grows with the activations (degree 1) has itself grown by sqrt(X).
+
+    Args:
+        units: what lam is measured against; "raw" gives 1.
+        width: d, width of the SAE's input.
+        mean_square_norm: X, mean of ||x||² over samples, as the host's loss sees x.
+        reduction: how the host reduces its squared error over the d elements.
+        degree: of the term, 0 or 1.
+
+    Raises:
+        ValueError: an unknown option, or X not positive.
+
+    Example:
+        >>> round(3e-4 * lam_factor("mse", width=768, mean_square_norm=1.0, reduction="sum"), 4)
+        0.2304
+
+    Source: Nasiri-Sarvi et al. 2026, eq. 3 and appendix B; derivation in docs/lam.md.
+    """
+    require_choice(units, "units", get_args(LamUnits))
+    require_choice(reduction, "reduction", ("sum", "mean"))
+    if units == "raw":
+        return 1.0
+    if not 0 < mean_square_norm < float("inf"):
+        raise ValueError(
+            f"mean_square_norm: expected a positive finite number, got {mean_square_norm}"
+        )
+    per_sample = mean_square_norm if reduction == "sum" else mean_square_norm / width
+    host_loss = per_sample * width if units == "mse" else per_sample
+    return float(host_loss / mean_square_norm ** (degree / 2))

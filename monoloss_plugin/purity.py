@@ -1,0 +1,100 @@
+"""Class purity from sums over classes, which add across batches, shards and ranks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from monoloss_plugin._checks import as_rows, require_finite
+
+_CHUNK_ELEMENTS = 1 << 23
+"""Rows are taken up in chunks of about this many activations: 64 MiB in float64."""
+
+
+class Purity(NamedTuple):
+    """Class purity of each latent, in float64; NaN where a latent is never active."""
+
+    binary: Tensor
+    """(M,): share of a latent's active samples that are of its dominant class."""
+    weighted: Tensor
+    """(M,): the same share of its activation."""
+
+    @property
+    def mean_binary(self) -> float:
+        """Mean over the latents that are ever active, as the paper's Table 1 reports it."""
+        return float(self.binary.nanmean())
+
+    @property
+    def mean_weighted(self) -> float:
+        """Mean over the latents that are ever active, as the paper's Table 1 reports it."""
+        return float(self.weighted.nanmean())
+
+
+class ClassSums:
+    """How often and how strongly each latent is active in each class.
+
+    Args:
+        num_classes: C.
+        num_latents: M.
+        device: where the sums live: 12 bytes for each class and latent.
+    """
+
+    NAMES = ("counts", "activations")
+
+    def __init__(
+        self, num_classes: int, num_latents: int, device: torch.device | str = "cpu"
+    ) -> None:
+        shape = (num_classes, num_latents)
+        self.counts = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.activations = torch.zeros(shape, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def update_(self, latents: Tensor, labels: Tensor) -> None:
+        """Take up latents (N, M) and integer labels (N,); the sums change only if both are sound.
+
+        Raises:
+            TypeError: latents not floating, or labels not integer.
+            ValueError: shapes that do not match, a label outside the classes, NaN or infinite
+                values.
+        """
+        a = as_rows(latents, "latents")
+        num_classes, num_latents = self.counts.shape
+        if a.shape[1] != num_latents:
+            raise ValueError(f"latents: expected width {num_latents}, got {a.shape[1]}")
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise TypeError(f"labels: expected an integer tensor, got {labels.dtype}")
+        if labels.shape != latents.shape[:-1]:
+            raise ValueError(
+                f"labels: expected shape {tuple(latents.shape[:-1])} to match latents, "
+                f"got {tuple(labels.shape)}"
+            )
+        if len(a) == 0:
+            return
+        y = labels.flatten().to(a.device, torch.int64)
+        lowest, highest = int(y.min()), int(y.max())
+        if lowest < 0 or highest >= num_classes:
+            raise ValueError(
+                f"labels: expected values in [0, {num_classes}), got a range of "
+                f"[{lowest}, {highest}]"
+            )
+        require_finite(a.amin(0), "latents")
+        require_finite(a.amax(0), "latents")
+
+        rows = max(1, _CHUNK_ELEMENTS // num_latents)
+        for start in range(0, len(a), rows):
+            positive = a[start : start + rows].clamp(min=0)
+            classes = y[start : start + rows]
+            self.counts.index_add_(0, classes, (positive > 0).to(torch.int32))
+            self.activations.index_add_(0, classes, positive.double())
+
+    @torch.no_grad()
+    def purity(self) -> Purity:
+        """Return the purity of every latent."""
+        dominant = self.counts.argmax(0, keepdim=True)  # of equals the first, the lowest label
+
+        def share(sums: Tensor) -> Tensor:
+            return (sums.gather(0, dominant).double() / sums.sum(0).double()).squeeze(0)
+
+        return Purity(share(self.counts), share(self.activations))

@@ -1,0 +1,214 @@
+"""Streaming metrics: any batching, merging, order or number of ranks gives the one-shot result."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import r2_score
+from torch import Tensor
+
+from monoloss_plugin import ClassPurity, MonoScore, functional
+from monoloss_plugin.metrics import R2
+from tests import oracle
+
+CASES = oracle.activation_cases()
+
+
+def streamed(a: Tensor, e: Tensor, sizes: list[int]) -> MonoScore:
+    metric = MonoScore()
+    for latents, embeddings in zip(a.split(sizes), e.split(sizes), strict=True):
+        metric.update(latents, embeddings)
+    return metric
+
+
+@pytest.fixture
+def embeddings() -> Tensor:
+    e = torch.randn(40, 7, generator=torch.Generator().manual_seed(1))
+    e[5] = 0
+    return e
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_streamed_scores_equal_the_definition(case: str, embeddings: Tensor) -> None:
+    result = streamed(CASES[case], embeddings, [1, 13, 20, 6]).compute()
+    expected = oracle.monoscore_by_loops(CASES[case], embeddings)
+    np.testing.assert_array_equal(result.defined.numpy(), ~np.isnan(expected))
+    np.testing.assert_allclose(result.scores.numpy(), np.nan_to_num(expected), atol=1e-9)
+    assert result.num_samples == 40
+
+
+def test_a_minimum_that_falls_with_every_batch_costs_no_accuracy() -> None:
+    generator = torch.Generator().manual_seed(2)
+    falling = torch.linspace(1000, 999, 40).unsqueeze(1)
+    a = falling + 1e-3 * torch.rand(40, 6, generator=generator)
+    e = torch.randn(40, 5, generator=generator)
+    scores = streamed(a, e, [1] * 40).compute().scores
+    np.testing.assert_allclose(scores.numpy(), oracle.monoscore_by_loops(a, e), atol=1e-9)
+
+
+# Values that float32 holds exactly and whose products neither overflow nor vanish.
+values = st.one_of(st.just(0.0), st.integers(-64, 64).map(lambda i: i / 8))
+
+
+@st.composite
+def datasets(draw) -> tuple[Tensor, Tensor, list[int], list[int]]:
+    """Latents, embeddings, a split of the samples and an order of the parts."""
+    sizes = draw(st.lists(st.integers(1, 6), min_size=2, max_size=5))
+    rows, latents, width = sum(sizes), draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    numbers = draw(
+        st.lists(values, min_size=rows * (latents + width), max_size=rows * (latents + width))
+    )
+    table = torch.tensor(numbers).reshape(rows, latents + width)
+    order = draw(st.permutations(range(len(sizes))))
+    return table[:, :latents], table[:, latents:], sizes, order
+
+
+@given(datasets())
+@settings(max_examples=150, deadline=None)
+def test_batching_merging_and_order_do_not_matter(data) -> None:
+    a, e, sizes, order = data
+    expected = oracle.monoscore_by_loops(a, e)
+    in_batches = streamed(a, e, sizes).compute()
+
+    shards = [streamed(x, y, [len(x)]) for x, y in zip(a.split(sizes), e.split(sizes), strict=True)]
+    merged = MonoScore()
+    for i in order:
+        merged.merge(shards[i])
+    permutation = torch.randperm(len(a))
+    shuffled = streamed(a[permutation], e[permutation], sizes).compute()
+
+    for result in (in_batches, merged.compute(), shuffled):
+        np.testing.assert_array_equal(result.defined.numpy(), ~np.isnan(expected))
+        np.testing.assert_allclose(result.scores.numpy(), np.nan_to_num(expected), atol=1e-9)
+
+
+@given(datasets(), st.integers(1, 3))
+@settings(max_examples=50, deadline=None)
+def test_purity_does_not_depend_on_batching_or_merging(data, num_classes: int) -> None:
+    a, _, sizes, order = data
+    labels = torch.arange(len(a)) % num_classes
+    shards = []
+    for latents, y in zip(a.split(sizes), labels.split(sizes), strict=True):
+        shards.append(ClassPurity(num_classes))
+        shards[-1].update(latents, y)
+    merged = ClassPurity(num_classes)
+    for i in order:
+        merged.merge(shards[i])
+    binary, weighted = oracle.purity_by_loops(a, labels)
+    np.testing.assert_allclose(merged.compute().binary.numpy(), binary)
+    np.testing.assert_allclose(merged.compute().weighted.numpy(), weighted)
+
+
+def test_reported_means_follow_both_conventions(embeddings: Tensor) -> None:
+    result = streamed(CASES["dead latents"], embeddings, [40]).compute()
+    scores = oracle.monoscore_by_loops(CASES["dead latents"], embeddings)
+    assert result.num_defined == 9
+    assert result.mean == pytest.approx(np.nansum(scores) / 12)
+    assert result.mean_defined == pytest.approx(np.nanmean(scores))
+    curve = result.curve()
+    assert (curve.diff() <= 0).all()
+    assert curve.sum().item() == pytest.approx(np.nansum(scores))
+
+
+def test_updates_leave_the_caller_s_tensors_alone() -> None:
+    a = torch.rand(8, 3, dtype=torch.float64) + 1
+    e = torch.randn(8, 4, dtype=torch.float64)
+    before = a.clone(), e.clone()
+    MonoScore().update(a, e)
+    torch.testing.assert_close((a, e), before, rtol=0, atol=0)
+
+
+def test_a_refused_batch_leaves_the_metric_as_it_was(embeddings: Tensor) -> None:
+    a = CASES["sparse"]
+    metric = streamed(a, embeddings, [40])
+    before = metric.compute().scores
+    bad = a.clone()
+    bad[0, 0] = math.inf
+    with pytest.raises(ValueError, match="latents: contains NaN or infinite"):
+        metric.update(bad, embeddings)
+    with pytest.raises(ValueError, match="latents: expected width 12 as in earlier batches, got 5"):
+        metric.update(a[:, :5], embeddings)
+    torch.testing.assert_close(metric.compute().scores, before, rtol=0, atol=0)
+
+
+def test_state_round_trips_through_a_file_without_unpickling(
+    tmp_path: Path, embeddings: Tensor
+) -> None:
+    a, labels = CASES["sparse"], torch.arange(40) % 4
+    score, purity = streamed(a, embeddings, [40]), ClassPurity(4)
+    purity.update(a, labels)
+    torch.save([score.state_dict(), purity.state_dict()], tmp_path / "state.pt")
+    score_state, purity_state = torch.load(tmp_path / "state.pt", weights_only=True)
+    loaded_score, loaded_purity = MonoScore(), ClassPurity(4)
+    loaded_score.load_state_dict(score_state)
+    loaded_purity.load_state_dict(purity_state)
+    torch.testing.assert_close(loaded_score.compute().scores, score.compute().scores)
+    torch.testing.assert_close(loaded_purity.compute(), purity.compute())
+    with pytest.raises(ValueError, match="missing"):
+        loaded_score.load_state_dict({"u": torch.zeros(3)})
+
+
+def test_empty_metrics_say_so() -> None:
+    for metric in (MonoScore(), ClassPurity(3), R2()):
+        with pytest.raises(ValueError, match="no data yet"):
+            metric.compute()
+
+
+def _reduce_on_a_rank(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3
+    )
+    a, e = CASES["shifted"], torch.randn(40, 7, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(40) % 4
+    score, purity = MonoScore(), ClassPurity(4)
+    parts = {0: slice(0, 25), 1: slice(25, 40)}  # the third rank has nothing
+    if rank in parts:
+        score.update(a[parts[rank]], e[parts[rank]])
+        purity.update(a[parts[rank]] - 100.005, labels[parts[rank]])
+    score.all_reduce_()
+    purity.all_reduce_()
+    torch.save((score.state_dict(), purity.state_dict()), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_all_reduce_gives_every_rank_the_whole_result(tmp_path: Path) -> None:
+    mp.start_processes(_reduce_on_a_rank, (str(tmp_path),), nprocs=3, start_method="spawn")
+    a, e = CASES["shifted"], torch.randn(40, 7, generator=torch.Generator().manual_seed(1))
+    scores = functional.monoscore(a, e).double()
+    purity = functional.class_purity(a - 100.005, torch.arange(40) % 4, 4)
+    for rank in range(3):
+        score_state, purity_state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        metric, class_purity = MonoScore(), ClassPurity(4)
+        metric.load_state_dict(score_state)
+        class_purity.load_state_dict(purity_state)
+        torch.testing.assert_close(metric.compute().scores, scores, atol=1e-7, rtol=0)
+        assert metric.compute().num_samples == 40
+        torch.testing.assert_close(class_purity.compute(), purity)
+
+
+def test_r2_equals_scikit_learn_s_over_dimensions_that_vary() -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(50, 6, generator=generator) * 0.01 + 100
+    x[:, 2] = 0.1  # constant
+    x_hat = x + 0.005 * torch.randn(50, 6, generator=generator)
+    metric, shard = R2(), R2()
+    metric.update(x[:20], x_hat[:20])
+    shard.update(x[20:27], x_hat[20:27])
+    shard.update(x[27:], x_hat[27:])
+    metric.merge(shard)
+    varying = [0, 1, 3, 4, 5]
+    expected = r2_score(x[:, varying].double().numpy(), x_hat[:, varying].double().numpy())
+    assert metric.compute() == pytest.approx(expected, rel=1e-9)
+
+
+def test_purity_of_a_thousand_classes_stays_within_its_stated_memory() -> None:
+    purity = ClassPurity(1000)
+    purity.update(torch.rand(4, 8192), torch.tensor([0, 999, 5, 5]))
+    assert sum(t.nbytes for t in purity.state_dict().values()) == 12 * 1000 * 8192

@@ -72,6 +72,8 @@ class LossTerm(ABC):
 
     needs_selection: ClassVar[bool] = False
     """The term needs ``pre_acts`` and ``selected``, which only Top-k architectures have."""
+    needs_embeddings: ClassVar[bool] = True
+    """The term reads ``embeddings``."""
     degree: ClassVar[int] = 0
     """How the value grows with the activations: 0 scale-free, 1 in proportion."""
 
@@ -87,6 +89,11 @@ class LossTerm(ABC):
     @abstractmethod
     def weighed_against(self) -> LamUnits:
         """The reconstruction loss that ``lam`` is measured against."""
+
+    @property
+    def needs_nonnegative(self) -> bool:
+        """The term reads 0 as "not active" and has no meaning for signed activations."""
+        return False
 
     @abstractmethod
     def evaluate(self, step: StepTensors) -> TermValue:
@@ -128,6 +135,10 @@ class MonoLoss(LossTerm):
     def weighed_against(self) -> LamUnits:
         return self.units
 
+    @property
+    def needs_nonnegative(self) -> bool:
+        return True
+
     def __call__(self, latents: Tensor, embeddings: Tensor) -> Tensor:
         """Return ``lam * MonoLoss`` of latents (B, M) and embeddings (B, d)."""
         return self.lam * functional.monoloss(latents, embeddings)
@@ -152,6 +163,7 @@ class _TopKRegularizer(LossTerm):
     lam_units: LamUnits = field(default="nmse", kw_only=True)
 
     needs_selection: ClassVar[bool] = True
+    needs_embeddings: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -161,6 +173,10 @@ class _TopKRegularizer(LossTerm):
     @property
     def weighed_against(self) -> LamUnits:
         return self.lam_units
+
+    @property
+    def needs_nonnegative(self) -> bool:
+        return self.rectify
 
     @abstractmethod
     def _value(self, pre_acts: Tensor, selected: Tensor) -> Tensor:

@@ -1,0 +1,11 @@
+"""Optional dependencies: an import that fails names the extra to install."""
+
+from __future__ import annotations
+
+
+def missing_extra(error: ModuleNotFoundError, extra: str) -> ModuleNotFoundError:
+    """Return an error that says which extra of this package brings the missing module."""
+    return ModuleNotFoundError(
+        f"needs {error.name}, which is not installed: pip install 'monoloss_plugin[{extra}]'",
+        name=error.name,
+    )

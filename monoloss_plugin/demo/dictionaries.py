@@ -1,0 +1,81 @@
+"""Dictionaries of the digits' features, trained by SAELens's own trainer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import monoloss_plugin.adapters.sae_lens  # noqa: F401  # gives SAETrainer its add_loss
+from monoloss_plugin.losses import LossTerm
+
+# After the adapter, whose import error names the extra to install.
+from sae_lens import SAETrainer  # isort: skip
+from sae_lens.config import LoggingConfig, SAETrainerConfig  # isort: skip
+from sae_lens.registry import get_sae_training_class  # isort: skip
+
+NUM_LATENTS = 256
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "batchtopk": {"k": 8},
+    "topk": {"k": 8},
+    "matryoshka_batchtopk": {"k": 8, "matryoshka_widths": [64, NUM_LATENTS]},
+    "jumprelu": {"l0_coefficient": 0.01},
+    "standard": {"l1_coefficient": 0.05},
+    "gated": {"l1_coefficient": 0.05},
+}
+"""Architectures of the demo, with the sparsity that suits its features."""
+
+_STEPS = 1500
+_BATCH = 256
+_LEARNING_RATE = 1e-3
+
+
+def train_dictionary(
+    features: Tensor, architecture: str, terms: Sequence[LossTerm], *, seed: int, folder: Path
+) -> float:
+    """Train a dictionary, save it for inference, and return the seconds that training took.
+
+    Args:
+        features: (N, d_in).
+        architecture: a key of :data:`ARCHITECTURES`.
+        terms: what to add to the host's loss; none for the baseline.
+        seed: of the weights and the order of batches, the same with and without terms.
+        folder: where SAELens writes the inference model, for ``SAE.load_from_disk``.
+    """
+    torch.manual_seed(seed)
+    sae_class, config_class = get_sae_training_class(architecture)
+    sae = sae_class(
+        config_class(d_in=features.shape[1], d_sae=NUM_LATENTS, **ARCHITECTURES[architecture])
+    )
+    trainer = SAETrainer(
+        cfg=SAETrainerConfig(
+            total_training_samples=_STEPS * _BATCH,
+            train_batch_size_samples=_BATCH,
+            lr=_LEARNING_RATE,
+            lr_end=_LEARNING_RATE,
+            dead_feature_window=300,
+            logger=LoggingConfig(log_to_wandb=False),
+        ),
+        sae=sae,
+        data_provider=_batches(features, seed),
+    )
+    for term in terms:
+        trainer.add_loss(term)
+    started = time.perf_counter()
+    trainer.fit()
+    seconds = time.perf_counter() - started
+    sae.save_inference_model(folder)
+    return seconds
+
+
+def _batches(features: Tensor, seed: int) -> Iterator[Tensor]:
+    """Endless epochs of full batches, shuffled anew each."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(features), generator=generator)
+        for start in range(0, len(order) - _BATCH + 1, _BATCH):
+            yield features[order[start : start + _BATCH]]

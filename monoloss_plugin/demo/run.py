@@ -1,0 +1,165 @@
+"""Train dictionaries without and with the loss terms, compare them on held-out images, and draw."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from monoloss_plugin.demo.dictionaries import NUM_LATENTS, train_dictionary
+from monoloss_plugin.demo.digits import DigitFeatures, digit_features
+from monoloss_plugin.evaluation import Evaluation, evaluate
+from monoloss_plugin.losses import LossTerm
+from monoloss_plugin.report import LatentRow, activating_images_figure, curves_figure
+
+from sae_lens import SAE  # isort: skip  # after the adapter, whose error names the extra
+
+RUNS = ("without", "with")
+
+MEASURES: dict[str, str] = {
+    "r2": "R²",
+    "monoscore": "MonoScore, all latents (undefined count 0)",
+    "monoscore_defined": "MonoScore, defined latents",
+    "defined_share": "share of latents defined",
+    "purity_binary": "class purity, binary",
+    "purity_weighted": "class purity, weighted",
+    "l0": "L0",
+    "dead_latents": f"dead latents of {NUM_LATENTS}",
+    "seconds": "training, seconds",
+}
+"""What the demo reports, and how it calls it."""
+
+_RANKS = (0.1, 0.4, 0.7)
+"""Where in the ranking of defined latents to look, as in figure 5 of the MonoLoss paper."""
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What a demo measured on held-out images."""
+
+    architecture: str
+    terms: list[dict[str, object]]
+    seeds: list[int]
+    encoder_accuracy: float
+    summaries: dict[str, list[dict[str, float]]]
+    """For "without" and "with", the measures of each seed."""
+    files: dict[str, Path] = field(default_factory=dict)
+
+    def mean_and_spread(self, run: str, measure: str) -> tuple[float, float]:
+        """Return the mean over seeds and its standard deviation (0 for one seed)."""
+        values = [summary[measure] for summary in self.summaries[run]]
+        return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def run_demo(
+    architecture: str, terms: Sequence[LossTerm], seeds: Sequence[int], out: Path
+) -> DemoResult:
+    """Run the demo and write its dictionaries, figures and results to a folder.
+
+    Args:
+        architecture: a key of :data:`monoloss_plugin.demo.dictionaries.ARCHITECTURES`.
+        terms: the loss terms of the "with" runs.
+        seeds: one pair of dictionaries for each.
+        out: a folder, made if it is not there.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    data = digit_features()
+    evaluations: dict[str, list[Evaluation]] = {run: [] for run in RUNS}
+    summaries: dict[str, list[dict[str, float]]] = {run: [] for run in RUNS}
+    for seed in seeds:
+        for run in RUNS:
+            print(f"{architecture}, seed {seed}, {run} {' + '.join(t.name for t in terms)}")
+            folder = dictionary_folder(out, seed, run)
+            seconds = train_dictionary(
+                data.features[data.train],
+                architecture,
+                terms if run == "with" else (),
+                seed=seed,
+                folder=folder,
+            )
+            evaluation = evaluate(
+                SAE.load_from_disk(folder),
+                data.features[data.held_out],
+                data.labels[data.held_out],
+                num_classes=10,
+                progress=True,
+            )
+            evaluations[run].append(evaluation)
+            summaries[run].append({**evaluation.summary(), "seconds": seconds})
+
+    result = DemoResult(
+        architecture=architecture,
+        terms=[{"term": type(term).__name__, **asdict(term)} for term in terms],
+        seeds=list(seeds),
+        encoder_accuracy=data.accuracy,
+        summaries=summaries,
+        files={
+            "curves": out / "curves.png",
+            "same rank": out / "same_rank.png",
+            "same latent": out / "same_latent.png",
+            "results": out / "results.json",
+        },
+    )
+    _draw(result, data, evaluations, out)
+    serialisable = {k: v for k, v in asdict(result).items() if k != "files"}
+    result.files["results"].write_text(json.dumps(serialisable, indent=2) + "\n")
+    return result
+
+
+def dictionary_folder(out: Path, seed: int, run: str) -> Path:
+    """Where a run's dictionary is saved, for ``SAE.load_from_disk``."""
+    return out / f"seed-{seed}" / run
+
+
+def _draw(
+    result: DemoResult, data: DigitFeatures, evaluations: dict[str, list[Evaluation]], out: Path
+) -> None:
+    name = " + ".join(str(term["name"]) for term in result.terms)
+    labels = {"without": f"without {name}", "with": f"with {name}"}
+    curves = {labels[run]: [e.monoscore.curve() for e in evaluations[run]] for run in RUNS}
+    figure = curves_figure(curves, title=f"{result.architecture} SAE, held-out digits")
+    figure.savefig(result.files["curves"], dpi=150)
+
+    x = data.features[data.held_out]
+    images = data.images[data.held_out]
+    scores: dict[str, Tensor] = {}
+    acts: dict[str, Tensor] = {}
+    for run in RUNS:
+        scores[run] = evaluations[run][0].monoscore.scores
+        with torch.no_grad():
+            acts[run] = SAE.load_from_disk(dictionary_folder(out, result.seeds[0], run)).encode(x)
+
+    def row(run: str, latent: int, where: str) -> LatentRow:
+        title = f"{run}: {where}, score {float(scores[run][latent]):.2f}"
+        return LatentRow(title, acts[run][:, latent])
+
+    def pair(latents: dict[str, int], where: str) -> tuple[LatentRow, LatentRow]:
+        return row("without", latents["without"], where), row("with", latents["with"], where)
+
+    ranked = {run: scores[run].argsort(descending=True) for run in RUNS}
+    num_ranked = min(evaluations[run][0].monoscore.num_defined for run in RUNS)
+    same_rank = []
+    for share in _RANKS:
+        rank = int(share * num_ranked)
+        same_rank.append(pair({run: int(ranked[run][rank]) for run in RUNS}, f"rank {rank}"))
+    title = f"{name}: latents of the same rank by MonoScore"
+    activating_images_figure(same_rank, images, title=title).savefig(
+        result.files["same rank"], dpi=150
+    )
+
+    both = torch.stack([evaluations[run][0].monoscore.defined for run in RUNS]).all(0)
+    shared = [int(latent) for latent in ranked["without"] if both[latent]]
+    picks = [shared[int(share * len(shared))] for share in _RANKS] if shared else []
+    same_latent = [pair(dict.fromkeys(RUNS, latent), f"latent {latent}") for latent in picks]
+    if same_latent:
+        title = f"{name}: the same latent in both dictionaries"
+        activating_images_figure(same_latent, images, title=title).savefig(
+            result.files["same latent"], dpi=150
+        )
+    else:
+        result.files.pop("same latent")

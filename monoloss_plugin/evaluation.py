@@ -1,0 +1,145 @@
+"""Every metric of the papers from one pass over a dictionary's features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from monoloss_plugin._checks import as_rows
+from monoloss_plugin._optional import missing_extra
+from monoloss_plugin.metrics import R2, ClassPurity, MonoScore, MonoScoreResult
+from monoloss_plugin.purity import Purity
+
+
+class Dictionary(Protocol):
+    """What is asked of an SAE: SAELens's classes have it."""
+
+    def encode(self, x: Tensor, /) -> Tensor: ...
+
+    def decode(self, latents: Tensor, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one pass over a dataset says of a dictionary of M latents."""
+
+    monoscore: MonoScoreResult
+    """MonoScore of each latent."""
+    purity: Purity | None
+    """Class purity of each latent; None without labels."""
+    r2: float
+    """Coefficient of determination of the reconstruction, mean over feature dimensions."""
+    l0: float
+    """Mean number of active latents a sample."""
+    frequency: Tensor
+    """(M,) share of samples on which each latent is active."""
+
+    @property
+    def num_latents(self) -> int:
+        """M."""
+        return len(self.frequency)
+
+    @property
+    def num_dead(self) -> int:
+        """Number of latents that are never active on these samples."""
+        return int((self.frequency == 0).sum())
+
+    def summary(self) -> dict[str, float]:
+        """Return the scalars that the papers report, by name."""
+        scalars: dict[str, float] = {
+            "r2": self.r2,
+            "monoscore": self.monoscore.mean,
+            "monoscore_defined": self.monoscore.mean_defined,
+            "defined_share": self.monoscore.num_defined / self.num_latents,
+            "l0": self.l0,
+            "dead_latents": self.num_dead,
+        }
+        if self.purity is not None:
+            scalars["purity_binary"] = self.purity.mean_binary
+            scalars["purity_weighted"] = self.purity.mean_weighted
+        return scalars
+
+
+@torch.no_grad()
+def evaluate(
+    sae: Dictionary,
+    features: Tensor,
+    labels: Tensor | None = None,
+    *,
+    num_classes: int | None = None,
+    embeddings: Tensor | None = None,
+    batch_size: int = 2048,
+    progress: bool = False,
+) -> Evaluation:
+    """Score a dictionary on features, in one pass through the SAE.
+
+    Args:
+        sae: anything with ``encode`` and ``decode``, such as a SAELens SAE.
+        features: (N, d_in), what the SAE takes.
+        labels: (N,) integer classes, for purity.
+        num_classes: number of classes; one more than the largest label by default.
+        embeddings: (N, d) another similarity space of the same samples; the features by default.
+        batch_size: samples a step.
+        progress: show a progress bar (needs tqdm).
+
+    Returns:
+        Scores of each latent and of the dictionary.
+
+    Raises:
+        TypeError: features not floating or labels not integer.
+        ValueError: shapes that do not match, no samples, NaN or infinite values.
+        ModuleNotFoundError: ``progress`` without tqdm.
+
+    Example:
+        >>> class Identity:
+        ...     def encode(self, x): return x.relu()
+        ...     def decode(self, latents): return latents
+        >>> evaluate(Identity(), torch.eye(3), torch.tensor([0, 1, 1])).l0
+        1.0
+
+    Source: Nasiri-Sarvi et al. 2026, section 4.1 and appendix B.
+    """
+    x = as_rows(features, "features")
+    if len(x) == 0:
+        raise ValueError("features: expected at least one sample, got none")
+    for name, given in (("labels", labels), ("embeddings", embeddings)):
+        if given is not None and len(given) != len(x):
+            raise ValueError(f"{name}: expected {len(x)} rows to match features, got {len(given)}")
+    if labels is not None and num_classes is None:
+        num_classes = int(labels.max()) + 1
+
+    monoscore, r2 = MonoScore(), R2()
+    purity = None if num_classes is None else ClassPurity(num_classes)
+    active: Tensor | None = None
+    for start in _steps(len(x), batch_size, progress):
+        batch = slice(start, start + batch_size)
+        latents = as_rows(sae.encode(x[batch]), "latents")
+        r2.update(x[batch], sae.decode(latents))
+        monoscore.update(latents, x[batch] if embeddings is None else embeddings[batch])
+        if purity is not None and labels is not None:
+            purity.update(latents, labels[batch])
+        counts = (latents > 0).sum(0)
+        active = counts if active is None else active + counts
+
+    assert active is not None  # there is at least one sample
+    return Evaluation(
+        monoscore=monoscore.compute(),
+        purity=None if purity is None else purity.compute(),
+        r2=r2.compute(),
+        l0=float(active.sum()) / len(x),
+        frequency=active / len(x),
+    )
+
+
+def _steps(count: int, batch_size: int, progress: bool) -> Any:
+    steps = range(0, count, batch_size)
+    if not progress:
+        return steps
+    try:
+        from tqdm.auto import tqdm
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "cli") from error
+    return tqdm(steps, desc="Evaluating", unit="batch")

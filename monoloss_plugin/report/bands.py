@@ -1,0 +1,51 @@
+"""Which samples show a latent over its whole range of activation."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class ActivationBands(NamedTuple):
+    """Samples that activate a latent, strongest first within each band."""
+
+    top: Tensor
+    middle: Tensor
+    bottom: Tensor
+    num_active: int
+    """How many samples activate the latent at all."""
+
+
+def activation_bands(activations: Tensor, count: int = 5) -> ActivationBands:
+    """Return the samples that activate a latent most, in the middle, and least.
+
+    Only positive activations count. With fewer than 3 ``count`` of them the bands overlap; with
+    fewer than ``count`` they are shorter.
+
+    Args:
+        activations: (N,) of one latent.
+        count: samples a band.
+
+    Raises:
+        ValueError: activations not of one latent, or count below 1.
+
+    Example:
+        >>> import torch
+        >>> bands = activation_bands(torch.tensor([0.0, 3.0, 1.0, 2.0]), count=1)
+        >>> bands.top.tolist(), bands.middle.tolist(), bands.bottom.tolist()
+        ([1], [3], [2])
+
+    Source: Nasiri-Sarvi et al. 2026, section 4.1, figures 3 and 5.
+    """
+    if activations.ndim != 1:
+        raise ValueError(
+            f"activations: expected (N,) of one latent, got shape {tuple(activations.shape)}"
+        )
+    if count < 1:
+        raise ValueError(f"count: expected at least 1, got {count}")
+    num_active = int((activations > 0).sum())
+    order = activations.argsort(descending=True, stable=True)[:num_active]
+    start = max(0, (num_active - count) // 2)
+    bottom = order[max(0, num_active - count) :]
+    return ActivationBands(order[:count], order[start : start + count], bottom, num_active)

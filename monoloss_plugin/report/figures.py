@@ -1,0 +1,109 @@
+"""The papers' figures with matplotlib; each returns a Figure to save or show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from monoloss_plugin._optional import missing_extra
+from monoloss_plugin.report.bands import activation_bands
+
+try:
+    from matplotlib.figure import Figure, SubFigure
+except ModuleNotFoundError as error:
+    raise missing_extra(error, "report") from error
+
+_COLOURS = ("#7f7f7f", "#d1495b", "#00798c", "#edae49")
+
+
+@dataclass(frozen=True)
+class LatentRow:
+    """One latent to show."""
+
+    title: str
+    activations: Tensor
+    """(N,) over the images."""
+
+
+def curves_figure(
+    curves: Mapping[str, Sequence[Tensor]], *, ylabel: str = "MonoScore", title: str = ""
+) -> Figure:
+    """Draw sorted MonoScore curves: latents by decreasing score against their normalized index.
+
+    Args:
+        curves: for each name the (M,) curve of each run (:meth:`MonoScoreResult.curve`): every
+            run as a thin line, their mean as a thick one.
+        ylabel: of the vertical axis.
+        title: of the figure.
+
+    Raises:
+        ValueError: a name without curves.
+
+    Source: Nasiri-Sarvi et al. 2026, appendix D, figures 26 to 28.
+    """
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, runs) in enumerate(curves.items()):
+        if not runs:
+            raise ValueError(f"curves: expected at least one run of {name!r}, got none")
+        colour = _COLOURS[i % len(_COLOURS)]
+        stacked = torch.stack([run.detach().cpu().double() for run in runs])
+        index = torch.linspace(0, 1, stacked.shape[1])
+        for run in stacked:
+            axes.plot(index, run, color=colour, linewidth=0.6, alpha=0.5)
+        axes.plot(index, stacked.mean(0), color=colour, linewidth=2.2, label=name)
+    axes.set_xlabel("latent index, normalized (sorted by score)")
+    axes.set_ylabel(ylabel)
+    axes.set_xlim(0, 1)
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def activating_images_figure(
+    pairs: Sequence[tuple[LatentRow, LatentRow]], images: Tensor, *, count: int = 5, title: str = ""
+) -> Figure:
+    """Draw, for pairs of latents side by side, their top, middle and bottom activating images.
+
+    Args:
+        pairs: two latents each (such as one without and one with MonoLoss), over the same images.
+        images: (N, H, W) grey or (N, H, W, 3) colour.
+        count: images a band.
+        title: of the figure.
+
+    Raises:
+        ValueError: no pairs.
+
+    Source: Nasiri-Sarvi et al. 2026, figures 3 and 5.
+    """
+    if not pairs:
+        raise ValueError("pairs: expected at least one pair of latents, got none")
+    heading, height = 0.35, 2.35  # inches
+    figure = Figure(figsize=(2 * (0.62 * count + 0.9), heading + height * len(pairs)))
+    halves = figure.subfigures(2, 1, height_ratios=(heading, height * len(pairs)), squeeze=False)
+    top, body = halves[:, 0]
+    top.suptitle(title, fontsize=11, y=0.7)
+    panels = body.subfigures(len(pairs), 2, squeeze=False)
+    for panel_row, pair in zip(panels, pairs, strict=True):
+        for panel, row in zip(panel_row, pair, strict=True):
+            _draw_bands(panel, row, images, count)
+    return figure
+
+
+def _draw_bands(panel: SubFigure, row: LatentRow, images: Tensor, count: int) -> None:
+    bands = activation_bands(row.activations, count)
+    panel.suptitle(f"{row.title}, active on {bands.num_active}", fontsize=8, y=0.93)
+    grid = panel.subplots(3, count, squeeze=False)
+    panel.subplots_adjust(left=0.16, right=0.98, top=0.82, bottom=0.03, wspace=0.06, hspace=0.06)
+    for axes_row, name, members in zip(grid, ("top", "middle", "bottom"), bands[:3], strict=True):
+        axes_row[0].text(
+            -0.15, 0.5, name, fontsize=7, ha="right", va="center", transform=axes_row[0].transAxes
+        )
+        for i, axes in enumerate(axes_row):
+            axes.set_axis_off()
+            if i < len(members):
+                axes.imshow(images[members[i]].cpu(), cmap="gray")

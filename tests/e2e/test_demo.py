@@ -1,0 +1,113 @@
+"""``monoloss demo`` as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sae_lens import SAE
+from typer.testing import CliRunner
+
+from monoloss_plugin import cli
+from monoloss_plugin.demo import dictionaries
+
+
+@pytest.fixture(scope="module")
+def full_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """One seed of the real thing, in a process of its own."""
+    out = tmp_path_factory.mktemp("demo")
+    command = [sys.executable, "-c", "from monoloss_plugin.cli import main; main()", "demo"]
+    done = subprocess.run(
+        [*command, "--seeds", "1", "--out", str(out)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_monoloss_makes_held_out_latents_more_monosemantic_and_pure(full_run) -> None:
+    out, _ = full_run
+    results = json.loads((out / "results.json").read_text())
+    (without,), (with_loss,) = (results["summaries"][run] for run in ("without", "with"))
+    assert with_loss["monoscore"] > without["monoscore"] + 0.05
+    assert with_loss["monoscore_defined"] > without["monoscore_defined"] + 0.05
+    assert with_loss["purity_binary"] > without["purity_binary"] + 0.05
+    assert with_loss["r2"] > without["r2"] - 0.02
+    assert results["encoder_accuracy"] > 0.85
+
+
+def test_the_table_shows_what_the_results_say(full_run) -> None:
+    out, printed = full_run
+    results = json.loads((out / "results.json").read_text())
+    for label in ("R²", "MonoScore, defined", "purity, binary", "L0", "dead latents", "seconds"):
+        assert label in printed
+    for run in ("without", "with"):
+        assert f"{results['summaries'][run][0]['purity_binary']:.3f} ± 0.000" in printed
+
+
+def test_pictures_and_dictionaries_are_left(full_run) -> None:
+    out, _ = full_run
+    for name in ("curves.png", "same_rank.png", "same_latent.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    sae = SAE.load_from_disk(out / "seed-0" / "with")
+    assert sae.cfg.metadata.monoloss["terms"]["monoloss"]["lam"] == 3e-3
+    assert SAE.load_from_disk(out / "seed-0" / "without").cfg.metadata.monoloss is None
+
+
+@pytest.mark.parametrize("arch", [a for a in cli.ARCHITECTURES if a != "batchtopk"])
+def test_every_architecture_runs(arch, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(dictionaries, "_STEPS", 100)
+    result = CliRunner().invoke(
+        cli.app, ["demo", "--arch", arch, "--seeds", "1", "--out", str(tmp_path)]
+    )
+    assert result.exit_code == 0, result.output
+    summaries = json.loads((tmp_path / "results.json").read_text())["summaries"]
+    assert summaries["with"][0]["monoscore"] != summaries["without"][0]["monoscore"]
+
+
+def test_regularizers_alone_and_over_two_seeds(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(dictionaries, "_STEPS", 100)
+    arguments = ["demo", "--lam", "0", "--seeds", "2", "--out", str(tmp_path)]
+    arguments += ["--regularizer", "off-support-l1=0.5", "--regularizer", "l1_l2_ratio"]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [(term["name"], term["lam"]) for term in results["terms"]] == [
+        ("off_support_l1", 0.5),
+        ("l1_l2_ratio", 0.02),
+    ]
+    assert len(results["summaries"]["with"]) == 2
+
+
+def test_the_lists_of_the_command_and_the_demo_agree() -> None:
+    assert list(cli.ARCHITECTURES) == list(dictionaries.ARCHITECTURES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--arch", "sigmoid"], "expected one of batchtopk"),
+        (["--lam", "-1"], "lam: expected a finite weight"),
+        (["--lam", "nan"], "lam: expected a finite weight"),
+        (["--lam", "0"], "nothing to compare"),
+        (["--seeds", "0"], "greater than or equal to 1"),
+        (["--regularizer", "l3"], "got 'l3'"),
+        (["--regularizer", "l1_l2_ratio=much"], "could not convert"),
+        (["--regularizer", "l1_l2_ratio", "--regularizer", "l1_l2_ratio"], "each regularizer once"),
+        (["--arch", "jumprelu", "--regularizer", "l1_l2_ratio"], "needs a Top-k selection"),
+    ],
+)
+def test_bad_options_are_named_before_any_work(arguments, said, tmp_path) -> None:
+    result = CliRunner().invoke(
+        cli.app, ["demo", *arguments, "--out", str(tmp_path / "out")], env={"COLUMNS": "200"}
+    )
+    assert result.exit_code == 2
+    assert said in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_and_version() -> None:
+    assert "Compare SAEs" in CliRunner().invoke(cli.app, ["demo", "--help"]).output
+    assert CliRunner().invoke(cli.app, ["--version"]).output.strip() == "0.1.0"

@@ -1,0 +1,103 @@
+"""The package as it is installed: a wheel, a light import, helpful errors without extras."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SITE_PACKAGES = sysconfig.get_paths()["purelib"]
+
+
+def run(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from the sdist, as a release is."""
+    out = tmp_path_factory.mktemp("dist")
+    built = run(sys.executable, "-m", "build", "--no-isolation", "-o", out, ROOT, cwd=out)
+    assert built.returncode == 0, built.stdout + built.stderr
+    return next(out.glob("*.whl"))
+
+
+def test_the_wheel_has_every_module_and_the_adapters_once(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert len(names) == len(set(names))
+    packaged = {name for name in names if name.endswith(".py")}
+    sources = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "monoloss_plugin").rglob("*.py")
+        if "adapters" not in path.parts
+    }
+    adapters = {f"monoloss_plugin/{p.relative_to(ROOT)}" for p in (ROOT / "adapters").glob("*.py")}
+    assert packaged == sources | adapters
+    assert "monoloss_plugin/py.typed" in names
+
+
+def test_the_wheel_works_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None:
+    venv.create(tmp_path / "env", with_pip=True)
+    python = tmp_path / "env" / "bin" / "python"
+    installed = run(
+        python, "-m", "pip", "install", "-q", "--no-index", "--no-deps", wheel, cwd=tmp_path
+    )
+    assert installed.returncode == 0, installed.stderr
+    # torch and SAELens as this environment has them; a path does not activate editable installs.
+    (site,) = (tmp_path / "env").glob("lib/python*/site-packages")
+    (site / "shared.pth").write_text(SITE_PACKAGES + "\n")
+    check = (
+        "import monoloss_plugin, monoloss_plugin.adapters.sae_lens as adapter\n"
+        "from sae_lens import SAETrainer\n"
+        "assert SAETrainer.add_loss is adapter.add_loss\n"
+        "print(monoloss_plugin.__file__, adapter.__file__)\n"
+    )
+    result = run(python, "-c", check, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for path in result.stdout.split():
+        assert Path(path).is_relative_to(tmp_path / "env")
+    command = run(tmp_path / "env" / "bin" / "monoloss", "--version", cwd=tmp_path)
+    assert command.stdout.strip() == "0.1.0"
+
+
+def test_the_core_imports_torch_alone_and_little_beside_it() -> None:
+    check = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import monoloss_plugin\n"
+        "print(*{m.split('.')[0] for m in set(sys.modules) - before})\n"
+    )
+    result = run(sys.executable, "-c", check, cwd=ROOT)
+    hosts = {"sae_lens", "transformers", "timm", "datasets", "torchmetrics", "matplotlib", "typer"}
+    assert result.returncode == 0, result.stderr
+    assert hosts.isdisjoint(result.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("module", "missing", "extra"),
+    [
+        ("monoloss_plugin.adapters.sae_lens", "sae_lens", "sae-lens"),
+        ("monoloss_plugin.report", "matplotlib", "report"),
+        ("monoloss_plugin.demo.digits", "timm", "demo"),
+    ],
+)
+def test_a_missing_host_names_the_extra_to_install(module, missing, extra) -> None:
+    check = f"import sys; sys.modules[{missing!r}] = None; import {module}"
+    result = run(sys.executable, "-c", check, cwd=ROOT)
+    assert result.returncode != 0
+    assert f"pip install 'monoloss_plugin[{extra}]'" in result.stderr.splitlines()[-1]
+
+
+def test_the_command_without_its_extra_says_so_without_a_traceback() -> None:
+    check = "import sys; sys.modules['typer'] = None; import monoloss_plugin.cli"
+    result = run(sys.executable, "-c", check, cwd=ROOT)
+    assert result.returncode == 1
+    assert result.stderr.strip() == (
+        "monoloss: needs typer, which is not installed: pip install 'monoloss_plugin[cli]'"
+    )

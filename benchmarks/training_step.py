@@ -78,9 +78,8 @@ def main() -> None:
             if round_number > 0:  # the first warms up
                 times[name].append(seconds)
 
-    print(
-        f"{platform.machine()}, {torch.get_num_threads()} threads, {options.device}, torch {torch.__version__}"
-    )
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    print(f"{machine}, {options.device}, torch {torch.__version__}")
     print(
         f"BatchTopK step: batch {options.batch}, d_in {options.d_in}, d_sae {options.d_sae}, "
         f"k {options.k}; {options.rounds} rounds"

@@ -52,7 +52,7 @@ def demo(
     regularizer: Annotated[
         list[str] | None,
         typer.Option(
-            help="Top-k regularizer to add, as NAME or NAME=LAM (LAM 0.02 by default): "
+            help="Top-k regularizer to add, as NAME or NAME=LAM (LAM 0.002 by default): "
             f"{', '.join(REGULARIZERS)}. May be given twice."
         ),
     ] = None,
@@ -126,7 +126,7 @@ def _terms(lam: float, regularizers: list[str]) -> list[LossTerm]:
                 param_hint="--regularizer",
             )
         try:
-            terms.append(term(lam=float(weight or 0.02)))
+            terms.append(term(lam=float(weight or 0.002)))
         except ValueError as error:
             raise typer.BadParameter(str(error), param_hint="--regularizer") from error
     if not terms:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from monoloss_plugin import functional
 from monoloss_plugin.kernels.dense import batch_scores
@@ -296,3 +297,18 @@ def test_purity_names_what_is_wrong() -> None:
         functional.class_purity(a, torch.arange(3), num_classes=3)
     with pytest.raises(ValueError, match="latents: contains NaN"):
         functional.class_purity(a.fill_(math.nan), torch.arange(4), num_classes=4)
+
+
+def test_no_training_step_waits_for_the_device() -> None:
+    """Fake tensors have shapes and no values: whatever reads one (a sync on a GPU) raises."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        a = torch.rand(64, 1000, requires_grad=True)
+        e = torch.rand(64, 16)
+        selected = a.detach() > 0.5
+        loss = functional.monoloss(a, e)
+        loss = loss + functional.off_support_l1(a, selected) + functional.l1_l2_ratio(a, selected)
+        loss.backward()
+        with pytest.raises(DataDependentOutputException):
+            loss.item()
+    assert a.grad is not None
+    assert a.grad.shape == (64, 1000)

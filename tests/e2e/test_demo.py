@@ -76,7 +76,7 @@ def test_regularizers_alone_and_over_two_seeds(tmp_path, monkeypatch) -> None:
     results = json.loads((tmp_path / "results.json").read_text())
     assert [(term["name"], term["lam"]) for term in results["terms"]] == [
         ("off_support_l1", 0.5),
-        ("l1_l2_ratio", 0.02),
+        ("l1_l2_ratio", 0.002),
     ]
     assert len(results["summaries"]["with"]) == 2
 

@@ -10,7 +10,7 @@ Importing this module is the opt-in: it gives ``SAETrainer`` and ``MultiSAETrain
 A term attaches to one SAE instance, at the two methods that the host itself calls:
 ``training_forward_pass``, whose output carries the loss and what is logged, and
 ``get_coefficients``, from which the host builds its coefficient schedules. The host's classes and
-other SAEs stay as they are. Works with SAELens 6.
+other SAEs stay as they are. Works with SAELens 6.53.1 and later 6.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ RUNS = ("without", "with")
 
 MEASURES: dict[str, str] = {
     "r2": "R²",
-    "monoscore": "MonoScore, all latents (undefined count 0)",
+    "monoscore": "MonoScore, undefined counting 0",
     "monoscore_defined": "MonoScore, defined latents",
     "defined_share": "share of latents defined",
     "purity_binary": "class purity, binary",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,8 +51,8 @@ def curves_figure(
         if not runs:
             raise ValueError(f"curves: expected at least one run of {name!r}, got none")
         colour = _COLOURS[i % len(_COLOURS)]
-        stacked = torch.stack([run.detach().cpu().double() for run in runs])
-        index = torch.linspace(0, 1, stacked.shape[1])
+        stacked = torch.stack([run.detach().cpu().double() for run in runs]).numpy()
+        index = np.linspace(0, 1, stacked.shape[1])
         for run in stacked:
             axes.plot(index, run, color=colour, linewidth=0.6, alpha=0.5)
         axes.plot(index, stacked.mean(0), color=colour, linewidth=2.2, label=name)
@@ -106,4 +107,4 @@ def _draw_bands(panel: SubFigure, row: LatentRow, images: Tensor, count: int) ->
         for i, axes in enumerate(axes_row):
             axes.set_axis_off()
             if i < len(members):
-                axes.imshow(images[members[i]].cpu(), cmap="gray")
+                axes.imshow(images[members[i]].cpu().numpy(), cmap="gray")

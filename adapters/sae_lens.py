@@ -197,6 +197,7 @@ class _Attachment:
     scaler: ActivationScaler | None = None
     mean_square_norm: float | None = None
     announced: set[str] = field(default_factory=set)
+    last_step: int = 0
 
     def inner(self, sae: TrainingSAE[Any], method: str) -> Callable[..., Any]:
         """The host's method beneath ours: an instance attribute (a compiled one) or the class's."""
@@ -382,6 +383,10 @@ def _add_terms(
     """Add every term to the output's loss, losses and metrics."""
     if not attachment.terms:
         return
+    if step_input.n_training_steps < attachment.last_step:  # another run, perhaps on other data
+        attachment.mean_square_norm = None
+        attachment.announced.clear()
+    attachment.last_step = step_input.n_training_steps
     latents = as_rows(output.feature_acts, "feature_acts")
     inputs = as_rows(output.sae_in, "sae_in")
     for name, attached in attachment.terms.items():

@@ -89,8 +89,17 @@ def test_blocks_of_columns_do_not_change_the_result() -> None:
         (torch.full((6, 4), 2.0), torch.randn(6, 3)),
         (torch.rand(1, 4), torch.randn(1, 3)),
         (torch.eye(4), torch.randn(4, 3)),
+        (torch.rand(0, 4), torch.randn(0, 3)),
+        (torch.rand(5, 0), torch.randn(5, 3)),
     ],
-    ids=["no latent active", "constant latents", "a batch of one", "one sample a latent"],
+    ids=[
+        "no latent active",
+        "constant latents",
+        "a batch of one",
+        "one sample a latent",
+        "no samples",
+        "no latents",
+    ],
 )
 def test_loss_of_a_batch_without_a_defined_latent_is_one_with_zero_gradient(
     latents: Tensor, embeddings: Tensor

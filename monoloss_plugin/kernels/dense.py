@@ -51,6 +51,9 @@ def batch_scores(latents: Tensor, embeddings: Tensor) -> BatchScores:
         embeddings: (B, d); constants.
     """
     dtype = torch.promote_types(latents.dtype, torch.float32)
+    if latents.numel() == 0:  # no samples or no latents: nothing is defined
+        nothing = latents.to(dtype).sum(0)
+        return BatchScores(nothing, torch.zeros_like(nothing, dtype=torch.bool))
     with torch.autocast(latents.device.type, enabled=False):
         h, q = unit_rows(embeddings, dtype)
         scores, defined = _DenseScores.apply(latents, h, q)

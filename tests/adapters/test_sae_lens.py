@@ -293,6 +293,15 @@ def test_lam_follows_the_host_s_own_input_scaling(images):
     assert weights_seen[0].metrics["monoloss_weight"] == pytest.approx(3e-4 * 64 * 64, rel=1e-4)
 
 
+def test_a_new_run_of_the_same_sae_measures_its_own_inputs(images):
+    sae = make_sae("topk")
+    add_loss(sae, MonoLoss(lam=3e-4))
+    make_trainer(sae, stream(images), steps=3).fit()
+    trainer = make_trainer(sae, stream(images * 10), steps=3)
+    output = trainer.step(images[:BATCH] * 10)
+    assert output.metrics["monoloss_weight"] == pytest.approx(3e-4 * 64 * 100, rel=1e-5)
+
+
 def test_proportional_terms_and_nested_widths_have_their_own_factor(images):
     x = images[:BATCH] * 10
     topk, nested = make_sae("topk"), make_sae("matryoshka_batchtopk")

@@ -9,13 +9,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from monoloss_plugin.demo.dictionaries import NUM_LATENTS, train_dictionary
 from monoloss_plugin.demo.digits import DigitFeatures, digit_features
+from monoloss_plugin.demo.pictures import (
+    BAND,
+    Scored,
+    pairs_of_the_same_latent,
+    pairs_of_the_same_rank,
+)
 from monoloss_plugin.evaluation import Evaluation, evaluate
 from monoloss_plugin.losses import LossTerm
-from monoloss_plugin.report import LatentRow, activating_images_figure, curves_figure
+from monoloss_plugin.report import activating_images_figure, curves_figure
 
 from sae_lens import SAE  # isort: skip  # after the adapter, whose error names the extra
 
@@ -33,9 +38,6 @@ MEASURES: dict[str, str] = {
     "seconds": "training, seconds",
 }
 """What the demo reports, and how it calls it."""
-
-_RANKS = (0.1, 0.4, 0.7)
-"""Where in the ranking of defined latents to look, as in figure 5 of the MonoLoss paper."""
 
 
 @dataclass(frozen=True)
@@ -119,47 +121,26 @@ def dictionary_folder(out: Path, seed: int, run: str) -> Path:
 def _draw(
     result: DemoResult, data: DigitFeatures, evaluations: dict[str, list[Evaluation]], out: Path
 ) -> None:
+    """Write the figures; where there is nothing to draw, take the file off the result."""
     name = " + ".join(str(term["name"]) for term in result.terms)
-    labels = {"without": f"without {name}", "with": f"with {name}"}
-    curves = {labels[run]: [e.monoscore.curve() for e in evaluations[run]] for run in RUNS}
+    curves = {f"{run} {name}": [e.monoscore.curve() for e in evaluations[run]] for run in RUNS}
     figure = curves_figure(curves, title=f"{result.architecture} SAE, held-out digits")
     figure.savefig(result.files["curves"], dpi=150)
 
-    x = data.features[data.held_out]
-    images = data.images[data.held_out]
-    scores: dict[str, Tensor] = {}
-    acts: dict[str, Tensor] = {}
+    scored = []
     for run in RUNS:
-        scores[run] = evaluations[run][0].monoscore.scores
+        sae = SAE.load_from_disk(dictionary_folder(out, result.seeds[0], run))
         with torch.no_grad():
-            acts[run] = SAE.load_from_disk(dictionary_folder(out, result.seeds[0], run)).encode(x)
-
-    def row(run: str, latent: int, where: str) -> LatentRow:
-        title = f"{run}: {where}, score {float(scores[run][latent]):.2f}"
-        return LatentRow(title, acts[run][:, latent])
-
-    def pair(latents: dict[str, int], where: str) -> tuple[LatentRow, LatentRow]:
-        return row("without", latents["without"], where), row("with", latents["with"], where)
-
-    ranked = {run: scores[run].argsort(descending=True) for run in RUNS}
-    num_ranked = min(evaluations[run][0].monoscore.num_defined for run in RUNS)
-    same_rank = []
-    for share in _RANKS:
-        rank = int(share * num_ranked)
-        same_rank.append(pair({run: int(ranked[run][rank]) for run in RUNS}, f"rank {rank}"))
-    title = f"{name}: latents of the same rank by MonoScore"
-    activating_images_figure(same_rank, images, title=title).savefig(
-        result.files["same rank"], dpi=150
-    )
-
-    both = torch.stack([evaluations[run][0].monoscore.defined for run in RUNS]).all(0)
-    shared = [int(latent) for latent in ranked["without"] if both[latent]]
-    picks = [shared[int(share * len(shared))] for share in _RANKS] if shared else []
-    same_latent = [pair(dict.fromkeys(RUNS, latent), f"latent {latent}") for latent in picks]
-    if same_latent:
-        title = f"{name}: the same latent in both dictionaries"
-        activating_images_figure(same_latent, images, title=title).savefig(
-            result.files["same latent"], dpi=150
+            activations = sae.encode(data.features[data.held_out])
+        scored.append(Scored(run, evaluations[run][0].monoscore, activations))
+    for file, pairs, title in (
+        ("same rank", pairs_of_the_same_rank(*scored), "latents of the same rank by MonoScore"),
+        ("same latent", pairs_of_the_same_latent(*scored), "the same latent in both dictionaries"),
+    ):
+        if not pairs:
+            result.files.pop(file)
+            continue
+        figure = activating_images_figure(
+            pairs, data.images[data.held_out], count=BAND, title=f"{name}: {title}"
         )
-    else:
-        result.files.pop("same latent")
+        figure.savefig(result.files[file], dpi=150)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from monoloss_plugin._checks import require_finite
+from monoloss_plugin._chunks import row_chunks
 from monoloss_plugin.embeddings import unit_rows
 
 DEFINED_ABOVE = 1e-12
@@ -30,9 +31,6 @@ DEFINED_ABOVE = 1e-12
 
 Below it the difference is rounding noise of float64 sums.
 """
-
-_CHUNK_ELEMENTS = 1 << 23
-"""Rows are taken up in chunks of about this many activations: 64 MiB in float64."""
 
 
 class Moments:
@@ -88,10 +86,9 @@ class Moments:
 
         self.lower_to_(torch.minimum(self.lowest, batch_lowest.double()))
         self.highest = torch.maximum(self.highest, batch_highest.double())
-        rows = max(1, _CHUNK_ELEMENTS // self.num_latents)
-        for start in range(0, len(latents), rows):
-            a = latents[start : start + rows].to(torch.float64, copy=True).sub_(self.lowest)
-            h, q = unit_rows(embeddings[start : start + rows], torch.float64)
+        for chunk in row_chunks(len(latents), self.num_latents):
+            a = latents[chunk].to(torch.float64, copy=True).sub_(self.lowest)
+            h, q = unit_rows(embeddings[chunk], torch.float64)
             self.n += len(a)
             self.sum_q += q.sum()
             self.sum_h += h.sum(0)

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from monoloss_plugin._checks import as_rows, require_finite
-
-_CHUNK_ELEMENTS = 1 << 23
-"""Rows are taken up in chunks of about this many activations: 64 MiB in float64."""
+from monoloss_plugin._chunks import row_chunks
 
 
 class Purity(NamedTuple):
@@ -82,10 +80,9 @@ class ClassSums:
         require_finite(a.amin(0), "latents")
         require_finite(a.amax(0), "latents")
 
-        rows = max(1, _CHUNK_ELEMENTS // num_latents)
-        for start in range(0, len(a), rows):
-            positive = a[start : start + rows].clamp(min=0)
-            classes = y[start : start + rows]
+        for chunk in row_chunks(len(a), num_latents):
+            positive = a[chunk].clamp(min=0)
+            classes = y[chunk]
             self.counts.index_add_(0, classes, (positive > 0).to(torch.int32))
             self.activations.index_add_(0, classes, positive.double())
 

@@ -212,3 +212,11 @@ def test_purity_of_a_thousand_classes_stays_within_its_stated_memory() -> None:
     purity = ClassPurity(1000)
     purity.update(torch.rand(4, 8192), torch.tensor([0, 999, 5, 5]))
     assert sum(t.nbytes for t in purity.state_dict().values()) == 12 * 1000 * 8192
+
+
+def test_a_batch_larger_than_a_chunk_gives_the_same_sums(monkeypatch, embeddings: Tensor) -> None:
+    a, labels = CASES["shifted"], torch.arange(40) % 4
+    whole, purity = functional.monoscore(a, embeddings), functional.class_purity(a, labels, 4)
+    monkeypatch.setattr("monoloss_plugin._chunks._ELEMENTS", 12 * 7)  # 7 rows a chunk
+    torch.testing.assert_close(functional.monoscore(a, embeddings), whole)
+    torch.testing.assert_close(functional.class_purity(a, labels, 4), purity)

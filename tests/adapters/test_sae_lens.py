@@ -615,15 +615,10 @@ def test_synthetic_runner_trains_with_the_term(tmp_path):
     assert record["terms"]["monoloss"]["lam"] == 0.01
 
 
-@pytest.mark.parametrize("normalize", ["none", "covariance_whitening"])
-def test_language_model_runner_trains_resumes_and_whitens(normalize, tmp_path, monkeypatch):
+@pytest.fixture
+def language_model():
+    """A tiny transformer and a tokenized dataset for it."""
     from datasets import Dataset
-    from sae_lens import (
-        LanguageModelSAERunnerConfig,
-        LanguageModelSAETrainingRunner,
-        TopKTrainingSAEConfig,
-    )
-    from sae_lens.config import LoggingConfig
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
     torch.manual_seed(0)
@@ -633,7 +628,56 @@ def test_language_model_runner_trains_resumes_and_whitens(normalize, tmp_path, m
         )
     )
     tokens = torch.randint(0, 40, (64, 16), generator=torch.Generator().manual_seed(1))
-    dataset = Dataset.from_dict({"tokens": tokens.tolist()})
+    return model, Dataset.from_dict({"tokens": tokens.tolist()})
+
+
+def test_multi_sae_runner_trains_the_chosen_saes(language_model, tmp_path):
+    from sae_lens import JumpReLUTrainingSAEConfig, TopKTrainingSAEConfig
+    from sae_lens.config import LoggingConfig
+    from sae_lens.multi_sae_training_runner import (
+        MultiSAETrainingRunner,
+        MultiSAETrainingRunnerConfig,
+    )
+
+    model, dataset = language_model
+    runner = MultiSAETrainingRunner(
+        MultiSAETrainingRunnerConfig(
+            saes={
+                "a": TopKTrainingSAEConfig(d_in=16, d_sae=32, k=4),
+                "b": JumpReLUTrainingSAEConfig(d_in=16, d_sae=32),
+            },
+            hook_names="blocks.0.hook_resid_post",
+            context_size=16,
+            training_tokens=6 * 64,
+            train_batch_size_tokens=64,
+            store_batch_size_prompts=4,
+            n_batches_in_buffer=4,
+            checkpoint_path=None,
+            output_path=str(tmp_path),
+            logger=LoggingConfig(log_to_wandb=False),
+        ),
+        override_model=model,
+        override_dataset=dataset,
+    )
+    add_loss(runner, MonoLoss(lam=0.01), warm_up_steps=3, saes=["b"])
+    runner.run()
+    assert SAE.load_from_disk(tmp_path / "a").cfg.metadata.monoloss is None
+    record = SAE.load_from_disk(tmp_path / "b").cfg.metadata.monoloss
+    assert record["terms"]["monoloss"]["warm_up_steps"] == 3
+
+
+@pytest.mark.parametrize("normalize", ["none", "covariance_whitening"])
+def test_language_model_runner_trains_resumes_and_whitens(
+    normalize, language_model, tmp_path, monkeypatch
+):
+    from sae_lens import (
+        LanguageModelSAERunnerConfig,
+        LanguageModelSAETrainingRunner,
+        TopKTrainingSAEConfig,
+    )
+    from sae_lens.config import LoggingConfig
+
+    model, dataset = language_model
 
     def runner(**options):
         return LanguageModelSAETrainingRunner(

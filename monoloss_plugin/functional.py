@@ -108,8 +108,8 @@ def monoloss(latents: Tensor, embeddings: Tensor) -> Tensor:
     L = 1 - (1/|K|) Σ_{k in K} MS_k, where K are the latents with a non-zero denominator in this
     batch; 1 where K is empty. The gradient in the latents is the closed form (see
     :mod:`monoloss_plugin.kernels.dense`); there is none in the embeddings. Sums are float32 or
-    wider under autocast, nothing waits for the device, and no normalised copy of the activations
-    is made. Values are not checked here: a NaN shows in the result.
+    wider under autocast, nothing waits for the device, and dense activations are never copied
+    whole. Values are not checked here: a NaN shows in the result.
 
     Args:
         latents: (B, M), floating; dense, or sparse COO.

@@ -8,8 +8,7 @@ and the sum of the column, with the opposite sign, on the rows that attain the m
 equally among them, as autograd does for ``amin``). MS does not depend on the maximum.
 
 Latents are taken in a few blocks of columns, so that what is rescaled, squared or cast exists for
-one block at a time: beside the caller's activations a forward pass holds an eighth of them, a
-backward pass the gradient and two eighths.
+one block of about an eighth at a time; only the gradient has the size of the activations.
 """
 
 from __future__ import annotations

@@ -108,11 +108,10 @@ def evaluate(
     for name, given in (("labels", labels), ("embeddings", embeddings)):
         if given is not None and len(given) != len(x):
             raise ValueError(f"{name}: expected {len(x)} rows to match features, got {len(given)}")
-    if labels is not None and num_classes is None:
-        num_classes = int(labels.max()) + 1
-
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     monoscore, r2 = MonoScore(), R2()
-    purity = None if num_classes is None else ClassPurity(num_classes)
+    purity = None if labels is None else ClassPurity(num_classes or int(labels.max()) + 1)
     active: Tensor | None = None
     for start in _steps(len(x), batch_size, progress):
         batch = slice(start, start + batch_size)

@@ -55,6 +55,7 @@ def test_another_similarity_space_and_no_labels(data) -> None:
     expected = functional.monoscore(sae.encode(x), other)
     torch.testing.assert_close(result.monoscore.scores.float(), expected)
     assert result.purity is None
+    assert evaluate(sae, x, num_classes=3).purity is None
     assert "purity_binary" not in result.summary()
 
 
@@ -64,6 +65,8 @@ def test_bad_input_is_named(data) -> None:
         evaluate(RandomDictionary(), x, labels[:-1])
     with pytest.raises(ValueError, match="features: expected at least one sample"):
         evaluate(RandomDictionary(), x[:0])
+    with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
+        evaluate(RandomDictionary(), x, batch_size=0)
     with pytest.raises(TypeError, match="features: expected a floating-point tensor"):
         evaluate(RandomDictionary(), labels.unsqueeze(1))
 

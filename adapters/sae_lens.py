@@ -120,9 +120,8 @@ def add_loss(
         {}
     """
     if not isinstance(loss, LossTerm):
-        raise TypeError(
-            f"loss: expected a loss term such as MonoLoss(lam=3e-4), got {type(loss).__name__}"
-        )
+        got = f"the class {loss.__name__}" if isinstance(loss, type) else type(loss).__name__
+        raise TypeError(f"loss: expected a loss term such as MonoLoss(lam=3e-4), got {got}")
     if isinstance(warm_up_steps, bool) or not isinstance(warm_up_steps, int) or warm_up_steps < 0:
         raise ValueError(f"warm_up_steps: expected an integer of at least 0, got {warm_up_steps!r}")
 

@@ -26,15 +26,17 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from monoloss_plugin._checks import as_rows
 from monoloss_plugin._optional import missing_extra
+from monoloss_plugin.kernels.batch import GradientAt
 from monoloss_plugin.losses import LossTerm, StepTensors, lam_factor
 
 try:
     from sae_lens import (
         AbsTopKTrainingSAE,
+        JumpReLUTrainingSAE,
         LanguageModelSAETrainingRunner,
         MatryoshkaBatchTopKTrainingSAE,
         SAETrainer,
@@ -43,7 +45,9 @@ try:
     )
     from sae_lens.constants import SAE_CFG_FILENAME, TRAINER_STATE_FILENAME
     from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
+    from sae_lens.saes.batchtopk_sae import BatchTopK
     from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepOutput
+    from sae_lens.saes.topk_sae import TopK
     from sae_lens.synthetic import SyntheticSAERunner
     from sae_lens.training.activation_scaler import ActivationScaler
     from sae_lens.training.multi_sae_trainer import MultiSAETrainer
@@ -386,7 +390,7 @@ def _add_terms(
         attachment.mean_square_norm = None
         attachment.announced.clear()
     attachment.last_step = step_input.n_training_steps
-    latents = as_rows(output.feature_acts, "feature_acts")
+    latents = as_rows(output.feature_acts, "feature_acts", keep_sparse=True)
     inputs = as_rows(output.sae_in, "sae_in")
     for name, attached in attachment.terms.items():
         if name in output.losses:
@@ -404,7 +408,10 @@ def _add_terms(
                     if term.needs_embeddings
                     else inputs,
                     as_rows(output.hidden_pre, "hidden_pre") if term.needs_selection else None,
-                    latents.detach() != 0 if term.needs_selection else None,
+                    as_rows(latents.detach(), "feature_acts") != 0
+                    if term.needs_selection
+                    else None,
+                    _gradient_at(sae, output.hidden_pre) if term.needs_embeddings else "all",
                 )
             )
             weighted = weight * value
@@ -413,6 +420,20 @@ def _add_terms(
         output.losses[name] = weighted
         output.metrics.update(metrics)
         output.metrics[f"{name}_weight"] = weight
+
+
+def _gradient_at(sae: TrainingSAE[Any], hidden_pre: Tensor) -> GradientAt:
+    """Which latents pass a gradient on, as far as SAELens's own architectures tell."""
+    if not type(sae).__module__.startswith("sae_lens."):
+        return "all"
+    if isinstance(sae, JumpReLUTrainingSAE):
+        # The straight-through estimator passes gradients within half a bandwidth of the
+        # threshold, and so to the threshold itself. A little wider does no harm.
+        pre_acts, threshold = as_rows(hidden_pre, "hidden_pre").detach(), sae.threshold.detach()
+        band: Tensor = (pre_acts - threshold).abs() <= 0.5001 * sae.bandwidth
+        return band
+    passes_where_active = isinstance(sae.activation_fn, (nn.ReLU, TopK, BatchTopK))
+    return "active" if passes_where_active else "all"
 
 
 def _coefficient(step_input: TrainStepInput, attached: _Attached) -> float:

@@ -6,10 +6,15 @@ import torch
 from torch import Tensor
 
 
-def as_rows(tensor: Tensor, name: str) -> Tensor:
-    """Return ``tensor`` (..., width) as (rows, width); a sparse one becomes dense.
+def as_rows(tensor: Tensor, name: str, *, keep_sparse: bool = False) -> Tensor:
+    """Return ``tensor`` (..., width) as (rows, width), dense.
 
     Only shape and dtype are looked at, never values, so that no check makes an accelerator wait.
+
+    Args:
+        tensor: (..., width).
+        name: of the argument, for the error.
+        keep_sparse: leave sparse COO rows as they are.
 
     Raises:
         TypeError: not a floating-point tensor.
@@ -24,18 +29,24 @@ def as_rows(tensor: Tensor, name: str) -> Tensor:
             f"{name}: expected at least 2 dimensions (samples, width), got shape "
             f"{tuple(tensor.shape)}"
         )
+    if keep_sparse and tensor.layout == torch.sparse_coo and tensor.sparse_dim() == 2:
+        return tensor
     # A COO tensor's _values() carries no gradient; to_dense() does.
     dense = tensor if tensor.layout == torch.strided else tensor.to_dense()
     return dense.flatten(0, -2)
 
 
-def paired_rows(latents: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+def paired_rows(
+    latents: Tensor, embeddings: Tensor, *, keep_sparse: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return latents as (N, M) and embeddings as (N, d), one row for each sample.
+
+    With ``keep_sparse``, latents that are sparse COO stay so.
 
     Raises:
         TypeError, ValueError: as :func:`as_rows`, or the leading dimensions differ.
     """
-    latent_rows = as_rows(latents, "latents")
+    latent_rows = as_rows(latents, "latents", keep_sparse=keep_sparse)
     embedding_rows = as_rows(embeddings, "embeddings")
     if latents.shape[:-1] != embeddings.shape[:-1]:
         wanted = ", ".join(str(size) for size in latents.shape[:-1])
@@ -48,6 +59,11 @@ def paired_rows(latents: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
             f"embeddings: expected on {latents.device} with the latents, got {embeddings.device}"
         )
     return latent_rows, embedding_rows
+
+
+def looks_are_free(tensor: Tensor) -> bool:
+    """Say whether a value may be read to choose a way: not where a device would have to wait."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def require_finite(statistic: Tensor, name: str) -> None:

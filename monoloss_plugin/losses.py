@@ -20,7 +20,7 @@ from torch import Tensor
 from monoloss_plugin import functional
 from monoloss_plugin._checks import paired_rows, require_choice
 from monoloss_plugin.functional import Units
-from monoloss_plugin.kernels.dense import batch_scores
+from monoloss_plugin.kernels.batch import GradientAt, batch_scores
 
 LamUnits = Literal["mse", "nmse", "raw"]
 """The reconstruction loss that a weight is measured against.
@@ -36,13 +36,15 @@ class StepTensors(NamedTuple):
     """What a host offers a term in one training step."""
 
     latents: Tensor
-    """(B, M) activations."""
+    """(B, M) activations, dense or sparse COO."""
     embeddings: Tensor
     """(B, d) similarity space of the same samples."""
     pre_acts: Tensor | None = None
     """(B, M) activations before the Top-k selection, where the architecture has one."""
     selected: Tensor | None = None
     """(B, M) bool: the entries that the selection keeps."""
+    gradient_at: GradientAt = "all"
+    """Which latents pass a gradient on: "all", "active", or the active ones and a (B, M) mask."""
 
 
 class TermValue(NamedTuple):
@@ -139,12 +141,19 @@ class MonoLoss(LossTerm):
     def needs_nonnegative(self) -> bool:
         return True
 
-    def __call__(self, latents: Tensor, embeddings: Tensor) -> Tensor:
-        """Return ``lam * MonoLoss`` of latents (B, M) and embeddings (B, d)."""
-        return self.lam * functional.monoloss(latents, embeddings)
+    def __call__(
+        self, latents: Tensor, embeddings: Tensor, *, gradient_at: GradientAt = "all"
+    ) -> Tensor:
+        """Return ``lam * MonoLoss`` of latents (B, M) and embeddings (B, d).
+
+        Give ``gradient_at="active"`` for latents from a ReLU, TopK or BatchTopK: the same loss,
+        many times faster on a CPU (see :func:`functional.monoloss`).
+        """
+        return self.lam * functional.monoloss(latents, embeddings, gradient_at=gradient_at)
 
     def evaluate(self, step: StepTensors) -> TermValue:
-        batch = batch_scores(*paired_rows(step.latents, step.embeddings))
+        latents, embeddings = paired_rows(step.latents, step.embeddings, keep_sparse=True)
+        batch = batch_scores(latents, embeddings, step.gradient_at)
         value = functional.monoloss_of(batch)
         prefix = "" if self.name == "monoloss" else f"{self.name}_"
         metrics = {

@@ -13,86 +13,69 @@ one block of about an eighth at a time; only the gradient has the size of the ac
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from monoloss_plugin.embeddings import unit_rows
+from monoloss_plugin.kernels.statistics import BatchScores, Range, Statistics
 
 _BLOCKS = 8
 _NARROWEST_BLOCK = 256
-_DEFINED_ABOVE = {torch.float32: 1e-5, torch.float64: 1e-12}
-"""Smallest den of activations rescaled to [0, 1] that is more than rounding noise.
-
-den is small only where one sample holds nearly all of a latent's activation: u² - v and ||w||² - t
-then cancel, and at 1e-5 a float32 score is still good to about one percent.
-"""
 
 
-class BatchScores(NamedTuple):
-    """MonoScore of each latent over one batch."""
-
-    scores: Tensor
-    """(M,), 0 where undefined; differentiable in the latents."""
-    defined: Tensor
-    """(M,) bool: the latent has a score in this batch."""
-
-
-def batch_scores(latents: Tensor, embeddings: Tensor) -> BatchScores:
-    """Return MonoScore over a batch, differentiable in ``latents`` by the closed form.
-
-    Sums are taken in float32, or in float64 where the latents are float64, whatever autocast says.
-    Nothing here waits for the device.
+def dense_statistics(latents: Tensor, h: Tensor, q: Tensor) -> Statistics:
+    """Return the statistics of latents (B, M), from one matrix product.
 
     Args:
-        latents: (B, M) dense.
-        embeddings: (B, d); constants.
+        latents: (B, M), neither empty.
+        h: (B, d) unit embeddings, in the dtype of the sums.
+        q: (B,): ||h||².
     """
-    dtype = torch.promote_types(latents.dtype, torch.float32)
-    if latents.numel() == 0:  # no samples or no latents: nothing is defined
-        nothing = latents.to(dtype).sum(0)
-        return BatchScores(nothing, torch.zeros_like(nothing, dtype=torch.bool))
-    with torch.autocast(latents.device.type, enabled=False):
-        h, q = unit_rows(embeddings, dtype)
-        scores, defined = _DenseScores.apply(latents, h, q)
-    return BatchScores(scores, defined)
+    parts = []
+    for block in _blocks(latents):
+        columns = latents[:, block].detach()
+        range_ = Range.between(columns.amin(0).to(h.dtype), columns.amax(0).to(h.dtype))
+        a = _rescaled(columns, range_)
+        u, w = a.sum(0), a.T @ h
+        squares = a.square()
+        parts.append((*range_, u, squares.sum(0), q @ squares, w))
+    lowest, scale, varies, u, v, t, w = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Statistics.of(Range(lowest, scale, varies), u, v, t, w)
+
+
+def dense_scores(latents: Tensor, h: Tensor, q: Tensor, statistics: Statistics) -> BatchScores:
+    """Return the scores with the gradient of every entry of latents (B, M).
+
+    Args:
+        latents: (B, M).
+        h, q: as in :func:`dense_statistics`.
+        statistics: of these latents, from whichever way.
+    """
+    scores: Tensor = _DenseScores.apply(latents, h, q, statistics)
+    return BatchScores(scores, statistics.defined)
 
 
 class _DenseScores(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        latents: Tensor,
-        h: Tensor,
-        q: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        parts = [_block_forward(latents[:, block], h, q) for block in _blocks(latents)]
-        lowest, scale, u, w, weight, scores, defined = (
-            torch.cat([part[i] for part in parts]) for i in range(7)
-        )
-        ctx.save_for_backward(latents, h, q, lowest, scale, u, w, weight, scores)
-        ctx.mark_non_differentiable(defined)
-        return scores, defined
+    def forward(ctx: Any, latents: Tensor, h: Tensor, q: Tensor, statistics: Statistics) -> Tensor:
+        range_, u, w, scores, _, weight = statistics
+        ctx.save_for_backward(latents, h, q, *range_, u, w, scores, weight)
+        return scores.clone()
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
-        latents, h, q, lowest, scale, u, w, weight, scores = ctx.saved_tensors
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        latents, h, q, lowest, scale, varies, u, w, scores, weight = ctx.saved_tensors
         gradient = torch.empty_like(latents)
+        factor = upstream[0] * weight / scale
         with torch.autocast(latents.device.type, enabled=False):
             for block in _blocks(latents):
-                gradient[:, block] = _block_backward(
-                    latents[:, block],
-                    h,
-                    q,
-                    lowest[block],
-                    scale[block],
-                    u[block],
-                    w[block],
-                    scores[block],
-                    upstream[0][block] * weight[block],
+                range_ = Range(lowest[block], scale[block], varies[block])
+                a = _rescaled(latents[:, block], range_)
+                gradient[:, block] = _gradient(
+                    a, h, q, u[block], w[block], scores[block], factor[block]
                 )
-        return gradient, None, None
+        return gradient, None, None, None
 
 
 def _blocks(latents: Tensor) -> list[slice]:
@@ -101,47 +84,17 @@ def _blocks(latents: Tensor) -> list[slice]:
     return [slice(start, start + width) for start in range(0, latents.shape[1], width)]
 
 
-def _rescaled(latents: Tensor, lowest: Tensor, scale: Tensor) -> Tensor:
-    return latents.to(lowest.dtype).sub(lowest).div(scale)
+def _rescaled(latents: Tensor, range_: Range) -> Tensor:
+    return latents.to(range_.lowest.dtype).sub(range_.lowest).div(range_.scale)
 
 
-def _block_forward(latents: Tensor, h: Tensor, q: Tensor) -> tuple[Tensor, ...]:
-    lowest = latents.amin(0).to(h.dtype)
-    span = latents.amax(0).to(h.dtype) - lowest
-    varies = span > torch.finfo(h.dtype).tiny
-    scale = torch.where(varies, span, 1.0)
-
-    a = _rescaled(latents, lowest, scale)
-    u = a.sum(0)
-    w = a.T @ h
-    squares = a.square()
-    v = squares.sum(0)
-    t = q @ squares
-
-    denominator = u.square() - v
-    # NaN activations compare as False; "not (small)" lets them through to the logged value.
-    defined = ~(denominator <= _DEFINED_ABOVE[h.dtype]) & ~(span <= torch.finfo(h.dtype).tiny)
-    safe = torch.where(defined, denominator, 1.0)
-    scores = torch.where(defined, (w.square().sum(1) - t) / safe, 0.0)
-    weight = torch.where(defined, 2.0 / (safe * scale), 0.0)
-    return lowest, scale, u, w, weight, scores, defined
-
-
-def _block_backward(
-    latents: Tensor,
-    h: Tensor,
-    q: Tensor,
-    lowest: Tensor,
-    scale: Tensor,
-    u: Tensor,
-    w: Tensor,
-    scores: Tensor,
-    weight: Tensor,
+def _gradient(
+    a: Tensor, h: Tensor, q: Tensor, u: Tensor, w: Tensor, scores: Tensor, factor: Tensor
 ) -> Tensor:
-    a = _rescaled(latents, lowest, scale)
+    """Return the gradient of a block of rescaled latents (B, m), which it uses up."""
     at_minimum = a == 0
     gradient = h @ w.T
     gradient -= scores * u
     gradient += a.mul_(scores - q.unsqueeze(1))
     gradient -= at_minimum * (gradient.sum(0) / at_minimum.sum(0))
-    return gradient.mul_(weight)
+    return gradient.mul_(factor)

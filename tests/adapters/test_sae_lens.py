@@ -84,7 +84,7 @@ def test_training_with_monoloss_raises_the_score_of_every_architecture(architect
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_loss_and_gradient_are_the_host_s_plus_the_weighted_term(architecture, images):
+def test_loss_and_gradient_are_the_host_s_plus_the_weighted_term(architecture, images, way):
     x = images[:BATCH]
     plain, attached = make_sae(architecture), make_sae(architecture)
     add_loss(attached, MonoLoss(lam=0.5, units="raw"))

@@ -1,0 +1,67 @@
+"""What every way of scoring a batch ends in: from a latent's sums to its score."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_DEFINED_ABOVE = {torch.float32: 1e-5, torch.float64: 1e-12}
+"""Smallest den of activations rescaled to [0, 1] that is more than rounding noise.
+
+den is small only where one sample holds nearly all of a latent's activation: u² - v and ||w||² - t
+then cancel, and at 1e-5 a float32 score is still good to about one percent.
+"""
+
+
+class BatchScores(NamedTuple):
+    """MonoScore of each latent over one batch."""
+
+    scores: Tensor
+    """(M,), 0 where undefined; differentiable in the latents."""
+    defined: Tensor
+    """(M,) bool: the latent has a score in this batch."""
+
+
+class Range(NamedTuple):
+    """The range of each latent over a batch."""
+
+    lowest: Tensor
+    """(M,)"""
+    scale: Tensor
+    """(M,): max - min, or 1 where that is zero."""
+    varies: Tensor
+    """(M,) bool"""
+
+    @classmethod
+    def between(cls, lowest: Tensor, highest: Tensor) -> Range:
+        span = highest - lowest
+        # NaN activations compare as False; "not (small)" lets them through to the logged value.
+        varies = ~(span <= torch.finfo(span.dtype).tiny)
+        return cls(lowest, torch.where(varies, span, 1.0), varies)
+
+
+class Statistics(NamedTuple):
+    """A batch's sums over ã, activations rescaled to [0, 1], and what follows from them."""
+
+    range: Range
+    u: Tensor
+    """(M,): Σ ã"""
+    w: Tensor
+    """(M, d): Σ ã h"""
+    scores: Tensor
+    """(M,): MonoScore, 0 where undefined."""
+    defined: Tensor
+    """(M,) bool"""
+    weight: Tensor
+    """(M,): 2 / den, 0 where undefined: dMS/dã = weight · (h·w - ã q - MS (u - ã))."""
+
+    @classmethod
+    def of(cls, range_: Range, u: Tensor, v: Tensor, t: Tensor, w: Tensor) -> Statistics:
+        """Conclude from the sums u, v, t (M,) and w (M, d)."""
+        denominator = u.square() - v
+        defined = ~(denominator <= _DEFINED_ABOVE[u.dtype]) & range_.varies
+        safe = torch.where(defined, denominator, 1.0)
+        scores = torch.where(defined, (torch.linalg.vector_norm(w, dim=1).square() - t) / safe, 0.0)
+        return cls(range_, u, w, scores, defined, torch.where(defined, 2.0 / safe, 0.0))

@@ -1,0 +1,224 @@
+"""Sparse latents as the list of their entries, sorted by latent.
+
+A TopK dictionary has a hundredth of its latents on, so what MonoScore sums over samples costs a
+hundredth too once the entries of each latent stand together: column sums, and the sums of
+embeddings as one ``embedding_bag``.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from monoloss_plugin._checks import looks_are_free
+
+SPARSE_BELOW = 1 / 16
+"""Share of entries up to which the sparse way is taken.
+
+It is faster well beyond (see benchmarks/), but an entry costs 40 bytes while it is sorted: at this
+share, less than the gradient of dense activations.
+"""
+_SAMPLED_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Support:
+    """Entries of latents (N, M), E of them, in ascending order of the latent.
+
+    Every entry that is not listed is zero; a listed one may be.
+    """
+
+    rows: Tensor
+    """(E,) int64: the sample of each entry."""
+    columns: Tensor
+    """(E,) int64, ascending: the latent of each entry."""
+    offsets: Tensor
+    """(M + 1,) int64: where each latent's entries start; the last is E."""
+    values: Tensor
+    """(E,) activations; differentiable where the latents were."""
+    num_rows: int
+    """N."""
+
+    @property
+    def num_latents(self) -> int:
+        """M."""
+        return len(self.offsets) - 1
+
+    def counts(self) -> Tensor:
+        """Return the number of entries of each latent (M,)."""
+        return self.offsets.diff()
+
+    def sums(self, of_entries: Tensor) -> Tensor:
+        """Return the sum of a quantity (E,) over each latent's entries (M,)."""
+        zeros = of_entries.new_zeros(self.num_latents, dtype=torch.float64)
+        return zeros.index_add_(0, self.columns, of_entries.double()).to(of_entries.dtype)
+
+    def extremes(self) -> tuple[Tensor, Tensor]:
+        """Return each latent's lowest and highest activation (M,), zeros that are not listed too.
+
+        Without samples, the lowest is infinity and the highest minus infinity.
+        """
+        values = self.values.detach()
+        listed = [
+            torch.full_like(self.offsets[1:], start, dtype=values.dtype).scatter_reduce_(
+                0, self.columns, values, how
+            )
+            for start, how in ((torch.inf, "amin"), (-torch.inf, "amax"))
+        ]
+        complete = self.complete()
+        lowest = torch.where(complete, listed[0], listed[0].clamp(max=0))
+        highest = torch.where(complete, listed[1], listed[1].clamp(min=0))
+        return lowest, highest
+
+    def complete(self) -> Tensor:
+        """Return which latents have an entry for every sample (M,)."""
+        return self.counts() == self.num_rows
+
+    def weighted_sums(self, weights: Tensor, embeddings: Tensor) -> Tensor:
+        """Return Σ weight · embedding over each latent's entries.
+
+        Args:
+            weights: (E,), of the embeddings' dtype.
+            embeddings: (N, d).
+
+        Returns:
+            (M, d).
+        """
+        return F.embedding_bag(
+            self.rows,
+            embeddings,
+            self.offsets,
+            mode="sum",
+            per_sample_weights=weights,
+            include_last_offset=True,
+        )
+
+    def block(self, latents: slice) -> Support:
+        """Return the entries of a range of latents, numbered from its start."""
+        offsets = self.offsets[latents.start : latents.stop + 1]
+        entries = slice(int(offsets[0]), int(offsets[-1]))
+        return Support(
+            self.rows[entries],
+            self.columns[entries] - latents.start,
+            offsets - entries.start,
+            self.values[entries],
+            self.num_rows,
+        )
+
+
+def products_at(rows: Tensor, offsets: Tensor, of_latents: Tensor, of_samples: Tensor) -> Tensor:
+    """Return the product of each entry's latent and sample.
+
+    Args:
+        rows, offsets: of a :class:`Support` of E entries.
+        of_latents: (M, d).
+        of_samples: (N, d).
+
+    Returns:
+        (E,)
+    """
+    _take_note_of_csr()
+    pattern = torch.sparse_csr_tensor(
+        offsets,
+        rows,
+        of_latents.new_zeros(len(rows)),
+        (len(of_latents), len(of_samples)),
+        check_invariants=False,
+    )
+    products: Tensor = torch.sparse.sampled_addmm(pattern, of_latents, of_samples.T, beta=0.0)
+    return products.values()
+
+
+@functools.cache
+def _take_note_of_csr() -> None:
+    """Have torch say that its CSR tensors are in beta, which it does once, to nobody."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        one = torch.zeros(1, dtype=torch.int64)
+        torch.sparse_csr_tensor(
+            torch.arange(2), one, torch.zeros(1), (1, 1), check_invariants=False
+        )
+
+
+def support_of(latents: Tensor, also: Tensor | None = None) -> Support:
+    """Return the non-zero entries of latents; their values carry the gradient.
+
+    Args:
+        latents: (N, M), dense or sparse COO.
+        also: (N, M) bool: entries of dense latents to list besides, whatever their value.
+    """
+    if latents.layout == torch.sparse_coo:
+        latents = latents.coalesce()
+        rows, columns = latents.detach().indices()
+        columns, order = columns.sort(stable=True)
+        rows = rows[order]
+        values = _StoredValues.apply(latents, order)
+    else:
+        listed = latents.detach() if also is None else (latents.detach() != 0) | also
+        flat = listed.flatten().nonzero().squeeze(1)
+        rows = flat.div(latents.shape[1], rounding_mode="floor")
+        columns, order = (flat - rows * latents.shape[1]).sort(stable=True)
+        rows, flat = rows[order], flat[order]
+        values = _ValuesAt.apply(latents, flat)
+    bounds = torch.arange(latents.shape[1] + 1, device=columns.device)
+    offsets = torch.searchsorted(columns, bounds)
+    return Support(rows, columns, offsets, values, latents.shape[0])
+
+
+def is_sparse(latents: Tensor, also: Tensor | None = None) -> bool:
+    """Say whether latents (N, M) are better taken by their support.
+
+    On a CPU a few rows are looked at, so the answer may be off for rows that are not alike; both
+    ways give the same numbers. On an accelerator a look would make it wait: only what is sparse
+    already counts as such.
+    """
+    if latents.layout == torch.sparse_coo:
+        return True
+    if not looks_are_free(latents) or latents.numel() == 0:
+        return False
+    rows = slice(None, None, max(1, len(latents) // _SAMPLED_ROWS))
+    listed = latents.detach()[rows]
+    if also is not None:
+        listed = (listed != 0) | also[rows]
+    return int(listed.count_nonzero()) <= SPARSE_BELOW * listed.numel()
+
+
+class _ValuesAt(torch.autograd.Function):
+    """Dense latents at distinct entries; backward writes each gradient once, without adding."""
+
+    @staticmethod
+    def forward(ctx: Any, latents: Tensor, flat: Tensor) -> Tensor:
+        ctx.save_for_backward(flat)
+        ctx.shape = latents.shape
+        return latents.take(flat)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        (flat,) = ctx.saved_tensors
+        return upstream[0].new_zeros(ctx.shape).put_(flat, upstream[0]), None
+
+
+class _StoredValues(torch.autograd.Function):
+    """The values of coalesced COO latents in another order; the gradient has their pattern."""
+
+    @staticmethod
+    def forward(ctx: Any, latents: Tensor, order: Tensor) -> Tensor:
+        ctx.save_for_backward(latents.indices(), order)
+        ctx.shape = latents.shape
+        return latents.values()[order]
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        indices, order = ctx.saved_tensors
+        values = torch.empty_like(upstream[0])
+        values[order] = upstream[0]
+        gradient = torch.sparse_coo_tensor(
+            indices, values, ctx.shape, is_coalesced=True, check_invariants=False
+        )
+        return gradient, None

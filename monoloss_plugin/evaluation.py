@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from monoloss_plugin._checks import as_rows
 from monoloss_plugin._optional import missing_extra
+from monoloss_plugin.kernels.support import Support, is_sparse, support_of
 from monoloss_plugin.metrics import R2, ClassPurity, MonoScore, MonoScoreResult
 from monoloss_plugin.purity import Purity
 
@@ -72,9 +75,13 @@ def evaluate(
     num_classes: int | None = None,
     embeddings: Tensor | None = None,
     batch_size: int = 2048,
+    device: torch.device | str | None = None,
     progress: bool = False,
 ) -> Evaluation:
     """Score a dictionary on features, in one pass through the SAE.
+
+    Batches go to the SAE's device one by one, and the sums stay there: features larger than an
+    accelerator's memory, or memory-mapped ones, are fine. Sparse latents cost what is active.
 
     Args:
         sae: anything with ``encode`` and ``decode``, such as a SAELens SAE.
@@ -83,10 +90,11 @@ def evaluate(
         num_classes: number of classes; one more than the largest label by default.
         embeddings: (N, d) another similarity space of the same samples; the features by default.
         batch_size: samples a step.
+        device: where the SAE computes; by default where its parameters are, or else the features.
         progress: show a progress bar (needs tqdm).
 
     Returns:
-        Scores of each latent and of the dictionary.
+        Scores of each latent and of the dictionary, on the CPU.
 
     Raises:
         TypeError: features not floating or labels not integer.
@@ -110,35 +118,65 @@ def evaluate(
             raise ValueError(f"{name}: expected {len(x)} rows to match features, got {len(given)}")
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    monoscore, r2 = MonoScore(), R2()
+    place = torch.device(device) if device is not None else _device_of(sae, x)
+    monoscore, r2, activity = MonoScore(), R2(), _Activity()
     purity = None if labels is None else ClassPurity(num_classes or int(labels.max()) + 1)
-    active: Tensor | None = None
-    for start in _steps(len(x), batch_size, progress):
-        batch = slice(start, start + batch_size)
-        latents = as_rows(sae.encode(x[batch]), "latents")
-        r2.update(x[batch], sae.decode(latents))
-        monoscore.update(latents, x[batch] if embeddings is None else embeddings[batch])
-        if purity is not None and labels is not None:
-            purity.update(latents, labels[batch])
-        counts = (latents > 0).sum(0)
-        active = counts if active is None else active + counts
 
-    assert active is not None  # there is at least one sample
+    with _bar(len(x), progress) as advance:
+        for start in range(0, len(x), batch_size):
+            rows = slice(start, start + batch_size)
+            batch = x[rows].to(place)
+            latents = as_rows(sae.encode(batch), "latents", keep_sparse=True)
+            r2.update(batch, sae.decode(latents))
+            # The entries are looked for once, and every metric sums over them.
+            found = support_of(latents) if is_sparse(latents) else latents
+            monoscore.update(found, batch if embeddings is None else embeddings[rows].to(place))
+            if purity is not None and labels is not None:
+                purity.update(found, labels[rows].to(place))
+            activity.update(found)
+            advance(len(batch))
+
+    scores, counts = monoscore.compute(), activity.counts.cpu()
+    by_class = None if purity is None else purity.compute()
     return Evaluation(
-        monoscore=monoscore.compute(),
-        purity=None if purity is None else purity.compute(),
+        monoscore=MonoScoreResult(scores.scores.cpu(), scores.defined.cpu(), scores.num_samples),
+        purity=None if by_class is None else Purity(by_class.binary.cpu(), by_class.weighted.cpu()),
         r2=r2.compute(),
-        l0=float(active.sum()) / len(x),
-        frequency=active / len(x),
+        l0=float(counts.sum()) / len(x),
+        frequency=counts / len(x),
     )
 
 
-def _steps(count: int, batch_size: int, progress: bool) -> Any:
-    steps = range(0, count, batch_size)
-    if not progress:
-        return steps
+class _Activity:
+    """On how many samples each latent is active."""
+
+    def __init__(self) -> None:
+        self.counts = torch.zeros((), dtype=torch.int64)
+
+    def update(self, latents: Tensor | Support) -> None:
+        if isinstance(latents, Support):
+            counts = latents.sums((latents.values > 0).float()).long()
+        else:
+            counts = (latents > 0).sum(0)
+        self.counts = self.counts.to(counts.device) + counts
+
+
+def _device_of(sae: Dictionary, features: Tensor) -> torch.device:
+    if isinstance(sae, torch.nn.Module):
+        for tensor in (*sae.parameters(), *sae.buffers()):
+            return tensor.device
+    return features.device
+
+
+@contextmanager
+def _bar(samples: int, shown: bool) -> Iterator[Callable[[int], Any]]:
+    """Yield what to call with the number of samples done."""
+    if not shown:
+        yield lambda _: None
+        return
     try:
         from tqdm.auto import tqdm
     except ModuleNotFoundError as error:
         raise missing_extra(error, "cli") from error
-    return tqdm(steps, desc="Evaluating", unit="batch")
+    with tqdm(total=samples, desc="Evaluating", unit=" samples", unit_scale=True) as bar:
+        yield bar.update

@@ -29,12 +29,13 @@ def monoscore(latents: Tensor, embeddings: Tensor, *, undefined: float = 0.0) ->
 
     MS_k = (||w_k||² - t_k) / (u_k² - v_k) with u = Σ ã, v = Σ ã², t = Σ ã²||h||², w = Σ ã h over
     the samples, ã = a - min a and h = e / ||e||: the mean cosine similarity of all pairs of
-    samples, weighted by the product of their activations. Sums are taken in float64 and in chunks,
-    so memory does not grow with N. For evaluation: no gradient (see :func:`monoloss`); for data
-    that comes in batches use :class:`monoloss_plugin.MonoScore`.
+    samples, weighted by the product of their activations. Sums are taken in chunks and added up in
+    float64, so memory does not grow with N. For evaluation: no gradient (see :func:`monoloss`);
+    for data that comes in batches use :class:`monoloss_plugin.MonoScore`.
 
     Args:
-        latents: (N, M), floating, finite; non-negative where 0 means "not active".
+        latents: (N, M), floating, finite; dense, or sparse COO; non-negative where 0 means "not
+            active".
         embeddings: (N, d), floating, finite; a zero embedding is similar to nothing.
         undefined: the value for a latent with no pair of co-active samples.
 
@@ -53,9 +54,9 @@ def monoscore(latents: Tensor, embeddings: Tensor, *, undefined: float = 0.0) ->
 
     Source: Nasiri-Sarvi et al. 2026, eq. 2 and Algorithm 2.
     """
-    a, e = paired_rows(latents, embeddings)
+    a, e = paired_rows(latents, embeddings, keep_sparse=True)
     moments = Moments(a.shape[1], e.shape[1], a.device)
-    moments.update_(a.detach(), e)
+    moments.update_(a, e)
     scores, defined = moments.score()
     return scores.masked_fill(~defined, undefined).to(torch.promote_types(a.dtype, torch.float32))
 
@@ -253,7 +254,7 @@ def class_purity(latents: Tensor, labels: Tensor, num_classes: int) -> Purity:
     weighted = Σ_{N*_k} a / Σ_{N_k} a.
 
     Args:
-        latents: (N, M), floating, finite; only positive activations count.
+        latents: (N, M), floating, finite; dense, or sparse COO; only positive activations count.
         labels: (N,) integer, in [0, num_classes).
         num_classes: number of classes.
 
@@ -272,7 +273,7 @@ def class_purity(latents: Tensor, labels: Tensor, num_classes: int) -> Purity:
 
     Source: Nasiri-Sarvi et al. 2026, section 4.1.
     """
-    a = as_rows(latents, "latents")
+    a = as_rows(latents, "latents", keep_sparse=True)
     sums = ClassSums(num_classes, a.shape[1], a.device)
     sums.update_(latents, labels)
     return sums.purity()

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from monoloss_plugin._checks import as_rows, paired_rows, require_finite
+from monoloss_plugin.kernels.support import Support
 from monoloss_plugin.moments import Moments
 from monoloss_plugin.purity import ClassSums, Purity
 
@@ -69,11 +70,11 @@ class MonoScore:
     def __init__(self) -> None:
         self.moments: Moments | None = None
 
-    def update(self, latents: Tensor, embeddings: Tensor) -> None:
+    def update(self, latents: Tensor | Support, embeddings: Tensor) -> None:
         """Take up a batch.
 
         Args:
-            latents: (B, M), floating, finite; dense or sparse COO.
+            latents: (B, M), floating, finite; dense, sparse COO, or a ``Support``.
             embeddings: (B, d), floating, finite.
 
         Raises:
@@ -81,7 +82,9 @@ class MonoScore:
             ValueError: shapes that do not match each other or earlier batches, or NaN or infinite
                 values; the metric is then unchanged.
         """
-        a, e = paired_rows(latents, embeddings)
+        a, e = latents, embeddings
+        if not isinstance(a, Support):
+            a, e = paired_rows(a, e, keep_sparse=True)
         moments = self.moments or Moments(a.shape[1], e.shape[1], a.device)
         for name, got, wanted in (
             ("latents", a.shape[1], moments.num_latents),
@@ -91,7 +94,7 @@ class MonoScore:
                 raise ValueError(
                     f"{name}: expected width {wanted} as in earlier batches, got {got}"
                 )
-        moments.update_(a.detach(), e)
+        moments.update_(a, e)
         self.moments = moments
 
     def merge(self, other: MonoScore) -> None:
@@ -178,11 +181,12 @@ class ClassPurity:
         self.num_classes = num_classes
         self.sums: ClassSums | None = None
 
-    def update(self, latents: Tensor, labels: Tensor) -> None:
+    def update(self, latents: Tensor | Support, labels: Tensor) -> None:
         """Take up a batch.
 
         Args:
-            latents: (B, M), floating, finite; only positive activations count.
+            latents: (B, M), floating, finite; dense, sparse COO, or a ``Support``. Only positive
+                activations count.
             labels: (B,) integer.
 
         Raises:
@@ -192,8 +196,7 @@ class ClassPurity:
         """
         sums = self.sums
         if sums is None:
-            width = as_rows(latents, "latents").shape[1]
-            sums = ClassSums(self.num_classes, width, latents.device)
+            sums = ClassSums(self.num_classes, latents.shape[-1], latents.device)
         sums.update_(latents, labels)
         self.sums = sums
 

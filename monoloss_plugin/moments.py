@@ -23,14 +23,29 @@ import torch
 from torch import Tensor
 
 from monoloss_plugin._checks import looks_are_free, require_finite
-from monoloss_plugin._chunks import row_chunks
+from monoloss_plugin._chunks import parts_of
 from monoloss_plugin.embeddings import unit_rows
+from monoloss_plugin.kernels.support import Support
 
 DEFINED_ABOVE = 1e-12
 """A latent has a score where u² - v, of activations rescaled to [0, 1], exceeds this.
 
 Below it the difference is rounding noise of float64 sums.
 """
+
+
+_DOMINANT = 0.9
+"""Share of a latent's activation in one chunk beyond which one sample is added in float64.
+
+Products are taken in the data's dtype, chunk by chunk, and added up in float64. A float32 product
+errs by 1e-7 of Σ ã; where one sample holds nearly all of that, u² - v and ||w||² - t cancel and
+the error would show. With that sample apart, it is 1e-7 of the rest, and so is the denominator:
+scores are good to about 1e-6 whatever the activations.
+"""
+_LARGE = 1e12
+"""Activations beyond this, or below its inverse, have float32 squares out of range."""
+_ENTRIES_AT_ONCE = 4096
+_ROWS_IN_CACHE = 512
 
 
 class Moments:
@@ -71,33 +86,79 @@ class Moments:
         return self.w.shape[1]
 
     @torch.no_grad()
-    def update_(self, latents: Tensor, embeddings: Tensor) -> None:
+    def update_(self, latents: Tensor | Support, embeddings: Tensor) -> None:
         """Take up a batch: latents (N, M) and embeddings (N, d), both finite.
 
         Raises:
             ValueError: NaN or infinite values; the statistics are then unchanged.
         """
-        if len(latents) == 0:
+        parts = list(parts_of(latents))
+        if not parts:
             return
-        batch_lowest, batch_highest = latents.amin(0), latents.amax(0)
+        ranges = [_range_of(part) for _, part in parts]
+        batch_lowest = torch.stack([lowest for lowest, _ in ranges]).amin(0)
+        batch_highest = torch.stack([highest for _, highest in ranges]).amax(0)
         require_finite(batch_lowest, "latents")
         require_finite(batch_highest, "latents")
-        require_finite(embeddings.abs().amax(dim=1), "embeddings")
+        require_finite(torch.stack((embeddings.amin(), embeddings.amax())), "embeddings")
 
-        self.lower_to_(torch.minimum(self.lowest, batch_lowest.double()))
-        self.highest = torch.maximum(self.highest, batch_highest.double())
-        for chunk in row_chunks(len(latents), self.num_latents):
-            a = latents[chunk].to(torch.float64, copy=True).sub_(self.lowest)
-            h, q = unit_rows(embeddings[chunk], torch.float64)
-            self.n += len(a)
+        self.lower_to_(torch.minimum(self.lowest, batch_lowest))
+        self.highest = torch.maximum(self.highest, batch_highest)
+        for rows, part in parts:
+            e = embeddings[rows]
+            values = part.values if isinstance(part, Support) else part
+            h, _ = unit_rows(e, _product_dtype(values, e))
+            sum_h, q = _exact_sum_and_squares(h)
+            self.n += len(e)
             self.sum_q += q.sum()
-            self.sum_h += h.sum(0)
-            self.u += a.sum(0)
-            self.p += q @ a
-            self.w.addmm_(a.T, h)
-            squares = a.square_()
-            self.v += squares.sum(0)
-            self.t += q @ squares
+            self.sum_h += sum_h
+            if isinstance(part, Support):
+                self._add_support(part, h, q, sum_h)
+            else:
+                self._add_dense(part, h, q)
+
+    def _add_support(self, part: Support, h: Tensor, q: Tensor, sum_h: Tensor) -> None:
+        """Add sparse latents: entries from zero, or from the minimum where none is missing."""
+        columns, complete = part.columns, part.complete()
+        a = part.values.double() - torch.where(complete, self.lowest, 0.0)[columns]
+        squares, entry_q = a.square(), q[part.rows]
+        u, v = part.sums(a), part.sums(squares)
+        t, p = part.sums(squares * entry_q), part.sums(a * entry_q)
+
+        dominant = a > _DOMINANT * u[columns]
+        part.add_weighted_sums_(self.w, a.masked_fill(dominant, 0.0).to(h.dtype), h)
+        for entries in dominant.nonzero().squeeze(1).split(_ENTRIES_AT_ONCE):
+            added = a[entries].unsqueeze(1) * h[part.rows[entries]]  # in float64
+            self.w.index_add_(0, columns[entries], added)
+
+        # Where activations are negative, the zeros that are not listed lie above the minimum.
+        drop = torch.where(complete, 0.0, -self.lowest)
+        if not looks_are_free(drop) or bool(drop.any()):
+            v += drop * (2 * u + drop * part.num_rows)
+            u += drop * part.num_rows
+            t += drop * (2 * p + drop * q.sum())
+            p += drop * q.sum()
+            self.w.addr_(drop, sum_h)
+        for name, sums in (("u", u), ("v", v), ("t", t), ("p", p)):
+            getattr(self, name).add_(sums)
+
+    def _add_dense(self, part: Tensor, h: Tensor, q: Tensor) -> None:
+        """Add dense latents by one matrix product."""
+        lowest = self.lowest.to(h.dtype)
+        if bool((lowest != self.lowest).any()):  # set by a batch of a wider dtype
+            lowest, h = self.lowest, h.double()
+        a = part.to(h.dtype, copy=True).sub_(lowest)
+        highest = a.amax(0)
+        u, v, t, p, w = _sums(a, h, q.to(h.dtype))
+        strange = (highest > _DOMINANT * u) | (highest > _LARGE) | (highest < 1 / _LARGE)
+        exact = (strange & (highest > 0)).nonzero().squeeze(1)
+        for name, sums in (("u", u), ("v", v), ("t", t), ("p", p), ("w", w)):
+            sums[exact] = 0
+            getattr(self, name).add_(sums)
+        if len(exact):
+            a = part[:, exact].double().sub_(self.lowest[exact])
+            for name, sums in zip("uvtpw", _sums(a, h.double(), q), strict=True):
+                getattr(self, name).index_add_(0, exact, sums)
 
     @torch.no_grad()
     def merge_(self, other: Moments) -> None:
@@ -169,3 +230,36 @@ class Moments:
         for name in cls.NAMES:
             setattr(moments, name, state[name].detach().clone())
         return moments
+
+
+def _exact_sum_and_squares(h: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Σ h (d,) and ||h||² (N,) in float64, of h (N, d) as it was rounded.
+
+    So that ||w||² - t of a single sample is zero, and not the 1e-7 by which h misses unit length.
+    """
+    sum_h = torch.zeros(h.shape[1], dtype=torch.float64, device=h.device)
+    squares = []
+    for rows in h.split(_ROWS_IN_CACHE):
+        exact = rows.double()
+        sum_h += exact.sum(0)
+        squares.append(exact.square().sum(1))
+    return sum_h, torch.cat(squares)
+
+
+def _product_dtype(latents: Tensor, embeddings: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(latents.dtype, embeddings.dtype), torch.float32)
+
+
+def _range_of(part: Tensor | Support) -> tuple[Tensor, Tensor]:
+    if isinstance(part, Support):
+        lowest, highest = part.extremes()
+    else:
+        lowest, highest = part.amin(0), part.amax(0)
+    return lowest.double(), highest.double()
+
+
+def _sums(a: Tensor, h: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return u, v, t, p (M,) and w (M, d) of a = ã (N, M), which it uses up."""
+    u, p, w = a.sum(0), q @ a, a.T @ h
+    squares = a.square_()
+    return u, squares.sum(0), q @ squares, p, w

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from monoloss_plugin._checks import as_rows, require_finite
-from monoloss_plugin._chunks import row_chunks
+from monoloss_plugin._chunks import parts_of
+from monoloss_plugin.kernels.support import Support
 
 
 class Purity(NamedTuple):
@@ -49,7 +50,7 @@ class ClassSums:
         self.activations = torch.zeros(shape, dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def update_(self, latents: Tensor, labels: Tensor) -> None:
+    def update_(self, latents: Tensor | Support, labels: Tensor) -> None:
         """Take up latents (N, M) and integer labels (N,); the sums change only if both are sound.
 
         Raises:
@@ -57,7 +58,9 @@ class ClassSums:
             ValueError: shapes that do not match, a label outside the classes, NaN or infinite
                 values.
         """
-        a = as_rows(latents, "latents")
+        a = latents
+        if not isinstance(a, Support):
+            a = as_rows(a, "latents", keep_sparse=True)
         num_classes, num_latents = self.counts.shape
         if a.shape[1] != num_latents:
             raise ValueError(f"latents: expected width {num_latents}, got {a.shape[1]}")
@@ -68,7 +71,7 @@ class ClassSums:
                 f"labels: expected shape {tuple(latents.shape[:-1])} to match latents, "
                 f"got {tuple(labels.shape)}"
             )
-        if len(a) == 0:
+        if labels.numel() == 0:
             return
         y = labels.flatten().to(a.device, torch.int64)
         lowest, highest = int(y.min()), int(y.max())
@@ -77,14 +80,26 @@ class ClassSums:
                 f"labels: expected values in [0, {num_classes}), got a range of "
                 f"[{lowest}, {highest}]"
             )
-        require_finite(a.amin(0), "latents")
-        require_finite(a.amax(0), "latents")
+        parts = list(parts_of(a))
+        for _, part in parts:
+            values = part.values if isinstance(part, Support) else part
+            require_finite(values, "latents")
+        for rows, part in parts:
+            if isinstance(part, Support):
+                self._add_support(part, y[rows])
+            else:
+                self._add_dense(part, y[rows])
 
-        for chunk in row_chunks(len(a), num_latents):
-            positive = a[chunk].clamp(min=0)
-            classes = y[chunk]
-            self.counts.index_add_(0, classes, (positive > 0).to(torch.int32))
-            self.activations.index_add_(0, classes, positive.double())
+    def _add_support(self, part: Support, y: Tensor) -> None:
+        positive = part.values.clamp(min=0)
+        cells = y[part.rows] * part.num_latents + part.columns
+        self.counts.view(-1).index_add_(0, cells, (positive > 0).to(torch.int32))
+        self.activations.view(-1).index_add_(0, cells, positive.double())
+
+    def _add_dense(self, part: Tensor, y: Tensor) -> None:
+        positive = part.clamp(min=0)
+        self.counts.index_add_(0, y, (positive > 0).to(torch.int32))
+        self.activations.index_add_(0, y, positive.double())
 
     @torch.no_grad()
     def purity(self) -> Purity:

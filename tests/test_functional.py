@@ -280,7 +280,7 @@ def test_regularizers_name_what_is_wrong(pre_activations, function) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_class_purity_equals_the_definition(case: str) -> None:
+def test_class_purity_equals_the_definition(case: str, way: str) -> None:
     a = CASES[case]
     labels = torch.randint(0, 4, (40,), generator=torch.Generator().manual_seed(6))
     binary, weighted = oracle.purity_by_loops(a, labels)

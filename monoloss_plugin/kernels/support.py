@@ -25,6 +25,7 @@ It is faster well beyond (see benchmarks/), but an entry costs 40 bytes while it
 share, less than the gradient of dense activations.
 """
 _SAMPLED_ROWS = 64
+_LATENTS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,16 @@ class Support:
     def num_latents(self) -> int:
         """M."""
         return len(self.offsets) - 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, M), as of the latents."""
+        return self.num_rows, self.num_latents
+
+    @property
+    def device(self) -> torch.device:
+        """Where the entries are."""
+        return self.values.device
 
     def counts(self) -> Tensor:
         """Return the number of entries of each latent (M,)."""
@@ -90,26 +101,32 @@ class Support:
         Returns:
             (M, d).
         """
-        return F.embedding_bag(
-            self.rows,
-            embeddings,
-            self.offsets,
-            mode="sum",
-            per_sample_weights=weights,
-            include_last_offset=True,
-        )
+        return _bags(self.rows, self.offsets, weights, embeddings)
 
-    def block(self, latents: slice) -> Support:
-        """Return the entries of a range of latents, numbered from its start."""
-        offsets = self.offsets[latents.start : latents.stop + 1]
-        entries = slice(int(offsets[0]), int(offsets[-1]))
-        return Support(
-            self.rows[entries],
-            self.columns[entries] - latents.start,
-            offsets - entries.start,
-            self.values[entries],
-            self.num_rows,
-        )
+    def add_weighted_sums_(self, sums: Tensor, weights: Tensor, embeddings: Tensor) -> None:
+        """Add :meth:`weighted_sums` to ``sums`` (M, d), which may be of a wider dtype.
+
+        Block by block of latents: what is added stays in the cache, and a wide dictionary needs
+        no second (M, d) array.
+        """
+        starts = range(0, self.num_latents, _LATENTS_AT_ONCE)
+        bounds = [*self.offsets[::_LATENTS_AT_ONCE].tolist(), len(self.rows)]
+        for start, first, last in zip(starts, bounds, bounds[1:], strict=False):
+            offsets = self.offsets[start : start + _LATENTS_AT_ONCE + 1] - first
+            sums[start : start + _LATENTS_AT_ONCE] += _bags(
+                self.rows[first:last], offsets, weights[first:last], embeddings
+            )
+
+
+def _bags(rows: Tensor, offsets: Tensor, weights: Tensor, embeddings: Tensor) -> Tensor:
+    return F.embedding_bag(
+        rows,
+        embeddings,
+        offsets,
+        mode="sum",
+        per_sample_weights=weights,
+        include_last_offset=True,
+    )
 
 
 def products_at(rows: Tensor, offsets: Tensor, of_latents: Tensor, of_samples: Tensor) -> Tensor:
@@ -160,12 +177,11 @@ def support_of(latents: Tensor, also: Tensor | None = None) -> Support:
         rows = rows[order]
         values = _StoredValues.apply(latents, order)
     else:
-        listed = latents.detach() if also is None else (latents.detach() != 0) | also
-        flat = listed.flatten().nonzero().squeeze(1)
+        flat, values = _listed(latents.detach().flatten(), also)
         rows = flat.div(latents.shape[1], rounding_mode="floor")
         columns, order = (flat - rows * latents.shape[1]).sort(stable=True)
-        rows, flat = rows[order], flat[order]
-        values = _ValuesAt.apply(latents, flat)
+        rows = rows[order]
+        values = _ValuesAt.apply(latents, values[order], flat[order])
     bounds = torch.arange(latents.shape[1] + 1, device=columns.device)
     offsets = torch.searchsorted(columns, bounds)
     return Support(rows, columns, offsets, values, latents.shape[0])
@@ -189,19 +205,36 @@ def is_sparse(latents: Tensor, also: Tensor | None = None) -> bool:
     return int(listed.count_nonzero()) <= SPARSE_BELOW * listed.numel()
 
 
+def _listed(flat: Tensor, also: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return where a flat tensor is not zero, or ``also`` holds, ascending, and what is there."""
+    if also is not None:
+        entries = ((flat != 0) | also.flatten()).nonzero().squeeze(1)
+        return entries, flat.take(entries)
+    aligned = flat.is_contiguous() and flat.storage_offset() % 2 == len(flat) % 2 == 0
+    if flat.dtype != torch.float32 or not aligned:
+        entries = flat.nonzero().squeeze(1)
+        return entries, flat.take(entries)
+    # Nearly all neighbours are zero together: eight bytes at a time are looked at half as often.
+    two_by_two = flat.view(torch.int64)
+    pairs = two_by_two.nonzero().squeeze(1)
+    values = two_by_two.take(pairs).view(torch.float32)
+    on = values.nonzero().squeeze(1)
+    return 2 * pairs[on >> 1] + (on & 1), values[on]
+
+
 class _ValuesAt(torch.autograd.Function):
-    """Dense latents at distinct entries; backward writes each gradient once, without adding."""
+    """Values of dense latents at distinct entries; backward writes each gradient once."""
 
     @staticmethod
-    def forward(ctx: Any, latents: Tensor, flat: Tensor) -> Tensor:
+    def forward(ctx: Any, latents: Tensor, values: Tensor, flat: Tensor) -> Tensor:
         ctx.save_for_backward(flat)
         ctx.shape = latents.shape
-        return latents.take(flat)
+        return values
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
         (flat,) = ctx.saved_tensors
-        return upstream[0].new_zeros(ctx.shape).put_(flat, upstream[0]), None
+        return upstream[0].new_zeros(ctx.shape).put_(flat, upstream[0]), None, None
 
 
 class _StoredValues(torch.autograd.Function):

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from monoloss_plugin._checks import as_rows, paired_rows, require_finite
+from monoloss_plugin._chunks import row_chunks
 from monoloss_plugin.kernels.support import Support
 from monoloss_plugin.moments import Moments
 from monoloss_plugin.purity import ClassSums, Purity
@@ -272,6 +273,10 @@ class ClassPurity:
             setattr(self.sums, name, state[name].detach().clone())
 
 
+_IN_CACHE = 1 << 18
+"""This many elements in float64 are 2 MiB."""
+
+
 class R2:
     """Coefficient of determination of reconstructions, mean over feature dimensions.
 
@@ -302,21 +307,21 @@ class R2:
             TypeError: an argument is not a floating-point tensor.
             ValueError: shapes that do not match, or NaN or infinite values.
         """
-        x = as_rows(targets, "targets").double()
-        x_hat = as_rows(reconstructions, "reconstructions").double()
+        x = as_rows(targets, "targets")
+        x_hat = as_rows(reconstructions, "reconstructions")
         if x.shape != x_hat.shape or (self.n and x.shape[1] != len(self.mean)):
             wanted = (len(x), len(self.mean) if self.n else x.shape[1])
             raise ValueError(
                 f"targets, reconstructions: expected both of shape {wanted}, "
                 f"got {tuple(x.shape)} and {tuple(x_hat.shape)}"
             )
-        if len(x) == 0:
-            return
-        mean = x.mean(0)
-        error = (x - x_hat).square().sum(0)
-        require_finite(mean, "targets")
-        require_finite(error, "reconstructions")
-        self._merge(len(x), mean, (x - mean).square().sum(0), error)
+        for name, given in (("targets", x), ("reconstructions", x_hat)):
+            if len(given):
+                require_finite(torch.stack((given.amin(), given.amax())), name)
+        for rows in row_chunks(x.shape[0], x.shape[1], _IN_CACHE):
+            exact = x[rows].double()
+            mean, error = exact.mean(0), (exact - x_hat[rows]).square_().sum(0)
+            self._merge(len(exact), mean, (exact - mean).square_().sum(0), error)
 
     def merge(self, other: R2) -> None:
         """Take up what another metric has seen; ``other`` stays as it is."""

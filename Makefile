@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test lint docs bench bench-full clean
 
 demo: $(VENV)/.demo ## compare SAEs without and with MonoLoss on real images
 	$(BIN)/monoloss demo
@@ -20,8 +20,11 @@ lint: $(VENV)/.dev
 docs: $(VENV)/.docs ## build the site into site/
 	$(BIN)/mkdocs build --strict
 
-bench: $(VENV)/.dev ## what MonoLoss adds to a training step
-	$(BIN)/python benchmarks/training_step.py
+bench: $(VENV)/.dev ## speed and memory against the papers' algorithms, in under 3 minutes
+	$(BIN)/python -m benchmarks
+
+bench-full: $(VENV)/.dev ## the same with more rounds and samples
+	$(BIN)/python -m benchmarks --full
 
 clean:
 	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -51,6 +51,8 @@ def parts_of(latents: Tensor | Support) -> Iterator[tuple[slice, Tensor | Suppor
 def _rows_of(latents: Tensor, rows: slice) -> Tensor:
     if latents.layout == torch.strided:
         return latents[rows]
+    if len(range(*rows.indices(latents.shape[0]))) == latents.shape[0]:
+        return latents
     indices = latents.indices()
     bounds = torch.tensor([rows.start, rows.stop], device=indices.device)
     first, last = torch.searchsorted(indices[0].contiguous(), bounds).tolist()

@@ -119,7 +119,7 @@ def evaluate(
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     place = torch.device(device) if device is not None else _device_of(sae, x)
-    monoscore, r2, activity = MonoScore(), R2(), _Activity()
+    decode, monoscore, r2, activity = _Decoder(sae), MonoScore(), R2(), _Activity()
     purity = None if labels is None else ClassPurity(num_classes or int(labels.max()) + 1)
 
     with _bar(len(x), progress) as advance:
@@ -127,9 +127,9 @@ def evaluate(
             rows = slice(start, start + batch_size)
             batch = x[rows].to(place)
             latents = as_rows(sae.encode(batch), "latents", keep_sparse=True)
-            r2.update(batch, sae.decode(latents))
-            # The entries are looked for once, and every metric sums over them.
+            # The entries are looked for once, and everything sums over them.
             found = support_of(latents) if is_sparse(latents) else latents
+            r2.update(batch, decode(latents, found))
             monoscore.update(found, batch if embeddings is None else embeddings[rows].to(place))
             if purity is not None and labels is not None:
                 purity.update(found, labels[rows].to(place))
@@ -145,6 +145,37 @@ def evaluate(
         l0=float(counts.sum()) / len(x),
         frequency=counts / len(x),
     )
+
+
+class _Decoder:
+    """Decodes sparse latents from their entries, where the SAE's ``decode`` can.
+
+    Whether it can is tried on the first such batch, against what it makes of dense latents.
+    """
+
+    def __init__(self, sae: Dictionary) -> None:
+        self.decode = sae.decode
+        self.takes_sparse: bool | None = None
+
+    def __call__(self, latents: Tensor, found: Tensor | Support) -> Tensor:
+        if latents.layout != torch.strided or not isinstance(found, Support):
+            return self.decode(latents)
+        if self.takes_sparse:
+            return self.decode(found.by_sample())
+        dense = self.decode(latents)
+        if self.takes_sparse is None:
+            self.takes_sparse = self._agrees(found.by_sample(), dense)
+        return dense
+
+    def _agrees(self, sparse: Tensor, expected: Tensor) -> bool:
+        try:
+            given = self.decode(sparse)
+        except Exception:  # whatever a decode that knows no sparse tensors trips over
+            return False
+        if given.layout != expected.layout or given.shape != expected.shape:
+            return False
+        tolerance = 1e-5 * float(expected.abs().max())
+        return bool(torch.allclose(given, expected, rtol=1e-4, atol=tolerance))
 
 
 class _Activity:

@@ -47,6 +47,85 @@ def test_one_pass_gives_every_metric(data, batch_size) -> None:
     assert summary["defined_share"] == pytest.approx((scores != 0).float().mean().item())
 
 
+class SparseDictionary(RandomDictionary):
+    """A hundred latents, few of them on."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.encoder = torch.randn(6, 100, generator=generator)
+        self.decoder = torch.linalg.pinv(self.encoder)
+        self.decoded: list[torch.layout] = []
+
+    def encode(self, x):
+        pre = x @ self.encoder
+        kept = pre.topk(3, dim=1)
+        return torch.zeros_like(pre).scatter(1, kept.indices, kept.values.relu())
+
+    def decode(self, latents):
+        self.decoded.append(latents.layout)
+        return latents @ self.decoder + 1
+
+
+class KnowsNoSparse(SparseDictionary):
+    def decode(self, latents):
+        return super().decode(latents.view(len(latents), 1, -1)).squeeze(1)
+
+
+class MistakesSparse(SparseDictionary):
+    def decode(self, latents):
+        return super().decode(latents) * (1 if latents.layout == torch.strided else 2)
+
+
+class EncodesToCOO(SparseDictionary):
+    def encode(self, x):
+        return super().encode(x).to_sparse()
+
+
+@pytest.mark.parametrize(
+    ("kind", "layouts"),
+    [
+        (SparseDictionary, [torch.strided] + 5 * [torch.sparse_csr]),
+        (KnowsNoSparse, 5 * [torch.strided]),
+        (MistakesSparse, [torch.strided, torch.sparse_csr] + 4 * [torch.strided]),
+        (EncodesToCOO, 5 * [torch.sparse_coo]),
+    ],
+)
+def test_sparse_latents_are_decoded_sparse_where_that_is_the_same(data, kind, layouts) -> None:
+    x, labels = data
+    sae = kind()
+    result = evaluate(sae, x, labels, batch_size=14)
+    assert sae.decoded == layouts[: len(sae.decoded)]
+    assert len(sae.decoded) >= 5
+    plain = SparseDictionary()
+    a = plain.encode(x)
+    assert result.r2 == pytest.approx(r2_score(x.numpy(), plain.decode(a).numpy()), abs=1e-5)
+    torch.testing.assert_close(result.monoscore.scores.float(), functional.monoscore(a, x))
+    torch.testing.assert_close(result.purity, functional.class_purity(a, labels, 3), equal_nan=True)
+    torch.testing.assert_close(result.frequency, (a > 0).float().mean(0))
+
+
+class InHalfPrecision(torch.nn.Module):
+    """A module whose parameters say where and in what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.encoder = torch.nn.Parameter(torch.randn(6, 20, generator=generator))
+
+    def encode(self, x):
+        return (x.float() @ self.encoder).relu()
+
+    def decode(self, latents):
+        return latents @ self.encoder.T
+
+
+def test_features_in_half_precision_and_a_module(data) -> None:
+    x, labels = data
+    result = evaluate(InHalfPrecision(), x.half(), labels, device="cpu")
+    expected = evaluate(InHalfPrecision(), x.half().float(), labels)
+    assert result.summary() == pytest.approx(expected.summary(), abs=1e-5)
+
+
 def test_another_similarity_space_and_no_labels(data) -> None:
     x, _ = data
     sae = RandomDictionary()
@@ -72,7 +151,9 @@ def test_bad_input_is_named(data) -> None:
 
 
 def test_progress_is_shown_when_asked_for(data, capsys) -> None:
-    evaluate(RandomDictionary(), data[0], progress=True)
-    assert "Evaluating" in capsys.readouterr().err
+    evaluate(RandomDictionary(), data[0], batch_size=30, progress=True)
+    shown = capsys.readouterr().err
+    assert "Evaluating" in shown
+    assert "70.0/70.0" in shown
     evaluate(RandomDictionary(), data[0])
     assert capsys.readouterr().err == ""

@@ -25,7 +25,7 @@ It is faster well beyond (see benchmarks/), but an entry costs 40 bytes while it
 share, less than the gradient of dense activations.
 """
 _SAMPLED_ROWS = 64
-_LATENTS_AT_ONCE = 1024
+_LATENTS_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,17 @@ class Support:
         """Return which latents have an entry for every sample (M,)."""
         return self.counts() == self.num_rows
 
+    def by_sample(self) -> Tensor:
+        """Return the latents as a sparse CSR tensor (N, M), without their gradient."""
+        rows, order = self.rows.sort(stable=True)
+        bounds = torch.arange(self.num_rows + 1, device=rows.device)
+        return _csr(
+            torch.searchsorted(rows, bounds),
+            self.columns[order],
+            self.values.detach()[order],
+            self.shape,
+        )
+
     def weighted_sums(self, weights: Tensor, embeddings: Tensor) -> Tensor:
         """Return Σ weight · embedding over each latent's entries.
 
@@ -140,16 +151,15 @@ def products_at(rows: Tensor, offsets: Tensor, of_latents: Tensor, of_samples: T
     Returns:
         (E,)
     """
-    _take_note_of_csr()
-    pattern = torch.sparse_csr_tensor(
-        offsets,
-        rows,
-        of_latents.new_zeros(len(rows)),
-        (len(of_latents), len(of_samples)),
-        check_invariants=False,
-    )
+    zeros = of_latents.new_zeros(len(rows))
+    pattern = _csr(offsets, rows, zeros, (len(of_latents), len(of_samples)))
     products: Tensor = torch.sparse.sampled_addmm(pattern, of_latents, of_samples.T, beta=0.0)
     return products.values()
+
+
+def _csr(offsets: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    _take_note_of_csr()
+    return torch.sparse_csr_tensor(offsets, columns, values, shape, check_invariants=False)
 
 
 @functools.cache

@@ -1,0 +1,1 @@
+"""What MonoScore and MonoLoss cost, against the papers' algorithms: ``python -m benchmarks``."""

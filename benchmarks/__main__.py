@@ -1,0 +1,85 @@
+"""Run the benchmarks, write what they found as JSON, and draw time against N.
+
+python -m benchmarks                 # the quick one
+python -m benchmarks --full          # more rounds and samples
+python -m benchmarks --cases step loss --device cuda
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cases import CASES, Setting
+from benchmarks.data import Shape
+from benchmarks.figure import growth_figure
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Name what the figures were measured on."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1] for line in info.read_text().splitlines() if "model name" in line
+        ]
+        cpu = names[0].strip() if names else cpu
+    named = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    return {
+        "device": named,
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "torch": torch.__version__,
+        "sae-lens": version("sae-lens"),
+        "monoloss_plugin": version("monoloss_plugin"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--full", action="store_true", help="more rounds and samples")
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=int, default=Shape.batch)
+    parser.add_argument("--width", type=int, default=Shape.width, help="of features")
+    parser.add_argument("--latents", type=int, default=Shape.latents)
+    parser.add_argument("--k", type=int, default=Shape.k, help="active latents a sample")
+    parser.add_argument("--out", type=Path, default=Path("monoloss-bench"), help="folder")
+    options = parser.parse_args()
+
+    device = torch.device(options.device)
+    shape = Shape(options.batch, options.width, options.latents, options.k)
+    setting = Setting(device, options.full, shape)
+    where = machine(device)
+    print(f"{where['device']}, {where['threads']} threads, torch {where['torch']}; {shape}")
+    found: dict[str, Any] = {}
+    for name in options.cases:
+        started = time.perf_counter()
+        found[name] = CASES[name](setting)
+        target = f"\n  target: {found[name]['target']}" if "target" in found[name] else ""
+        taken = time.perf_counter() - started
+        print(f"{name} ({taken:.0f} s)\n  {found[name]['says']}{target}", flush=True)
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    report = {"date": date.today().isoformat(), "machine": where, "shape": vars(shape), **found}
+    (options.out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+    if "growth" in found:
+        growth_figure(found["growth"], where["device"]).savefig(options.out / "growth.png", dpi=150)
+    print(f"written to {options.out}/")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,346 @@
+"""The cases: each runs its ways in turn and returns what it saw, with the target it is held to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
+from typing import Any, Literal
+
+import torch
+from sae_lens import (
+    BatchTopKTrainingSAE,
+    BatchTopKTrainingSAEConfig,
+    JumpReLUSAE,
+    JumpReLUSAEConfig,
+    SAETrainer,
+)
+from sae_lens.config import LoggingConfig, SAETrainerConfig
+from torch import Tensor
+
+from benchmarks import baselines
+from benchmarks.data import Shape, activations, features
+from benchmarks.timing import alternate, peak_memory, ratio, spread
+from monoloss_plugin import MonoLoss, MonoScore, functional
+from monoloss_plugin.adapters.sae_lens import add_loss
+from monoloss_plugin.evaluation import evaluate
+from monoloss_plugin.kernels import support
+from monoloss_plugin.kernels.batch import batch_scores
+
+Found = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How much to run, and where."""
+
+    device: torch.device
+    full: bool
+    shape: Shape
+
+    def rounds(self, quick: int, full: int) -> int:
+        return full if self.full else quick
+
+
+def loss(setting: Setting) -> Found:
+    """MonoLoss forward and backward against the paper's way."""
+    x = features(setting.shape.batch, setting.shape, setting.device)
+    a = activations(x, setting.shape).requires_grad_()
+    coo = a.detach().to_sparse().requires_grad_()
+
+    def step(of: Callable[[], Tensor], latents: Tensor) -> Callable[[], None]:
+        def run() -> None:
+            latents.grad = None
+            of().backward()
+
+        return run
+
+    ways = {
+        "paper's way": step(lambda: baselines.batch_loss(a, x), a),
+        "active entries": step(lambda: functional.monoloss(a, x, gradient_at="active"), a),
+        "every entry": step(lambda: functional.monoloss(a, x), a),
+        "sparse COO": step(lambda: functional.monoloss(coo, x), coo),
+    }
+    seconds = alternate(ways, setting.rounds(7, 25), setting.device)
+    return _report(seconds, baseline="paper's way", target="12 times faster (18 is the aim)")
+
+
+def step(setting: Setting) -> Found:
+    """A SAELens BatchTopK training step with MonoLoss against one without."""
+    x = features(setting.shape.batch, setting.shape, setting.device)
+    trainers = {name: _trainer(setting, x) for name in ("without", "with MonoLoss")}
+    add_loss(trainers["with MonoLoss"], MonoLoss(lam=3e-4))
+    if setting.device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+    ways = {name: _stepper(trainer, x) for name, trainer in trainers.items()}
+    seconds = alternate(ways, setting.rounds(12, 60), setting.device)
+    more = ratio(seconds["with MonoLoss"], seconds["without"])
+    target = "at most 2 % more" if setting.device.type == "cuda" else "at most 6 % more"
+    return {
+        **_report(seconds, baseline="without", target=target),
+        "with over without": more,
+        "says": f"{100 * (more['median'] - 1):+.1f} % (quartiles "
+        f"{100 * (more['quartiles'][0] - 1):+.1f} to {100 * (more['quartiles'][1] - 1):+.1f})",
+    }
+
+
+def _trainer(setting: Setting, x: Tensor) -> SAETrainer[Any, Any]:
+    torch.manual_seed(0)
+    shape = setting.shape
+    sae = BatchTopKTrainingSAE(
+        BatchTopKTrainingSAEConfig(
+            d_in=shape.width, d_sae=shape.latents, k=shape.k, device=str(setting.device)
+        )
+    )
+    config = SAETrainerConfig(
+        total_training_samples=10**9,
+        train_batch_size_samples=shape.batch,
+        lr_end=3e-4,
+        device=str(setting.device),
+        logger=LoggingConfig(log_to_wandb=False),
+    )
+    return SAETrainer(cfg=config, sae=sae, data_provider=repeat(x))
+
+
+def _stepper(trainer: SAETrainer[Any, Any], x: Tensor) -> Callable[[], Any]:
+    return lambda: trainer.step(x)
+
+
+def score(setting: Setting) -> Found:
+    """MonoScore of sparse activations in memory against the two-pass linear way."""
+    shape = setting.shape
+    rows = setting.rounds(8, 32) * shape.batch
+    x = features(rows, shape, setting.device)
+    a = activations(x, shape)
+    batches = list(zip(a.split(shape.batch), x.split(shape.batch), strict=True))
+    coo = [(latents.to_sparse(), embeddings) for latents, embeddings in batches]
+
+    def streamed(over: list[tuple[Tensor, Tensor]]) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            metric = MonoScore()
+            for latents, embeddings in over:
+                metric.update(latents, embeddings)
+            return metric.compute().scores
+
+        return run
+
+    ways = {
+        "two passes": lambda: baselines.two_pass_monoscore(batches),
+        "held sparse": streamed(coo),
+        "held dense": streamed(batches),
+    }
+    seconds = alternate(ways, setting.rounds(3, 7), setting.device)
+    return {
+        **_report(seconds, baseline="two passes", target="8 times faster"),
+        "samples": rows,
+    }
+
+
+def evaluation(setting: Setting) -> Found:
+    """``evaluate``, the SAE's encode and decode included, against two passes through the SAE."""
+    shape, classes = setting.shape, 1000
+    rows = setting.rounds(6, 24) * shape.batch
+    x = features(rows, shape, setting.device)
+    labels = torch.randint(classes, (rows,), generator=torch.Generator().manual_seed(2))
+    labels = labels.to(setting.device)
+    torch.manual_seed(0)
+    sae = JumpReLUSAE(
+        JumpReLUSAEConfig(d_in=shape.width, d_sae=shape.latents, device=str(setting.device))
+    )
+    with torch.no_grad():
+        pre = x[: shape.batch] @ sae.W_enc
+        sae.threshold.fill_(float(pre.flatten().topk(shape.k * shape.batch).values[-1]))
+    batches = list(zip(x.split(shape.batch), labels.split(shape.batch), strict=True))
+
+    def two_passes() -> Any:
+        with torch.no_grad():
+            return baselines.two_pass_evaluation(sae.encode, sae.decode, batches, classes)
+
+    ways = {
+        "two passes": two_passes,
+        "evaluate": lambda: evaluate(sae, x, labels, num_classes=classes),
+    }
+    seconds = alternate(ways, setting.rounds(3, 7), setting.device)
+    return {
+        **_report(seconds, baseline="two passes", target="2 times faster"),
+        "samples": rows,
+    }
+
+
+def growth(setting: Setting) -> Found:
+    """Time and memory of MonoScore against N, and the pairwise definition's time."""
+    shape, pool = setting.shape, 4
+    x = features(pool * shape.batch, shape, setting.device)
+    a = activations(x, shape)
+    batches = list(zip(a.split(shape.batch), x.split(shape.batch), strict=True))
+
+    linear = []
+    for exponent in range(12, 20):
+
+        def run(samples: int = 2**exponent) -> Tensor:
+            metric = MonoScore()
+            for i in range(samples // shape.batch):
+                metric.update(*batches[i % pool])
+            return metric.compute().scores
+
+        runs = alternate({"run": run}, setting.rounds(1, 5), setting.device)["run"]
+        linear.append({"samples": 2**exponent, **spread(runs)})
+        if exponent <= setting.rounds(14, 19):
+            linear[-1]["memory"] = peak_memory(run, setting.device)
+
+    pairwise = []
+    for samples in [256, 512, 1024, 2048][: setting.rounds(3, 4)]:
+        runs = alternate(
+            {"run": partial(baselines.pairwise_monoscore, a[:samples], x[:samples])},
+            setting.rounds(1, 3),
+            setting.device,
+        )["run"]
+        pairwise.append({"samples": samples, **spread(runs)})
+
+    last = pairwise[-1]
+    extrapolated = last["median"] * (65_536 / last["samples"]) ** 2
+    ours = next(point["median"] for point in linear if point["samples"] == 65_536)
+    slope = _slope(linear)
+    held = [point["memory"] / 2**20 for point in linear if "memory" in point]
+    return {
+        "linear": linear,
+        "pairwise": pairwise,
+        "slope": slope,
+        "pairwise slope": _slope(pairwise),
+        "pairwise at 65,536, extrapolated": extrapolated,
+        "times faster at 65,536": extrapolated / ours,
+        "target": "slope at most 1.05; above 1,200 times at 65,536; memory flat",
+        "says": f"slope {slope:.3f}; at 65,536 samples {ours:.2f} s, pairwise "
+        f"{extrapolated:,.0f} s extrapolated from {last['samples']}: "
+        f"{extrapolated / ours:,.0f} times; memory {held[0]:.0f} MiB at {linear[0]['samples']:,} "
+        f"and {held[-1]:.0f} MiB at {linear[len(held) - 1]['samples']:,}",
+    }
+
+
+def memory(setting: Setting) -> Found:
+    """What MonoLoss holds in a training step, in gradients of the activations' size."""
+    shape = setting.shape
+    gradient = 4 * shape.batch * shape.latents
+    x = features(shape.batch, shape, setting.device)
+    a = activations(x, shape).requires_grad_()
+    found: dict[str, float] = {}
+    choices: dict[str, Literal["active", "all"]] = {
+        "active entries": "active",
+        "every entry": "all",
+    }
+    for name, gradient_at in choices.items():
+
+        def run(where: Literal["active", "all"] = gradient_at) -> None:
+            a.grad = None
+            functional.monoloss(a, x, gradient_at=where).backward()
+            a.grad = None
+
+        run()
+        found[name] = peak_memory(run, setting.device) / gradient
+    peaks = []
+    for terms in ([], [MonoLoss(lam=3e-4)]):
+        trainer = _trainer(setting, x)
+        for term in terms:
+            add_loss(trainer, term)
+        trainer.step(x)
+        peaks.append(peak_memory(_stepper(trainer, x), setting.device) / gradient)
+    found["SAELens step without"], found["with MonoLoss"] = peaks
+    return {
+        "gradients": found,
+        "gradient bytes": gradient,
+        "target": "at most one gradient",
+        "says": "; ".join(f"{name}: {value:.2f} gradients" for name, value in found.items()),
+    }
+
+
+def agreement(setting: Setting) -> Found:
+    """Every path against the pairwise definition in float64."""
+    shape = Shape(batch=512, width=64, latents=1024, k=24)
+    x = features(shape.batch, shape, setting.device)
+    a = activations(x, shape)
+    exact = a.double().requires_grad_()
+    expected = functional.monoscore_pairwise(exact, x, undefined=math.nan)
+    defined = ~expected.isnan()
+    (by_autograd,) = torch.autograd.grad(expected.nan_to_num().sum(), exact)
+    scale = by_autograd.abs().amax(0).clamp(min=1e-30)
+    on = a != 0
+
+    found = {}
+    threshold = support.SPARSE_BELOW
+    for name, below, latents in (
+        ("dense", -1.0, a),
+        ("sparse", 1.0, a),
+        ("sparse COO", 1.0, a.to_sparse()),
+    ):
+        support.SPARSE_BELOW = below
+        given = latents.detach().clone().requires_grad_()
+        batch = batch_scores(given, x, "active")
+        (gradient,) = torch.autograd.grad(batch.scores.sum(), given)
+        gradient = gradient if gradient.layout == torch.strided else gradient.to_dense()
+        both = defined & batch.defined
+        streamed = MonoScore()
+        for rows in range(0, shape.batch, 128):
+            part = a[rows : rows + 128]
+            streamed.update(
+                part.to_sparse() if name == "sparse COO" else part, x[rows : rows + 128]
+            )
+        found[name] = {
+            "loss's score": _largest((batch.scores.detach() - expected.detach())[both]),
+            "loss's gradient": _largest(((gradient - by_autograd) / scale)[on & both]),
+            "MonoScore": _largest((streamed.compute().scores - expected.detach())[defined]),
+        }
+    support.SPARSE_BELOW = threshold
+    worst = max(error for way in found.values() for error in way.values())
+    return {"errors": found, "target": "1e-5", "says": f"largest error {worst:.1e}"}
+
+
+def waiting(setting: Setting) -> Found:
+    """On a GPU: a training step of the loss must not make the host wait."""
+    if setting.device.type != "cuda":
+        return {"says": "needs a GPU"}
+    x = features(setting.shape.batch, setting.shape, setting.device)
+    a = activations(x, setting.shape).requires_grad_()
+    functional.monoloss(a, x, gradient_at="active").backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        functional.monoloss(a, x, gradient_at="active").backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return {"says": "no step waits"}
+
+
+CASES: dict[str, Callable[[Setting], Found]] = {
+    case.__name__: case
+    for case in (agreement, loss, step, memory, score, evaluation, growth, waiting)
+}
+
+
+def _report(seconds: dict[str, list[float]], *, baseline: str, target: str) -> Found:
+    faster = {
+        name: ratio(seconds[baseline], runs) for name, runs in seconds.items() if name != baseline
+    }
+    said = (
+        f"{name}: {spread(seconds[name])['median']:.3f} s, {value['median']:.2f} times faster "
+        f"({value['quartiles'][0]:.2f} to {value['quartiles'][1]:.2f})"
+        for name, value in faster.items()
+    )
+    first = f"{baseline}: {spread(seconds[baseline])['median']:.3f} s"
+    return {
+        "seconds": {name: spread(runs) for name, runs in seconds.items()},
+        "times faster": faster,
+        "target": target,
+        "says": "; ".join((first, *said)),
+    }
+
+
+def _slope(points: list[Found]) -> float:
+    """Slope of log time against log N, by least squares."""
+    x = torch.tensor([math.log(point["samples"]) for point in points], dtype=torch.float64)
+    y = torch.tensor([math.log(point["median"]) for point in points], dtype=torch.float64)
+    return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
+
+
+def _largest(error: Tensor) -> float:
+    return float(error.abs().max())

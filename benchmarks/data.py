@@ -1,0 +1,41 @@
+"""Activations of a BatchTopK dictionary's shape and the features they come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a dictionary and its batches; by default the MonoLoss paper's."""
+
+    batch: int = 2048
+    width: int = 768
+    latents: int = 8192
+    k: int = 64
+
+
+def features(rows: int, shape: Shape, device: torch.device, seed: int = 0) -> Tensor:
+    """Return unit vectors (rows, width) around a hundred directions, as an encoder's would be."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(100, shape.width, generator=generator)
+    nearest = torch.randint(100, (rows,), generator=generator)
+    x = centres[nearest] + torch.randn(rows, shape.width, generator=generator)
+    return normalize(x, dim=1).to(device)
+
+
+def activations(x: Tensor, shape: Shape, seed: int = 1) -> Tensor:
+    """Return what a random BatchTopK encoder makes of features: (rows, latents), k a row."""
+    generator = torch.Generator().manual_seed(seed)
+    encoder = torch.randn(shape.width, shape.latents, generator=generator).to(x.device)
+    parts = []
+    for rows in x.split(shape.batch):
+        pre = (rows @ encoder).relu_()
+        kept = pre.flatten().topk(shape.k * len(rows), sorted=False)
+        flat = torch.zeros_like(pre).flatten()
+        parts.append(flat.scatter_(0, kept.indices, kept.values).view_as(pre))
+    return torch.cat(parts)

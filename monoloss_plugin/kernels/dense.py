@@ -36,7 +36,7 @@ def dense_statistics(latents: Tensor, h: Tensor, q: Tensor) -> Statistics:
     for block in _blocks(latents):
         columns = latents[:, block].detach()
         range_ = Range.between(columns.amin(0).to(h.dtype), columns.amax(0).to(h.dtype))
-        a = _rescaled(columns, range_)
+        a = _rescaled(columns, range_.lowest, range_.scale)
         u, w = a.sum(0), a.T @ h
         squares = a.square()
         parts.append((*range_, u, squares.sum(0), q @ squares, w))
@@ -52,30 +52,42 @@ def dense_scores(latents: Tensor, h: Tensor, q: Tensor, statistics: Statistics) 
         h, q: as in :func:`dense_statistics`.
         statistics: of these latents, from whichever way.
     """
-    scores: Tensor = _DenseScores.apply(latents, h, q, statistics)
-    return BatchScores(scores, statistics.defined)
+    range_, u, w, scores, defined, weight = statistics
+    differentiable: Tensor = _DenseScores.apply(
+        latents, h, q, range_.lowest, range_.scale, u, w, scores, weight
+    )
+    return BatchScores(differentiable, defined)
 
 
 class _DenseScores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, latents: Tensor, h: Tensor, q: Tensor, statistics: Statistics) -> Tensor:
-        range_, u, w, scores, _, weight = statistics
-        ctx.save_for_backward(latents, h, q, *range_, u, w, scores, weight)
+    def forward(
+        ctx: Any,
+        latents: Tensor,
+        h: Tensor,
+        q: Tensor,
+        lowest: Tensor,
+        scale: Tensor,
+        u: Tensor,
+        w: Tensor,
+        scores: Tensor,
+        weight: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(latents, h, q, lowest, scale, u, w, scores, weight)
         return scores.clone()
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
-        latents, h, q, lowest, scale, varies, u, w, scores, weight = ctx.saved_tensors
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        latents, h, q, lowest, scale, u, w, scores, weight = ctx.saved_tensors
         gradient = torch.empty_like(latents)
         factor = upstream[0] * weight / scale
         with torch.autocast(latents.device.type, enabled=False):
             for block in _blocks(latents):
-                range_ = Range(lowest[block], scale[block], varies[block])
-                a = _rescaled(latents[:, block], range_)
+                a = _rescaled(latents[:, block], lowest[block], scale[block])
                 gradient[:, block] = _gradient(
                     a, h, q, u[block], w[block], scores[block], factor[block]
                 )
-        return gradient, None, None, None
+        return gradient, *(8 * [None])
 
 
 def _blocks(latents: Tensor) -> list[slice]:
@@ -84,8 +96,8 @@ def _blocks(latents: Tensor) -> list[slice]:
     return [slice(start, start + width) for start in range(0, latents.shape[1], width)]
 
 
-def _rescaled(latents: Tensor, range_: Range) -> Tensor:
-    return latents.to(range_.lowest.dtype).sub(range_.lowest).div(range_.scale)
+def _rescaled(latents: Tensor, lowest: Tensor, scale: Tensor) -> Tensor:
+    return latents.to(lowest.dtype).sub(lowest).div_(scale)
 
 
 def _gradient(
@@ -96,5 +108,6 @@ def _gradient(
     gradient = h @ w.T
     gradient -= scores * u
     gradient += a.mul_(scores - q.unsqueeze(1))
-    gradient -= at_minimum * (gradient.sum(0) / at_minimum.sum(0))
+    shares = gradient.sum(0) / at_minimum.sum(0, dtype=a.dtype)
+    gradient -= torch.mul(at_minimum, shares, out=a)
     return gradient.mul_(factor)

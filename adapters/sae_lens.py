@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from monoloss_plugin._checks import as_rows
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.kernels.batch import GradientAt
+from monoloss_plugin.kernels.support import is_sparse
 from monoloss_plugin.losses import LossTerm, StepTensors, lam_factor
 
 try:
@@ -390,7 +391,6 @@ def _add_terms(
         attachment.mean_square_norm = None
         attachment.announced.clear()
     attachment.last_step = step_input.n_training_steps
-    latents = as_rows(output.feature_acts, "feature_acts", keep_sparse=True)
     inputs = as_rows(output.sae_in, "sae_in")
     for name, attached in attachment.terms.items():
         if name in output.losses:
@@ -401,19 +401,7 @@ def _add_terms(
         )
         # At weight 0 the term is only measured, so that the host's run stays what it was.
         with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
-            value, metrics = term.evaluate(
-                StepTensors(
-                    latents,
-                    _similarity_space(attachment, attached, inputs)
-                    if term.needs_embeddings
-                    else inputs,
-                    as_rows(output.hidden_pre, "hidden_pre") if term.needs_selection else None,
-                    as_rows(latents.detach(), "feature_acts") != 0
-                    if term.needs_selection
-                    else None,
-                    _gradient_at(sae, output.hidden_pre) if term.needs_embeddings else "all",
-                )
-            )
+            value, metrics = term.evaluate(_step_tensors(sae, attachment, attached, output))
             weighted = weight * value
         if weight != 0:
             output.loss = output.loss + weighted
@@ -422,18 +410,47 @@ def _add_terms(
         output.metrics[f"{name}_weight"] = weight
 
 
-def _gradient_at(sae: TrainingSAE[Any], hidden_pre: Tensor) -> GradientAt:
+def _step_tensors(
+    sae: TrainingSAE[Any], attachment: _Attachment, attached: _Attached, output: TrainStepOutput
+) -> StepTensors:
+    """Return what the term asks of this step, and no more."""
+    term = attached.term
+    latents = as_rows(output.feature_acts, "feature_acts", keep_sparse=True)
+    step = StepTensors(latents, embeddings=as_rows(output.sae_in, "sae_in"))
+    if term.needs_embeddings:
+        step = step._replace(
+            embeddings=_similarity_space(attachment, attached, step.embeddings),
+            gradient_at=_gradient_at(sae, latents, output.hidden_pre),
+        )
+    if term.needs_selection:
+        step = step._replace(
+            pre_acts=as_rows(output.hidden_pre, "hidden_pre"),
+            selected=as_rows(latents.detach(), "feature_acts") != 0,
+        )
+    return step
+
+
+def _gradient_at(sae: TrainingSAE[Any], latents: Tensor, hidden_pre: Tensor) -> GradientAt:
     """Which latents pass a gradient on, as far as SAELens's own architectures tell."""
     if not type(sae).__module__.startswith("sae_lens."):
         return "all"
     if isinstance(sae, JumpReLUTrainingSAE):
-        # The straight-through estimator passes gradients within half a bandwidth of the
-        # threshold, and so to the threshold itself. A little wider does no harm.
-        pre_acts, threshold = as_rows(hidden_pre, "hidden_pre").detach(), sae.threshold.detach()
-        band: Tensor = (pre_acts - threshold).abs() <= 0.5001 * sae.bandwidth
-        return band
+        return _jumprelu_band(sae, latents, as_rows(hidden_pre, "hidden_pre").detach())
     passes_where_active = isinstance(sae.activation_fn, (nn.ReLU, TopK, BatchTopK))
     return "active" if passes_where_active else "all"
+
+
+def _jumprelu_band(sae: JumpReLUTrainingSAE, latents: Tensor, pre_acts: Tensor) -> GradientAt:
+    """Return where the straight-through estimator passes gradients to the threshold."""
+    threshold = sae.threshold.detach()
+
+    def band(rows: slice) -> Tensor:
+        # Half a bandwidth about the threshold; a little wider does no harm.
+        inside: Tensor = (pre_acts[rows] - threshold).abs_() <= 0.5001 * sae.bandwidth
+        return inside
+
+    few = slice(None, None, max(1, len(pre_acts) // 64))
+    return band(slice(None)) if is_sparse(latents[few], band(few)) else "all"
 
 
 def _coefficient(step_input: TrainStepInput, attached: _Attached) -> float:

@@ -14,15 +14,19 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def alternate(
-    ways: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device
+    ways: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    device: torch.device,
+    *,
+    warm_up: bool = True,
 ) -> dict[str, list[float]]:
-    """Time each way once a round, in an order that turns about; a first round warms up.
+    """Time each way once a round, in an order that turns about, after a round to warm up.
 
     Returns:
         Seconds of each round, by way.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 1):
+    for number in range(0 if warm_up else 1, rounds + 1):
         order = list(ways.items())
         for name, run in order if number % 2 else reversed(order):
             taken = _seconds(run, device)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from monoloss_plugin._checks import as_rows, paired_rows, require_choice, require_finite
+from monoloss_plugin._chunks import parts_of
 from monoloss_plugin.embeddings import unit_rows
 from monoloss_plugin.kernels.batch import GradientAt, batch_scores
 from monoloss_plugin.kernels.statistics import BatchScores
@@ -56,7 +57,8 @@ def monoscore(latents: Tensor, embeddings: Tensor, *, undefined: float = 0.0) ->
     """
     a, e = paired_rows(latents, embeddings, keep_sparse=True)
     moments = Moments(a.shape[1], e.shape[1], a.device)
-    moments.update_(a, e)
+    for rows, part in parts_of(a):
+        moments.update_(part, e[rows])
     scores, defined = moments.score()
     return scores.masked_fill(~defined, undefined).to(torch.promote_types(a.dtype, torch.float32))
 

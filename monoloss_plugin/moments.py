@@ -120,16 +120,22 @@ class Moments:
     def _add_support(self, part: Support, h: Tensor, q: Tensor, sum_h: Tensor) -> None:
         """Add sparse latents: entries from zero, or from the minimum where none is missing."""
         columns, complete = part.columns, part.complete()
-        a = part.values.double() - torch.where(complete, self.lowest, 0.0)[columns]
+        a = part.values.double()
+        if not looks_are_free(complete) or bool(complete.any()):
+            a = a - torch.where(complete, self.lowest, 0.0)[columns]
         squares, entry_q = a.square(), q[part.rows]
         u, v = part.sums(a), part.sums(squares)
         t, p = part.sums(squares * entry_q), part.sums(a * entry_q)
 
-        dominant = a > _DOMINANT * u[columns]
-        part.add_weighted_sums_(self.w, a.masked_fill(dominant, 0.0).to(h.dtype), h)
-        for entries in dominant.nonzero().squeeze(1).split(_ENTRIES_AT_ONCE):
-            added = a[entries].unsqueeze(1) * h[part.rows[entries]]  # in float64
-            self.w.index_add_(0, columns[entries], added)
+        weights = a.to(h.dtype)
+        # One sample alone has a² near u²; only then are the entries themselves looked through.
+        if bool((v > _DOMINANT**2 * u.square()).any()):
+            dominant = a > _DOMINANT * u[columns]
+            weights = weights.masked_fill(dominant, 0.0)
+            for entries in dominant.nonzero().squeeze(1).split(_ENTRIES_AT_ONCE):
+                added = a[entries].unsqueeze(1) * h[part.rows[entries]]  # in float64
+                self.w.index_add_(0, columns[entries], added)
+        part.add_weighted_sums_(self.w, weights, h)
 
         # Where activations are negative, the zeros that are not listed lie above the minimum.
         drop = torch.where(complete, 0.0, -self.lowest)

@@ -186,6 +186,27 @@ def test_a_nan_shows_in_the_loss(embeddings: Tensor, way: str) -> None:
     assert functional.monoloss(a, embeddings, gradient_at="active").isnan()
 
 
+def test_a_second_derivative_is_refused(embeddings: Tensor, way: str) -> None:
+    a = CASES["sparse"].clone().requires_grad_()
+    for latents in (a, coo_of(a)):
+        loss = functional.monoloss(latents, embeddings, gradient_at="active")
+        (gradient,) = torch.autograd.grad(loss, a, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"once_differentiable|not require grad"):
+            gradient.sum().backward()
+
+
+def test_training_through_a_relu_needs_the_active_gradient_alone(
+    embeddings: Tensor, way: str
+) -> None:
+    encoder = torch.randn(7, 30, generator=torch.Generator().manual_seed(5)).requires_grad_()
+    gradients = []
+    for gradient_at in ("all", "active"):
+        latents = (embeddings @ encoder - 2).relu()
+        loss = functional.monoloss(latents, embeddings, gradient_at=gradient_at)
+        gradients.extend(torch.autograd.grad(loss, encoder))
+    torch.testing.assert_close(*gradients)
+
+
 def test_the_sparse_way_does_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fake tensors have no values: whatever reads one raises."""
     for module in (support, sparse):

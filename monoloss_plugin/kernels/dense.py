@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from monoloss_plugin.kernels.statistics import BatchScores, Range, Statistics
 
@@ -77,6 +78,7 @@ class _DenseScores(torch.autograd.Function):
         return scores.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         latents, h, q, lowest, scale, u, w, scores, weight = ctx.saved_tensors
         gradient = torch.empty_like(latents)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from monoloss_plugin._checks import looks_are_free
 from monoloss_plugin.kernels.statistics import BatchScores, Range, Statistics
@@ -128,6 +129,7 @@ class _SparseScores(torch.autograd.Function):
         return scores.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
         a, h, q, rows, columns, offsets, u, w, scores, weight, share = ctx.saved_tensors
         with torch.autocast(a.device.type, enabled=False):

@@ -27,6 +27,7 @@ def alternate(
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(0 if warm_up else 1, rounds + 1):
+        gc.collect()
         order = list(ways.items())
         for name, run in order if number % 2 else reversed(order):
             taken = _seconds(run, device)
@@ -36,7 +37,6 @@ def alternate(
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    gc.collect()
     _wait(device)
     started = time.perf_counter()
     result = run()

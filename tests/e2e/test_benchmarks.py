@@ -1,0 +1,34 @@
+"""The benchmark program, at a size that says nothing about speed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--batch", "4096", "--width", "4", "--latents", "32", "--k", "2", "--device", "cpu"]
+
+
+def test_the_benchmark_runs_and_writes_what_it_found(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", *SMALL, "--out", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert set(found) >= {"machine", "agreement", "loss", "step", "memory", "score", "growth"}
+    assert found["machine"]["torch"]
+    for way in found["agreement"]["errors"].values():
+        assert max(way.values()) < 1e-5
+    for name in ("loss", "score", "evaluation"):
+        for seconds in found[name]["seconds"].values():
+            assert 0 < seconds["quartiles"][0] <= seconds["median"] <= seconds["quartiles"][1]
+    assert [point["samples"] for point in found["growth"]["linear"]] == [
+        2**n for n in range(12, 20)
+    ]
+    assert (tmp_path / "growth.png").stat().st_size > 10_000
+    assert found["growth"]["says"] in done.stdout

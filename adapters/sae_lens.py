@@ -28,19 +28,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from monoloss_plugin._checks import as_rows
+from monoloss_plugin._checks import as_rows, looks_are_free
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.kernels.batch import GradientAt
-from monoloss_plugin.kernels.support import is_sparse
+from monoloss_plugin.kernels.support import is_sparse, sampled_rows
 from monoloss_plugin.losses import LossTerm, StepTensors, lam_factor
 
 try:
     from sae_lens import (
         AbsTopKTrainingSAE,
+        GatedTrainingSAE,
         JumpReLUTrainingSAE,
         LanguageModelSAETrainingRunner,
         MatryoshkaBatchTopKTrainingSAE,
         SAETrainer,
+        StandardTrainingSAE,
         TopKTrainingSAE,
         TrainingSAE,
     )
@@ -436,21 +438,23 @@ def _gradient_at(sae: TrainingSAE[Any], latents: Tensor, hidden_pre: Tensor) -> 
         return "all"
     if isinstance(sae, JumpReLUTrainingSAE):
         return _jumprelu_band(sae, latents, as_rows(hidden_pre, "hidden_pre").detach())
-    passes_where_active = isinstance(sae.activation_fn, (nn.ReLU, TopK, BatchTopK))
-    return "active" if passes_where_active else "all"
+    activated = isinstance(sae, (TopKTrainingSAE, StandardTrainingSAE, GatedTrainingSAE))
+    blocks_zeros = isinstance(sae.activation_fn, (nn.ReLU, TopK, BatchTopK))
+    return "active" if activated and blocks_zeros else "all"
 
 
 def _jumprelu_band(sae: JumpReLUTrainingSAE, latents: Tensor, pre_acts: Tensor) -> GradientAt:
     """Return where the straight-through estimator passes gradients to the threshold."""
-    threshold = sae.threshold.detach()
 
-    def band(rows: slice) -> Tensor:
-        # Half a bandwidth about the threshold; a little wider does no harm.
-        inside: Tensor = (pre_acts[rows] - threshold).abs_() <= 0.5001 * sae.bandwidth
-        return inside
+    def band(pre_acts: Tensor) -> Tensor:
+        # In the pre-activations' own dtype and order, so that the edge is rounded as the host's.
+        threshold: Tensor = sae.threshold.detach().to(pre_acts.dtype)
+        return (pre_acts - threshold).div_(sae.bandwidth).abs_() <= 0.5
 
-    few = slice(None, None, max(1, len(pre_acts) // 64))
-    return band(slice(None)) if is_sparse(latents[few], band(few)) else "all"
+    if not looks_are_free(pre_acts):
+        return "all"
+    few = sampled_rows(len(pre_acts))
+    return band(pre_acts) if is_sparse(latents[few], band(pre_acts[few])) else "all"
 
 
 def _coefficient(step_input: TrainStepInput, attached: _Attached) -> float:

@@ -29,7 +29,8 @@ def as_rows(tensor: Tensor, name: str, *, keep_sparse: bool = False) -> Tensor:
             f"{name}: expected at least 2 dimensions (samples, width), got shape "
             f"{tuple(tensor.shape)}"
         )
-    if keep_sparse and tensor.layout == torch.sparse_coo and tensor.sparse_dim() == 2:
+    plain = tensor.layout == torch.sparse_coo and tensor.ndim == tensor.sparse_dim() == 2
+    if keep_sparse and plain:
         return tensor
     # A COO tensor's _values() carries no gradient; to_dense() does.
     dense = tensor if tensor.layout == torch.strided else tensor.to_dense()

@@ -15,7 +15,7 @@ _SPARSE_ELEMENTS = 1 << 25
 """The same where they become a list of entries, at most 80 MiB of them."""
 
 _ROWS = 1 << 14
-"""At most this many rows, so that a float32 sum over them errs by less than 1e-6 of itself."""
+"""At most this many rows, whose sums are then added up in float64."""
 
 
 def row_chunks(rows: int, width: int, elements: int) -> Iterator[slice]:

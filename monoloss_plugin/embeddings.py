@@ -18,10 +18,11 @@ def unit_rows(embeddings: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     Returns:
         h (N, d) and ||h||² (N,).
     """
-    e = embeddings.detach().to(dtype)
+    e = embeddings.detach()
+    e = e.to(torch.promote_types(e.dtype, dtype))
     # Dividing by the largest entry first keeps the squares of huge and tiny rows in range.
     largest = e.abs().amax(dim=1, keepdim=True)
     zero = largest == 0
-    e = e / largest.masked_fill(zero, 1.0)
+    e = (e / largest.masked_fill(zero, 1.0)).to(dtype)
     norm = torch.linalg.vector_norm(e, dim=1, keepdim=True)
     return e / norm.masked_fill(zero, 1.0), (~zero).squeeze(1).to(dtype)

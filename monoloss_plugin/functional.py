@@ -117,7 +117,8 @@ def monoloss(latents: Tensor, embeddings: Tensor, *, gradient_at: GradientAt = "
 
     Say ``gradient_at="active"`` where the latents come from a ReLU, a TopK or a BatchTopK: these
     pass no gradient to latents that are zero, and leaving it out makes the loss many times faster
-    on a CPU.
+    on a CPU. For others it would be wrong: their zeros then have a gradient or none, as the batch
+    is dense or sparse.
 
     Args:
         latents: (B, M), floating; dense, or sparse COO.
@@ -290,8 +291,8 @@ def _gradient_at_rows(gradient_at: GradientAt, latents: Tensor) -> GradientAt:
 
 
 def _require_mask(mask: Tensor, name: str, of: Tensor, of_name: str) -> None:
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{name}: expected a bool tensor, got {mask.dtype}")
+    if mask.dtype != torch.bool or mask.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense bool tensor, got {mask.dtype}, {mask.layout}")
     if mask.shape != of.shape:
         raise ValueError(
             f"{name}: expected shape {tuple(of.shape)} to match {of_name}, got {tuple(mask.shape)}"

@@ -28,7 +28,7 @@ class MonoScoreResult:
     scores: Tensor
     """(M,) float64, in [-1, 1]; 0 where undefined."""
     defined: Tensor
-    """(M,) bool: at least one pair of samples co-activates the latent."""
+    """(M,) bool: at least one pair of samples co-activates the latent, by more than rounding."""
     num_samples: int
     """Number of samples seen."""
 
@@ -75,7 +75,8 @@ class MonoScore:
         """Take up a batch.
 
         Args:
-            latents: (B, M), floating, finite; dense, sparse COO, or a ``Support``.
+            latents: (B, M), floating, finite; dense, sparse COO, or the
+                :class:`~monoloss_plugin.kernels.support.Support` that several metrics share.
             embeddings: (B, d), floating, finite.
 
         Raises:
@@ -83,9 +84,15 @@ class MonoScore:
             ValueError: shapes that do not match each other or earlier batches, or NaN or infinite
                 values; the metric is then unchanged.
         """
-        a, e = latents, embeddings
-        if not isinstance(a, Support):
-            a, e = paired_rows(a, e, keep_sparse=True)
+        a: Tensor | Support
+        if isinstance(latents, Support):
+            a, e = latents, as_rows(embeddings, "embeddings")
+            if len(e) != a.num_rows:
+                raise ValueError(
+                    f"embeddings: expected {a.num_rows} rows to match latents, got {len(e)}"
+                )
+        else:
+            a, e = paired_rows(latents, embeddings, keep_sparse=True)
         moments = self.moments or Moments(a.shape[1], e.shape[1], a.device)
         for name, got, wanted in (
             ("latents", a.shape[1], moments.num_latents),

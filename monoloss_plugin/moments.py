@@ -11,8 +11,8 @@ follow from n, H = Σ h, Q = Σ q and p = Σ ã q:
 
     u += n δ,   v += 2 δ u + n δ²,   t += 2 δ p + δ² Q,   p += δ Q,   w += δ H.
 
-All terms are non-negative multiples of what is already there, so nothing cancels, and one pass
-over the data is enough where the paper's evaluation (Nasiri-Sarvi et al. 2026, Algorithm 2) first
+What is added to u, v, t and p is non-negative, so nothing cancels in them, and one pass over the
+data is enough where the paper's evaluation (Nasiri-Sarvi et al. 2026, Algorithm 2) first
 takes a pass for the minimum and maximum. The maximum only rescales ã, which leaves MS as it is; it
 is kept to tell which latents are defined.
 """
@@ -25,6 +25,7 @@ from torch import Tensor
 from monoloss_plugin._checks import looks_are_free, require_finite
 from monoloss_plugin._chunks import parts_of
 from monoloss_plugin.embeddings import unit_rows
+from monoloss_plugin.kernels.products import weighted_embeddings
 from monoloss_plugin.kernels.support import Support
 
 DEFINED_ABOVE = 1e-12
@@ -44,6 +45,8 @@ scores are good to about 1e-6 whatever the activations.
 """
 _LARGE = 1e12
 """Activations beyond this, or below its inverse, have float32 squares out of range."""
+_HUGE = 1e30
+"""Activations beyond this, or below its inverse, have float32 sums out of range."""
 _ENTRIES_AT_ONCE = 4096
 _ROWS_IN_CACHE = 512
 
@@ -57,6 +60,7 @@ class Moments:
         device: where the statistics live.
     """
 
+    @torch.inference_mode(False)  # or the sums could not be updated outside it
     def __init__(self, num_latents: int, width: int, device: torch.device | str = "cpu") -> None:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
@@ -85,6 +89,7 @@ class Moments:
     def width(self) -> int:
         return self.w.shape[1]
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def update_(self, latents: Tensor | Support, embeddings: Tensor) -> None:
         """Take up a batch: latents (N, M) and embeddings (N, d), both finite.
@@ -127,6 +132,10 @@ class Moments:
         u, v = part.sums(a), part.sums(squares)
         t, p = part.sums(squares * entry_q), part.sums(a * entry_q)
 
+        extreme = (self.highest > _HUGE) | (self.lowest < -_HUGE)
+        extreme |= (self.highest > 0) & (self.highest < 1 / _HUGE)
+        if bool(extreme.any()):  # float32 sums would leave its range
+            h = h.double()
         weights = a.to(h.dtype)
         # One sample alone has a² near u²; only then are the entries themselves looked through.
         if bool((v > _DOMINANT**2 * u.square()).any()):
@@ -266,6 +275,6 @@ def _range_of(part: Tensor | Support) -> tuple[Tensor, Tensor]:
 
 def _sums(a: Tensor, h: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return u, v, t, p (M,) and w (M, d) of a = ã (N, M), which it uses up."""
-    u, p, w = a.sum(0), q @ a, a.T @ h
+    u, p, w = a.sum(0), q @ a, weighted_embeddings(a, h)
     squares = a.square_()
     return u, squares.sum(0), q @ squares, p, w

@@ -138,8 +138,30 @@ def test_another_similarity_space_and_no_labels(data) -> None:
     assert "purity_binary" not in result.summary()
 
 
+def test_a_nan_is_named_whatever_way_is_taken(data) -> None:
+    x, _ = data
+    bad = x.clone()
+    bad[3, 2] = float("nan")
+    for sae in (RandomDictionary(), SparseDictionary()):
+        with pytest.raises(ValueError, match="contains NaN or infinite"):
+            evaluate(sae, bad)
+
+
+def test_leading_dimensions_go_together(data) -> None:
+    x, labels = data
+    folded = evaluate(
+        RandomDictionary(),
+        x.reshape(7, 10, 6),
+        labels.reshape(7, 10),
+        embeddings=x.reshape(7, 10, 6),
+    )
+    assert folded.summary() == evaluate(RandomDictionary(), x, labels).summary()
+
+
 def test_bad_input_is_named(data) -> None:
     x, labels = data
+    with pytest.raises(ValueError, match="num_classes: expected at least 1, got 0"):
+        evaluate(RandomDictionary(), x, labels, num_classes=0)
     with pytest.raises(ValueError, match="labels: expected 70 rows to match features, got 69"):
         evaluate(RandomDictionary(), x, labels[:-1])
     with pytest.raises(ValueError, match="features: expected at least one sample"):

@@ -132,11 +132,21 @@ def test_scores_do_not_depend_on_the_scale_of_activations_or_embeddings() -> Non
     )
 
 
+def test_embeddings_beyond_float32_s_range(way: str) -> None:
+    a, e = CASES["sparse"], embeddings_with_a_zero().double()
+    for scale in (1e200, 1e-200):
+        torch.testing.assert_close(functional.monoloss(a, e * scale), functional.monoloss(a, e))
+        torch.testing.assert_close(functional.monoscore(a, e * scale), functional.monoscore(a, e))
+
+
 def test_leading_dimensions_are_flattened() -> None:
     a, e = CASES["sparse"], embeddings_with_a_zero()
     folded_a, folded_e = a.reshape(5, 8, -1), e.reshape(5, 8, -1)
     torch.testing.assert_close(functional.monoscore(folded_a, folded_e), functional.monoscore(a, e))
     torch.testing.assert_close(functional.monoloss(folded_a, folded_e), functional.monoloss(a, e))
+    for sparse_dims in (1, 2, 3):
+        sparse = folded_a.to_sparse(sparse_dims)
+        torch.testing.assert_close(functional.monoloss(sparse, folded_e), functional.monoloss(a, e))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -185,8 +195,12 @@ def test_gradient_at_names_what_is_wrong() -> None:
     a, e = torch.rand(4, 3), torch.rand(4, 2)
     with pytest.raises(ValueError, match=r"gradient_at: expected one of \['all', 'active'\]"):
         functional.monoloss(a, e, gradient_at="some")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"gradient_at: expected a bool tensor, got torch\.float32"):
+    with pytest.raises(
+        TypeError, match=r"gradient_at: expected a dense bool tensor, got torch\.float32"
+    ):
         functional.monoloss(a, e, gradient_at=a)
+    with pytest.raises(TypeError, match=r"gradient_at: expected a dense bool tensor"):
+        functional.monoloss(a, e, gradient_at=(a > 0.5).to_sparse())
     with pytest.raises(ValueError, match=r"gradient_at: expected shape \(4, 3\) to match latents"):
         functional.monoloss(a, e, gradient_at=torch.ones(3, 4, dtype=torch.bool))
 
@@ -271,7 +285,7 @@ def test_regularizer_options_divide_as_they_say(pre_activations) -> None:
 @pytest.mark.parametrize("function", [functional.off_support_l1, functional.l1_l2_ratio])
 def test_regularizers_name_what_is_wrong(pre_activations, function) -> None:
     z, selected = pre_activations
-    with pytest.raises(TypeError, match=r"selected: expected a bool tensor"):
+    with pytest.raises(TypeError, match=r"selected: expected a dense bool tensor"):
         function(z, selected.float())
     with pytest.raises(ValueError, match=r"selected: expected shape \(6, 9\)"):
         function(z, selected[:, :3])

@@ -178,6 +178,17 @@ def test_sparse_latents_are_told_from_dense_ones() -> None:
     assert not support.is_sparse(many)
     assert support.is_sparse(many.to_sparse())
     assert not support.is_sparse(few, also=many > 0)  # a wide band is dense work
+    for period in (2, 7, 8, 32):
+        periodic = many.clone()
+        periodic[::period] = 0
+        assert not support.is_sparse(periodic)
+
+
+@pytest.mark.parametrize("sparse_way", [False, True])
+def test_large_batches_that_are_all_alike_cost_little_accuracy(sparse_way, monkeypatch) -> None:
+    monkeypatch.setattr(support, "SPARSE_BELOW", 1.0 if sparse_way else -1.0)
+    a = (torch.rand(16_384, 4, generator=torch.Generator().manual_seed(8)) < 0.9).float()
+    assert functional.monoloss(a, torch.full((16_384, 8), 0.1)).item() == pytest.approx(0, abs=1e-5)
 
 
 def test_a_nan_shows_in_the_loss(embeddings: Tensor, way: str) -> None:

@@ -15,6 +15,7 @@ from sklearn.metrics import r2_score
 from torch import Tensor
 
 from monoloss_plugin import ClassPurity, MonoScore, functional
+from monoloss_plugin.kernels.support import support_of
 from monoloss_plugin.metrics import R2
 from tests import oracle
 
@@ -69,6 +70,51 @@ def test_long_columns_cost_no_accuracy(way: str) -> None:
     e = torch.randn(60_000, 8, generator=generator) + 0.5
     exact = functional.monoscore(a.double(), e.double())
     np.testing.assert_allclose(functional.monoscore(a, e), exact, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["whole", "batches", "support"])
+def test_many_samples_that_are_all_alike_cost_little_accuracy(form: str, way: str) -> None:
+    """The hardest case for float32 sums, whose rounding then never averages out."""
+    a = (torch.rand(60_000, 4, generator=torch.Generator().manual_seed(8)) < 0.9).float()
+    e = torch.full((60_000, 8), 0.1)
+    metric = MonoScore()
+    if form == "support":
+        metric.update(support_of(a), e)
+    else:
+        for rows in torch.arange(len(a)).split(60_000 if form == "whole" else 2048):
+            metric.update(a[rows], e[rows])
+    np.testing.assert_allclose(metric.compute().scores, 1.0, atol=5e-6)
+
+
+@pytest.mark.parametrize("scale", [1e38, 1e-43])
+def test_activations_at_the_ends_of_float32(scale: float, embeddings: Tensor, way: str) -> None:
+    a = CASES["sparse"] * scale
+    scores = streamed(a, embeddings, [13, 27]).compute().scores
+    exact = oracle.monoscore_by_loops(a, embeddings)  # of a as it was rounded
+    np.testing.assert_allclose(scores, np.nan_to_num(exact), atol=1e-6)
+
+
+def test_a_support_must_match_its_embeddings(embeddings: Tensor) -> None:
+    a = CASES["sparse"]
+    metric = streamed(a, embeddings, [40])
+    before = metric.compute()
+    for rows, message in ((41, "expected 40 rows"), (39, "expected 40 rows")):
+        with pytest.raises(ValueError, match=f"embeddings: {message} to match latents, got {rows}"):
+            metric.update(support_of(a), torch.rand(rows, 7))
+    with pytest.raises(TypeError, match="embeddings: expected a floating-point tensor"):
+        metric.update(support_of(a), torch.ones(40, 7, dtype=torch.int64))
+    assert metric.compute().num_samples == before.num_samples
+    torch.testing.assert_close(metric.compute().scores, before.scores, rtol=0, atol=0)
+
+
+def test_a_metric_begun_in_inference_mode_goes_on_outside(embeddings: Tensor, way: str) -> None:
+    a = CASES["sparse"]
+    metric = MonoScore()
+    with torch.inference_mode():
+        metric.update(a[:9] * 1, embeddings[:9] * 1)
+    metric.update(a[9:], embeddings[9:])
+    expected = functional.monoscore(a, embeddings).double()
+    torch.testing.assert_close(metric.compute().scores, expected, atol=1e-6, rtol=0.0)
 
 
 def test_a_batch_of_a_wider_dtype_may_set_the_minimum(embeddings: Tensor, way: str) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from monoloss_plugin.kernels.products import weighted_embeddings
 from monoloss_plugin.kernels.statistics import BatchScores, Range, Statistics
 
 _BLOCKS = 8
@@ -38,7 +39,7 @@ def dense_statistics(latents: Tensor, h: Tensor, q: Tensor) -> Statistics:
         columns = latents[:, block].detach()
         range_ = Range.between(columns.amin(0).to(h.dtype), columns.amax(0).to(h.dtype))
         a = _rescaled(columns, range_.lowest, range_.scale)
-        u, w = a.sum(0), a.T @ h
+        u, w = a.sum(0), weighted_embeddings(a, h)
         squares = a.square()
         parts.append((*range_, u, squares.sum(0), q @ squares, w))
     lowest, scale, varies, u, v, t, w = (torch.cat(part) for part in zip(*parts, strict=True))

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from monoloss_plugin._checks import looks_are_free
+from monoloss_plugin.kernels.products import SUMMED_AT_ONCE
 
 SPARSE_BELOW = 1 / 16
 """Share of entries up to which the sparse way is taken.
@@ -126,19 +127,39 @@ class Support:
         for start, first, last in zip(starts, bounds, bounds[1:], strict=False):
             offsets = self.offsets[start : start + _LATENTS_AT_ONCE + 1] - first
             sums[start : start + _LATENTS_AT_ONCE] += _bags(
-                self.rows[first:last], offsets, weights[first:last], embeddings
+                self.rows[first:last], offsets, weights[first:last], embeddings, sums.dtype
             )
 
 
-def _bags(rows: Tensor, offsets: Tensor, weights: Tensor, embeddings: Tensor) -> Tensor:
-    return F.embedding_bag(
-        rows,
-        embeddings,
-        offsets,
-        mode="sum",
-        per_sample_weights=weights,
-        include_last_offset=True,
-    )
+def _bags(
+    rows: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    embeddings: Tensor,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return Σ weight · embedding of each bag of entries; long bags are added up in ``dtype``."""
+
+    def summed(starts: Tensor) -> Tensor:
+        return F.embedding_bag(
+            rows,
+            embeddings,
+            starts,
+            mode="sum",
+            per_sample_weights=weights,
+            include_last_offset=True,
+        )
+
+    # embedding_bag adds up one after another; on an accelerator, bags are as long as they are.
+    if not looks_are_free(rows) or int(offsets.diff().max()) <= SUMMED_AT_ONCE:
+        return summed(offsets)
+    pieces = offsets.diff().div(SUMMED_AT_ONCE, rounding_mode="floor") + 1
+    bag = torch.arange(len(pieces)).repeat_interleave(pieces)
+    within = torch.arange(len(bag)) - (pieces.cumsum(0) - pieces)[bag]
+    starts = torch.cat((offsets[bag] + SUMMED_AT_ONCE * within, offsets[-1:]))
+    parts = summed(starts)
+    sums = parts.new_zeros(len(pieces), parts.shape[1], dtype=dtype)
+    return sums.index_add_(0, bag, parts.to(sums.dtype))
 
 
 def products_at(rows: Tensor, offsets: Tensor, of_latents: Tensor, of_samples: Tensor) -> Tensor:
@@ -210,11 +231,20 @@ def is_sparse(latents: Tensor, also: Tensor | None = None) -> bool:
         return True
     if not looks_are_free(latents) or latents.numel() == 0:
         return False
-    rows = slice(None, None, max(1, len(latents) // _SAMPLED_ROWS))
+    rows = sampled_rows(len(latents))
     listed = latents.detach()[rows]
     if also is not None:
         listed = (listed != 0) | also[rows]
     return int(listed.count_nonzero()) <= SPARSE_BELOW * listed.numel()
+
+
+def sampled_rows(num_rows: int) -> Tensor:
+    """Return a few rows to look at, spread evenly but in step with no period of the data."""
+    if num_rows <= _SAMPLED_ROWS:
+        return torch.arange(num_rows)
+    golden_ratio = (5**0.5 - 1) / 2
+    spread = torch.arange(1, _SAMPLED_ROWS + 1, dtype=torch.float64) * golden_ratio % 1
+    return (spread * num_rows).long()
 
 
 def _listed(flat: Tensor, also: Tensor | None) -> tuple[Tensor, Tensor]:

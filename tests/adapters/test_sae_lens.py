@@ -15,6 +15,7 @@ from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from torch import Tensor
 
 from monoloss_plugin import L1L2Ratio, MonoLoss, MonoScore, OffSupportL1, functional
+from monoloss_plugin.adapters import sae_lens as adapter
 from monoloss_plugin.adapters.sae_lens import add_loss, strip_checkpoint
 from tests import oracle
 from tests.adapters.conftest import (
@@ -104,6 +105,35 @@ def test_loss_and_gradient_are_the_host_s_plus_the_weighted_term(architecture, i
         attached.training_forward_pass(step_input(x, attached)).losses["monoloss"], attached
     )
     assert moved["W_enc"].abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("threshold", "bandwidth"), [(0.05, 0.01), (0.3, 0.02), (0.05, 0.3)])
+def test_jumprelu_s_threshold_gets_the_gradient_of_every_entry_that_reaches_it(
+    dtype, threshold, bandwidth, images, monkeypatch
+):
+    monkeypatch.setattr("monoloss_plugin.kernels.support.SPARSE_BELOW", 1.0)
+    options = {"jumprelu_bandwidth": bandwidth, "jumprelu_init_threshold": threshold}
+    sae = make_sae("jumprelu", dtype=dtype, **options)
+    with torch.no_grad():
+        sae.threshold *= 1 + 0.05 * torch.randn(len(sae.threshold))
+        sae.W_enc *= 30  # so that pre-activations reach the threshold
+    x = images[:BATCH].to(sae.dtype)
+    found = {}
+    for choice in ("by the adapter", "all"):
+        if choice == "all":
+            monkeypatch.setattr(adapter, "_gradient_at", lambda *_: "all")
+        handle = add_loss(sae, MonoLoss(lam=1.0, units="raw"))
+        term = sae.training_forward_pass(step_input(x, sae)).losses["monoloss"]
+        found[choice] = gradients(term, sae)["threshold"]
+        handle.remove()
+    scale = found["all"].abs().max()
+    assert scale > 0
+    # bfloat16 rounds each entry's gradient before the host adds them up.
+    tolerance = 1e-5 if dtype == "float32" else 2e-2
+    torch.testing.assert_close(
+        found["by the adapter"] / scale, found["all"] / scale, atol=tolerance, rtol=0.0
+    )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

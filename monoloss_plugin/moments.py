@@ -26,6 +26,7 @@ from monoloss_plugin._checks import looks_are_free, require_finite
 from monoloss_plugin._chunks import parts_of
 from monoloss_plugin.embeddings import unit_rows
 from monoloss_plugin.kernels.products import weighted_embeddings
+from monoloss_plugin.kernels.statistics import Raised
 from monoloss_plugin.kernels.support import Support
 
 DEFINED_ABOVE = 1e-12
@@ -149,10 +150,7 @@ class Moments:
         # Where activations are negative, the zeros that are not listed lie above the minimum.
         drop = torch.where(complete, 0.0, -self.lowest)
         if not looks_are_free(drop) or bool(drop.any()):
-            v += drop * (2 * u + drop * part.num_rows)
-            u += drop * part.num_rows
-            t += drop * (2 * p + drop * q.sum())
-            p += drop * q.sum()
+            u, v, t, p = Raised.by(drop, part.num_rows, q.sum(), u=u, v=v, t=t, p=p)
             self.w.addr_(drop, sum_h)
         for name, sums in (("u", u), ("v", v), ("t", t), ("p", p)):
             getattr(self, name).add_(sums)
@@ -204,10 +202,9 @@ class Moments:
         # on an accelerator the look would cost more than the pass.
         if looks_are_free(drop) and not bool(drop.any()):
             return
-        self.v += drop * (2 * self.u + drop * self.n)
-        self.u += drop * self.n
-        self.t += drop * (2 * self.p + drop * self.sum_q)
-        self.p += drop * self.sum_q
+        self.u, self.v, self.t, self.p = Raised.by(
+            drop, self.n, self.sum_q, u=self.u, v=self.v, t=self.t, p=self.p
+        )
         self.w.addr_(drop, self.sum_h)
 
     @torch.no_grad()

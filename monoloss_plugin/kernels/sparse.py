@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from monoloss_plugin._checks import looks_are_free
-from monoloss_plugin.kernels.statistics import BatchScores, Range, Statistics
+from monoloss_plugin.kernels.statistics import BatchScores, Raised, Range, Statistics
 from monoloss_plugin.kernels.support import Support, products_at
 
 
@@ -78,11 +78,9 @@ class _Sums:
         u, v = self.support.sums(a), self.support.sums(squares)
         t, w = self.support.sums(squares * q), self.support.weighted_sums(a, self.h)
         if self.may_drop:
-            n, drop = self.support.num_rows, self.drop
-            v = v + drop * (2 * u + drop * n)
-            t = t + drop * (2 * self.support.sums(a * q) + drop * self.q.sum())
-            u = u + drop * n
-            w = torch.addr(w, drop, self.h.sum(0))
+            n, sum_q, p = self.support.num_rows, self.q.sum(), self.support.sums(a * q)
+            u, v, t, _ = Raised.by(self.drop, n, sum_q, u=u, v=v, t=t, p=p)
+            w = torch.addr(w, self.drop, self.h.sum(0))
         return Statistics.of(self.range, u, v, t, w)
 
     def shifted(self) -> Tensor:

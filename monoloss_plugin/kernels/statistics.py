@@ -65,3 +65,39 @@ class Statistics(NamedTuple):
         safe = torch.where(defined, denominator, 1.0)
         scores = torch.where(defined, (torch.linalg.vector_norm(w, dim=1).square() - t) / safe, 0.0)
         return cls(range_, u, w, scores, defined, torch.where(defined, 2.0 / safe, 0.0))
+
+
+class Raised(NamedTuple):
+    """Sums over ã + drop."""
+
+    u: Tensor
+    """(M,): Σ ã"""
+    v: Tensor
+    """(M,): Σ ã²"""
+    t: Tensor
+    """(M,): Σ ã² q"""
+    p: Tensor
+    """(M,): Σ ã q"""
+
+    @classmethod
+    def by(
+        cls,
+        drop: Tensor,
+        n: Tensor | int,
+        sum_q: Tensor,
+        *,
+        u: Tensor,
+        v: Tensor,
+        t: Tensor,
+        p: Tensor,
+    ) -> Raised:
+        """Return the sums u, v, t, p (M,) after the minimum fell by ``drop`` (M,), at n samples.
+
+        w becomes w + drop Σ h.
+        """
+        return cls(
+            u=u + drop * n,
+            v=v + drop * (2 * u + drop * n),
+            t=t + drop * (2 * p + drop * sum_q),
+            p=p + drop * sum_q,
+        )

@@ -50,7 +50,7 @@ def loss(setting: Setting) -> Found:
     a = activations(x, setting.shape).requires_grad_()
     coo = a.detach().to_sparse().requires_grad_()
 
-    def step(of: Callable[[], Tensor], latents: Tensor) -> Callable[[], None]:
+    def both_passes(of: Callable[[], Tensor], latents: Tensor) -> Callable[[], None]:
         def run() -> None:
             latents.grad = None
             of().backward()
@@ -58,10 +58,10 @@ def loss(setting: Setting) -> Found:
         return run
 
     ways = {
-        "paper's way": step(lambda: baselines.batch_loss(a, x), a),
-        "active entries": step(lambda: functional.monoloss(a, x, gradient_at="active"), a),
-        "every entry": step(lambda: functional.monoloss(a, x), a),
-        "sparse COO": step(lambda: functional.monoloss(coo, x), coo),
+        "paper's way": both_passes(lambda: baselines.batch_loss(a, x), a),
+        "active entries": both_passes(lambda: functional.monoloss(a, x, gradient_at="active"), a),
+        "every entry": both_passes(lambda: functional.monoloss(a, x), a),
+        "sparse COO": both_passes(lambda: functional.monoloss(coo, x), coo),
     }
     seconds = alternate(ways, setting.rounds(7, 25), setting.device)
     return _report(seconds, baseline="paper's way", target="12 times faster (18 is the aim)")

@@ -67,12 +67,17 @@ def looks_are_free(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def require_finite(statistic: Tensor, name: str) -> None:
-    """Raise ValueError where a statistic over all rows shows a NaN or an infinity.
+def may_hold_any(tensor: Tensor) -> bool:
+    """Say whether some entry may be true, or not zero; where a look is not free, always."""
+    return not looks_are_free(tensor) or bool(tensor.any())
+
+
+def require_finite(tensor: Tensor, name: str) -> None:
+    """Raise ValueError where a tensor holds a NaN or an infinity.
 
     Reads a value, so it belongs in evaluation, never in a training step.
     """
-    if not bool(torch.isfinite(statistic).all()):
+    if tensor.numel() and not bool(torch.stack((tensor.amin(), tensor.amax())).isfinite().all()):
         raise ValueError(f"{name}: contains NaN or infinite values; expected finite numbers")
 
 

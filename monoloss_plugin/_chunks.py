@@ -12,7 +12,7 @@ from monoloss_plugin.kernels.support import Support, is_sparse, support_of
 _ELEMENTS = 1 << 23
 """About this many dense activations a chunk: 32 MiB in float32."""
 _SPARSE_ELEMENTS = 1 << 25
-"""The same where they become a list of entries, at most 80 MiB of them."""
+"""The same where they become a list of entries: of some 80 MiB where one in 16 is active."""
 
 _ROWS = 1 << 14
 """At most this many rows, whose sums are then added up in float64."""
@@ -49,10 +49,10 @@ def parts_of(latents: Tensor | Support) -> Iterator[tuple[slice, Tensor | Suppor
 
 
 def _rows_of(latents: Tensor, rows: slice) -> Tensor:
+    if rows == slice(0, latents.shape[0]):
+        return latents
     if latents.layout == torch.strided:
         return latents[rows]
-    if len(range(*rows.indices(latents.shape[0]))) == latents.shape[0]:
-        return latents
     indices = latents.indices()
     bounds = torch.tensor([rows.start, rows.stop], device=indices.device)
     first, last = torch.searchsorted(indices[0].contiguous(), bounds).tolist()

@@ -122,9 +122,9 @@ def evaluate(
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     place = torch.device(device) if device is not None else _device_of(sae, x)
     decode, monoscore, r2, activity = _Decoder(sae), MonoScore(), R2(), _Activity()
-    if num_classes is None and labels is not None:
-        num_classes = int(labels.max()) + 1
-    purity = None if labels is None or num_classes is None else ClassPurity(num_classes)
+    purity = None
+    if labels is not None:
+        purity = ClassPurity(int(labels.max()) + 1 if num_classes is None else num_classes)
 
     with _bar(len(x), progress) as advance:
         for start in range(0, len(x), batch_size):
@@ -190,7 +190,7 @@ class _Activity:
 
     def update(self, latents: Tensor | Support) -> None:
         if isinstance(latents, Support):
-            counts = latents.sums((latents.values > 0).float()).long()
+            counts = latents.sums((latents.values > 0).double()).long()
         else:
             counts = (latents > 0).sum(0)
         self.counts = self.counts.to(counts.device) + counts

@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from monoloss_plugin._checks import looks_are_free, require_finite
+from monoloss_plugin._checks import may_hold_any, require_finite
 from monoloss_plugin._chunks import parts_of
 from monoloss_plugin.embeddings import unit_rows
 from monoloss_plugin.kernels.products import weighted_embeddings
@@ -106,7 +106,7 @@ class Moments:
         batch_highest = torch.stack([highest for _, highest in ranges]).amax(0)
         require_finite(batch_lowest, "latents")
         require_finite(batch_highest, "latents")
-        require_finite(torch.stack((embeddings.amin(), embeddings.amax())), "embeddings")
+        require_finite(embeddings, "embeddings")
 
         self.lower_to_(torch.minimum(self.lowest, batch_lowest))
         self.highest = torch.maximum(self.highest, batch_highest)
@@ -127,7 +127,7 @@ class Moments:
         """Add sparse latents: entries from zero, or from the minimum where none is missing."""
         columns, complete = part.columns, part.complete()
         a = part.values.double()
-        if not looks_are_free(complete) or bool(complete.any()):
+        if may_hold_any(complete):
             a = a - torch.where(complete, self.lowest, 0.0)[columns]
         squares, entry_q = a.square(), q[part.rows]
         u, v = part.sums(a), part.sums(squares)
@@ -149,10 +149,10 @@ class Moments:
 
         # Where activations are negative, the zeros that are not listed lie above the minimum.
         drop = torch.where(complete, 0.0, -self.lowest)
-        if not looks_are_free(drop) or bool(drop.any()):
+        if may_hold_any(drop):
             u, v, t, p = Raised.by(drop, part.num_rows, q.sum(), u=u, v=v, t=t, p=p)
             self.w.addr_(drop, sum_h)
-        for name, sums in (("u", u), ("v", v), ("t", t), ("p", p)):
+        for name, sums in zip("uvtp", (u, v, t, p), strict=True):
             getattr(self, name).add_(sums)
 
     def _add_dense(self, part: Tensor, h: Tensor, q: Tensor) -> None:
@@ -165,7 +165,7 @@ class Moments:
         u, v, t, p, w = _sums(a, h, q.to(h.dtype))
         strange = (highest > _DOMINANT * u) | (highest > _LARGE) | (highest < 1 / _LARGE)
         exact = (strange & (highest > 0)).nonzero().squeeze(1)
-        for name, sums in (("u", u), ("v", v), ("t", t), ("p", p), ("w", w)):
+        for name, sums in zip("uvtpw", (u, v, t, p, w), strict=True):
             sums[exact] = 0
             getattr(self, name).add_(sums)
         if len(exact):
@@ -200,7 +200,7 @@ class Moments:
         self.lowest = lowest
         # On a CPU the look is free and spares the pass over w that most batches do not need;
         # on an accelerator the look would cost more than the pass.
-        if looks_are_free(drop) and not bool(drop.any()):
+        if not may_hold_any(drop):
             return
         self.u, self.v, self.t, self.p = Raised.by(
             drop, self.n, self.sum_q, u=self.u, v=self.v, t=self.t, p=self.p

@@ -82,8 +82,7 @@ class ClassSums:
             )
         parts = list(parts_of(a))
         for _, part in parts:
-            values = part.values if isinstance(part, Support) else part
-            require_finite(values, "latents")
+            require_finite(part.values if isinstance(part, Support) else part, "latents")
         for rows, part in parts:
             if isinstance(part, Support):
                 self._add_support(part, y[rows])

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import pytest
+from torch import Tensor
 
 from monoloss_plugin.kernels import support
+from tests import oracle
+
+
+@pytest.fixture
+def embeddings() -> Tensor:
+    """(40, 7) for the cases of the oracle."""
+    return oracle.embeddings_with_a_zero()
 
 
 @pytest.fixture(params=["dense", "sparse"])

@@ -73,6 +73,13 @@ def l1_l2_ratio_by_loops(z: Tensor, selected: Tensor, every_unit: bool) -> float
     return total / z.shape[0]
 
 
+def embeddings_with_a_zero() -> Tensor:
+    """Embeddings (40, 7), of which one is zero."""
+    e = torch.randn(40, 7, generator=torch.Generator().manual_seed(1))
+    e[5] = 0
+    return e
+
+
 def activation_cases() -> dict[str, Tensor]:
     """Latents (40, 12) of every kind that a formula could get wrong, in float32."""
     generator = torch.Generator().manual_seed(0)

@@ -14,14 +14,9 @@ from monoloss_plugin import functional
 from monoloss_plugin.kernels import support
 from monoloss_plugin.kernels.batch import batch_scores
 from tests import oracle
+from tests.oracle import embeddings_with_a_zero
 
 CASES = oracle.activation_cases()
-
-
-def embeddings_with_a_zero() -> Tensor:
-    e = torch.randn(40, 7, generator=torch.Generator().manual_seed(1))
-    e[5] = 0
-    return e
 
 
 @pytest.mark.parametrize("case", CASES)

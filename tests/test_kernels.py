@@ -10,19 +10,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from monoloss_plugin import functional
+from monoloss_plugin import _checks, functional
 from monoloss_plugin.kernels import sparse, support
 from monoloss_plugin.kernels.batch import batch_scores
 from tests import oracle
 
 CASES = oracle.activation_cases()
-
-
-@pytest.fixture
-def embeddings() -> Tensor:
-    e = torch.randn(40, 7, generator=torch.Generator().manual_seed(1))
-    e[5] = 0
-    return e
 
 
 def coo_of(latents: Tensor) -> Tensor:
@@ -220,7 +213,7 @@ def test_training_through_a_relu_needs_the_active_gradient_alone(
 
 def test_the_sparse_way_does_not_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fake tensors have no values: whatever reads one raises."""
-    for module in (support, sparse):
+    for module in (_checks, support):
         monkeypatch.setattr(module, "looks_are_free", lambda _: False)
     # Fake tensors know no CSR; the product that it stands for reads no value.
     monkeypatch.setattr(

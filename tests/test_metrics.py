@@ -29,13 +29,6 @@ def streamed(a: Tensor, e: Tensor, sizes: list[int]) -> MonoScore:
     return metric
 
 
-@pytest.fixture
-def embeddings() -> Tensor:
-    e = torch.randn(40, 7, generator=torch.Generator().manual_seed(1))
-    e[5] = 0
-    return e
-
-
 # float32 data is multiplied in float32 and summed up in float64.
 PRECISIONS = [(torch.float32, 1e-6), (torch.float64, 1e-9)]
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from monoloss_plugin._checks import looks_are_free
+from monoloss_plugin._checks import may_hold_any
 from monoloss_plugin.kernels.statistics import BatchScores, Raised, Range, Statistics
 from monoloss_plugin.kernels.support import Support, products_at
 
@@ -67,17 +67,12 @@ class _Sums:
         self.a = (support.values.to(h.dtype) - base[columns]) / self.range.scale[columns]
         self.statistics = self._statistics()
 
-    @property
-    def may_drop(self) -> bool:
-        """Whether some minimum may lie below zero; on an accelerator, without a look, always."""
-        return not looks_are_free(self.drop) or bool(self.drop.any())
-
     def _statistics(self) -> Statistics:
         a, q = self.a, self.q[self.support.rows]
         squares = a.square()
         u, v = self.support.sums(a), self.support.sums(squares)
         t, w = self.support.sums(squares * q), self.support.weighted_sums(a, self.h)
-        if self.may_drop:
+        if may_hold_any(self.drop):  # some minimum lies below zero
             n, sum_q, p = self.support.num_rows, self.q.sum(), self.support.sums(a * q)
             u, v, t, _ = Raised.by(self.drop, n, sum_q, u=u, v=v, t=t, p=p)
             w = torch.addr(w, self.drop, self.h.sum(0))
@@ -87,15 +82,14 @@ class _Sums:
         """Return ã of the entries (E,)."""
         return self.a + self.drop[self.support.columns]
 
-    def share_at_minimum(self) -> Tensor | None:
+    def share_at_minimum(self, shifted: Tensor) -> Tensor | None:
         """Return the gradient's column sum over the number of rows at the minimum (M,).
 
         None where no entry is at its latent's minimum: the usual batch, whose zeros are unlisted.
         """
         support, (_, u, w, scores, _, _) = self.support, self.statistics
-        shifted = self.shifted()
         at_minimum = shifted == 0
-        if looks_are_free(shifted) and not bool(at_minimum.any()):
+        if not may_hold_any(at_minimum):
             return None
         q = self.q[support.rows]
         unlisted_q = self.q.sum() - support.sums(q)
@@ -110,8 +104,9 @@ class _SparseScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, sums: _Sums) -> Tensor:
         support, (range_, u, w, scores, _, weight) = sums.support, sums.statistics
+        shifted = sums.shifted()
         ctx.save_for_backward(
-            sums.shifted(),
+            shifted,
             sums.h,
             sums.q,
             support.rows,
@@ -121,7 +116,7 @@ class _SparseScores(torch.autograd.Function):
             w,
             scores,
             weight / range_.scale,
-            sums.share_at_minimum(),
+            sums.share_at_minimum(shifted),
         )
         ctx.dtype = values.dtype
         return scores.clone()

@@ -2,6 +2,7 @@
 
 python -m benchmarks                 # the quick one
 python -m benchmarks --full          # more rounds and samples
+python -m benchmarks --features      # extracting and loading features
 python -m benchmarks --cases step loss --device cuda
 """
 
@@ -18,9 +19,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import CASES, Setting
+from benchmarks.cases import CASES
 from benchmarks.data import Shape
+from benchmarks.feature_cases import extraction, extraction_memory, feeding, loading
 from benchmarks.figure import growth_figure
+from benchmarks.setting import Setting
+
+FEATURE_CASES = {case.__name__: case for case in (loading, feeding, extraction, extraction_memory)}
+EVERY_CASE = CASES | FEATURE_CASES
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -51,7 +57,14 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--full", action="store_true", help="more rounds and samples")
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=list(EVERY_CASE), default=list(CASES))
+    parser.add_argument(
+        "--features",
+        action="store_const",
+        dest="cases",
+        const=list(FEATURE_CASES),
+        help="the cases of extracting and loading features",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=Shape.batch)
     parser.add_argument("--width", type=int, default=Shape.width, help="of features")
@@ -68,7 +81,7 @@ def main() -> None:
     found: dict[str, Any] = {}
     for name in options.cases:
         started = time.perf_counter()
-        found[name] = CASES[name](setting)
+        found[name] = EVERY_CASE[name](setting)
         target = f"\n  target: {found[name]['target']}" if "target" in found[name] else ""
         taken = time.perf_counter() - started
         print(f"{name} ({taken:.0f} s)\n  {found[name]['says']}{target}", flush=True)

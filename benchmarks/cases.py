@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
 from typing import Any, Literal
@@ -22,26 +21,13 @@ from torch import Tensor
 
 from benchmarks import baselines
 from benchmarks.data import Shape, activations, features
+from benchmarks.setting import Found, Setting
 from benchmarks.timing import alternate, peak_memory, ratio, spread
 from monoloss_plugin import MonoLoss, MonoScore, functional
 from monoloss_plugin.adapters.sae_lens import add_loss
 from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.kernels import support
 from monoloss_plugin.kernels.batch import batch_scores
-
-Found = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How much to run, and where."""
-
-    device: torch.device
-    full: bool
-    shape: Shape
-
-    def rounds(self, quick: int, full: int) -> int:
-        return full if self.full else quick
 
 
 def loss(setting: Setting) -> Found:

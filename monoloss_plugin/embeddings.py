@@ -19,10 +19,13 @@ def unit_rows(embeddings: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         h (N, d) and ||h||² (N,).
     """
     e = embeddings.detach()
-    e = e.to(torch.promote_types(e.dtype, dtype))
-    # Dividing by the largest entry first keeps the squares of huge and tiny rows in range.
-    largest = e.abs().amax(dim=1, keepdim=True)
-    zero = largest == 0
-    e = (e / largest.masked_fill(zero, 1.0)).to(dtype)
+    if e.dtype == torch.float16 and dtype != torch.float16:
+        e = e.to(dtype)  # whose range holds the squares of any float16
+    else:
+        e = e.to(torch.promote_types(e.dtype, dtype))
+        # Dividing by the largest entry first keeps the squares of huge and tiny rows in range.
+        largest = e.abs().amax(dim=1, keepdim=True)
+        e = (e / largest.masked_fill(largest == 0, 1.0)).to(dtype)
     norm = torch.linalg.vector_norm(e, dim=1, keepdim=True)
-    return e / norm.masked_fill(zero, 1.0), (~zero).squeeze(1).to(dtype)
+    zero = norm == 0
+    return e.div_(norm.masked_fill(zero, 1.0)), (~zero).squeeze(1).to(dtype)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,19 @@ class Dictionary(Protocol):
     def encode(self, x: Tensor, /) -> Tensor: ...
 
     def decode(self, latents: Tensor, /) -> Tensor: ...
+
+
+class Samples(Protocol):
+    """A batch of samples: :class:`~monoloss_plugin.features.Batch` is one."""
+
+    @property
+    def features(self) -> Tensor: ...
+
+    @property
+    def embeddings(self) -> Tensor: ...
+
+    @property
+    def labels(self) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)
@@ -69,7 +82,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     sae: Dictionary,
-    features: Tensor,
+    features: Tensor | Iterable[Samples],
     labels: Tensor | None = None,
     *,
     num_classes: int | None = None,
@@ -85,9 +98,12 @@ def evaluate(
 
     Args:
         sae: anything with ``encode`` and ``decode``, such as a SAELens SAE.
-        features: (N, d_in), what the SAE takes; leading dimensions are flattened.
+        features: (N, d_in), what the SAE takes; leading dimensions are flattened. Or batches that
+            bring their labels and embeddings along, such as
+            ``FeatureBatches(features, shuffle="none", drop_last=False)``.
         labels: (N,) integer classes, for purity.
-        num_classes: number of classes; one more than the largest label by default.
+        num_classes: number of classes; by default one more than the largest label, and what
+            batches say of themselves.
         embeddings: (N, d) another similarity space of the same samples; the features by default.
         batch_size: samples a step.
         device: where the SAE computes; by default where its parameters are, or else the features.
@@ -98,7 +114,8 @@ def evaluate(
 
     Raises:
         TypeError: features not floating or labels not integer.
-        ValueError: shapes that do not match, no samples, NaN or infinite values.
+        ValueError: shapes that do not match, no samples, NaN or infinite values, or labels or
+            embeddings beside batches.
         ModuleNotFoundError: ``progress`` without tqdm.
 
     Example:
@@ -110,35 +127,40 @@ def evaluate(
 
     Source: Nasiri-Sarvi et al. 2026, section 4.1 and appendix B.
     """
-    x = as_rows(features, "features")
-    if len(x) == 0:
-        raise ValueError("features: expected at least one sample, got none")
-    labels = None if labels is None else labels.flatten()
-    embeddings = None if embeddings is None else as_rows(embeddings, "embeddings")
-    for name, given in (("labels", labels), ("embeddings", embeddings)):
-        if given is not None and len(given) != len(x):
-            raise ValueError(f"{name}: expected {len(x)} rows to match features, got {len(given)}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    place = torch.device(device) if device is not None else _device_of(sae, x)
+    total: int | None
+    if isinstance(features, Tensor):
+        x = as_rows(features, "features")
+        total = len(x)
+        batches: Iterable[Samples] = _batches_of(x, labels, embeddings, batch_size)
+        if labels is not None and num_classes is None and labels.numel():
+            num_classes = int(labels.max()) + 1
+    else:
+        if labels is not None or embeddings is not None:
+            raise ValueError("features: batches bring their own labels and embeddings")
+        batches, total = features, getattr(features, "num_rows", None)
+        num_classes = num_classes or getattr(features, "num_classes", None)
+    place = torch.device(device) if device is not None else _device_of(sae)
     decode, monoscore, r2, activity = _Decoder(sae), MonoScore(), R2(), _Activity()
-    purity = None
-    if labels is not None:
-        purity = ClassPurity(int(labels.max()) + 1 if num_classes is None else num_classes)
+    purity: ClassPurity | None = None
+    seen = 0
 
-    with _bar(len(x), progress) as advance:
-        for start in range(0, len(x), batch_size):
-            rows = slice(start, start + batch_size)
-            batch = x[rows].to(place)
-            latents = as_rows(sae.encode(batch), "latents", keep_sparse=True)
+    with _bar(total, progress) as advance:
+        for batch in batches:
+            given = as_rows(batch.features, "features")
+            given = given if place is None else given.to(place)
+            latents = as_rows(sae.encode(given), "latents", keep_sparse=True)
             # The entries are looked for once, and everything sums over them.
             found = support_of(latents) if is_sparse(latents) else latents
-            r2.update(batch, decode(latents, found))
-            monoscore.update(found, batch if embeddings is None else embeddings[rows].to(place))
-            if purity is not None and labels is not None:
-                purity.update(found, labels[rows].to(place))
+            r2.update(given, decode(latents, found))
+            monoscore.update(found, batch.embeddings.to(given.device))
+            if batch.labels is not None and num_classes is not None:
+                purity = purity or ClassPurity(num_classes)
+                purity.update(found, batch.labels.to(given.device))
             activity.update(found)
-            advance(len(batch))
+            seen += len(given)
+            advance(len(given))
+    if seen == 0:
+        raise ValueError("features: expected at least one sample, got none")
 
     scores, counts = monoscore.compute(), activity.counts.cpu()
     by_class = None if purity is None else purity.compute()
@@ -146,8 +168,33 @@ def evaluate(
         monoscore=MonoScoreResult(scores.scores.cpu(), scores.defined.cpu(), scores.num_samples),
         purity=None if by_class is None else Purity(by_class.binary.cpu(), by_class.weighted.cpu()),
         r2=r2.compute(),
-        l0=float(counts.sum()) / len(x),
-        frequency=counts / len(x),
+        l0=float(counts.sum()) / seen,
+        frequency=counts / seen,
+    )
+
+
+class _Part(NamedTuple):
+    """Consecutive samples of tensors."""
+
+    features: Tensor
+    embeddings: Tensor
+    labels: Tensor | None
+
+
+def _batches_of(
+    x: Tensor, labels: Tensor | None, embeddings: Tensor | None, batch_size: int
+) -> Iterator[_Part]:
+    """Check tensors against each other, and return their batches."""
+    labels = None if labels is None else labels.flatten()
+    embeddings = x if embeddings is None else as_rows(embeddings, "embeddings")
+    for name, given in (("labels", labels), ("embeddings", embeddings)):
+        if given is not None and len(given) != len(x):
+            raise ValueError(f"{name}: expected {len(x)} rows to match features, got {len(given)}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    return (
+        _Part(x[rows], embeddings[rows], None if labels is None else labels[rows])
+        for rows in (slice(start, start + batch_size) for start in range(0, len(x), batch_size))
     )
 
 
@@ -196,15 +243,16 @@ class _Activity:
         self.counts = self.counts.to(counts.device) + counts
 
 
-def _device_of(sae: Dictionary, features: Tensor) -> torch.device:
+def _device_of(sae: Dictionary) -> torch.device | None:
+    """Return where a module's parameters are; None for anything else."""
     if isinstance(sae, torch.nn.Module):
         for tensor in (*sae.parameters(), *sae.buffers()):
             return tensor.device
-    return features.device
+    return None
 
 
 @contextmanager
-def _bar(samples: int, shown: bool) -> Iterator[Callable[[int], Any]]:
+def _bar(samples: int | None, shown: bool) -> Iterator[Callable[[int], Any]]:
     """Yield what to call with the number of samples done."""
     if not shown:
         yield lambda _: None

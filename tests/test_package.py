@@ -85,6 +85,9 @@ def test_the_core_imports_torch_alone_and_little_beside_it() -> None:
         ("monoloss_plugin.adapters.sae_lens", "sae_lens", "sae-lens"),
         ("monoloss_plugin.report", "matplotlib", "report"),
         ("monoloss_plugin.demo.digits", "timm", "demo"),
+        ("monoloss_plugin.features", "datasets", "hub"),
+        ("monoloss_plugin.features.extraction", "psutil", "vision"),
+        ("monoloss_plugin.features.encoders.from_open_clip", "open_clip", "vision"),
     ],
 )
 def test_a_missing_host_names_the_extra_to_install(module, missing, extra) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import monoloss_plugin.adapters.sae_lens  # noqa: F401  # gives SAETrainer its add_loss
+from monoloss_plugin.features import FeatureBatches, FeatureSet
 from monoloss_plugin.losses import LossTerm
 
 # After the adapter, whose import error names the extra to install.
@@ -35,12 +35,12 @@ _LEARNING_RATE = 1e-3
 
 
 def train_dictionary(
-    features: Tensor, architecture: str, terms: Sequence[LossTerm], *, seed: int, folder: Path
+    features: FeatureSet, architecture: str, terms: Sequence[LossTerm], *, seed: int, folder: Path
 ) -> float:
     """Train a dictionary, save it for inference, and return the seconds that training took.
 
     Args:
-        features: (N, d_in).
+        features: N images of width d_in.
         architecture: a key of :data:`ARCHITECTURES`.
         terms: what to add to the host's loss; none for the baseline.
         seed: of the weights and the order of batches, the same with and without terms.
@@ -49,7 +49,7 @@ def train_dictionary(
     torch.manual_seed(seed)
     sae_class, config_class = get_sae_training_class(architecture)
     sae = sae_class(
-        config_class(d_in=features.shape[1], d_sae=NUM_LATENTS, **ARCHITECTURES[architecture])
+        config_class(d_in=features.width, d_sae=NUM_LATENTS, **ARCHITECTURES[architecture])
     )
     trainer = SAETrainer(
         cfg=SAETrainerConfig(
@@ -61,7 +61,7 @@ def train_dictionary(
             logger=LoggingConfig(log_to_wandb=False),
         ),
         sae=sae,
-        data_provider=_batches(features, seed),
+        data_provider=FeatureBatches(features, batch_size=_BATCH, seed=seed).tensors(),
     )
     for term in terms:
         trainer.add_loss(term)
@@ -70,12 +70,3 @@ def train_dictionary(
     seconds = time.perf_counter() - started
     sae.save_inference_model(folder)
     return seconds
-
-
-def _batches(features: Tensor, seed: int) -> Iterator[Tensor]:
-    """Endless epochs of full batches, shuffled anew each."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(len(features), generator=generator)
-        for start in range(0, len(order) - _BATCH + 1, _BATCH):
-            yield features[order[start : start + _BATCH]]

@@ -1,82 +1,120 @@
-"""Real images that ship in a package, and features of them from a small vision transformer."""
+"""Real images that ship in a package, and features of them from a small vision transformer.
+
+The way is the one for any images: files in class folders, an encoder by its name, extraction.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from monoloss_plugin._optional import missing_extra
-from monoloss_plugin.embeddings import unit_rows
 
 try:
+    import numpy as np
+    import timm
+    from PIL import Image
     from sklearn.datasets import load_digits
-    from timm.models.vision_transformer import VisionTransformer
+    from timm.models import save_for_hf
+    from torchvision.transforms.functional import pil_to_tensor
     from tqdm.auto import tqdm
 except ModuleNotFoundError as error:
     raise missing_extra(error, "demo") from error
 
+from monoloss_plugin.features import FeatureSet
+from monoloss_plugin.features.extraction import extract
+
 WIDTH = 64
+SPLITS = ("train", "held-out")
 _TRAIN_SHARE = 2 / 3
 _EPOCHS = 30
 _BATCH = 64
 _LEARNING_RATE = 2e-3
+_ENCODER: dict[str, Any] = {
+    "img_size": 8,
+    "patch_size": 2,
+    "in_chans": 1,
+    "embed_dim": WIDTH,
+    "depth": 3,
+    "num_heads": 4,
+}
 
 
 @dataclass(frozen=True)
 class DigitFeatures:
     """scikit-learn's 1,797 handwritten digits as a frozen encoder sees them."""
 
-    images: Tensor
-    """(N, 8, 8) grey, in [0, 1]."""
-    labels: Tensor
-    """(N,) the digit, 0 to 9."""
-    features: Tensor
-    """(N, 64) the encoder's pre-logits, unit norm."""
-    train: Tensor
-    """Indices that the encoder and the dictionaries are trained on."""
-    held_out: Tensor
-    """Indices that neither has seen."""
+    train: FeatureSet
+    """What the encoder and the dictionaries are trained on."""
+    held_out: FeatureSet
+    """What neither has seen."""
+    held_out_images: Tensor
+    """(N, 8, 8) grey, in [0, 1], in the order of the held-out features."""
     accuracy: float
     """The encoder's accuracy on the held-out images."""
 
 
-def digit_features(seed: int = 0) -> DigitFeatures:
-    """Train a small timm vision transformer on a split of the digits and take its features.
+def digit_features(out: Path, seed: int = 0) -> DigitFeatures:
+    """Write the digits as image files, train a small encoder on a split, and extract features.
+
+    What an earlier call left in the folder is used again.
 
     Args:
+        out: folder of the images, the encoder and the feature sets.
         seed: of the split, the weights and the order of batches.
     """
-    digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32) / 16
-    labels = torch.tensor(digits.target)
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(images), generator=generator)
-    cut = int(_TRAIN_SHARE * len(images))
-    train, held_out = order[:cut], order[cut:]
-
-    pixels = images.unsqueeze(1)
-    encoder = _train_encoder(pixels[train], labels[train], seed)
+    for split, numbers in _split(seed).items():
+        _write_images(out / "images" / split, numbers)
+    train, held_out = (out / "images" / split for split in SPLITS)
+    encoder = _train_encoder(*_read_images(train), seed)
+    encoder.pretrained_cfg |= {  # type: ignore[operator]
+        "input_size": (1, 8, 8),
+        "mean": (0.0,),
+        "std": (1.0,),
+        "crop_pct": 1.0,
+    }
+    save_for_hf(encoder, str(out / "encoder"), model_args=_ENCODER)
+    sets = []
+    for split in SPLITS:
+        folder = out / "features" / split
+        extract(out / "images" / split, f"timm:local-dir:{out / 'encoder'}", folder, workers=0)
+        sets.append(FeatureSet.open(folder))
+    pixels, labels = _read_images(held_out)
     with torch.no_grad():
-        pre_logits = encoder.forward_head(encoder.forward_features(pixels), pre_logits=True)
-        predicted = encoder.head(pre_logits[held_out]).argmax(1)
-    features, _ = unit_rows(pre_logits, torch.float32)
-    accuracy = float((predicted == labels[held_out]).float().mean())
-    return DigitFeatures(images, labels, features, train, held_out, accuracy)
+        accuracy = float((encoder(pixels).argmax(1) == labels).float().mean())
+    return DigitFeatures(sets[0], sets[1], pixels.squeeze(1), accuracy)
 
 
-def _train_encoder(pixels: Tensor, labels: Tensor, seed: int) -> VisionTransformer:
+def _split(seed: int) -> dict[str, list[int]]:
+    count = len(load_digits().target)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    cut = int(_TRAIN_SHARE * count)
+    return {"train": order[:cut], "held-out": order[cut:]}
+
+
+def _write_images(folder: Path, numbers: list[int]) -> None:
+    digits = load_digits()
+    for number in numbers:
+        path = folder / str(digits.target[number]) / f"{number:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        grey = (digits.images[number] * (255 / 16)).round().astype(np.uint8)
+        Image.fromarray(grey).save(path)
+
+
+def _read_images(folder: Path) -> tuple[Tensor, Tensor]:
+    """Return pixels (N, 1, 8, 8) in [0, 1] and labels (N,), in the order of extraction."""
+    paths = sorted(folder.rglob("*.png"), key=lambda path: path.relative_to(folder).as_posix())
+    pixels = torch.stack([pil_to_tensor(Image.open(path)) for path in paths]) / 255
+    return pixels, torch.tensor([int(path.parent.name) for path in paths])
+
+
+def _train_encoder(pixels: Tensor, labels: Tensor, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    encoder = VisionTransformer(
-        img_size=8,
-        patch_size=2,
-        in_chans=1,
-        num_classes=10,
-        embed_dim=WIDTH,
-        depth=3,
-        num_heads=4,
-    )
+    encoder: nn.Module = timm.create_model("vit_tiny_patch16_224", num_classes=10, **_ENCODER)
     steps = _EPOCHS * -(-len(pixels) // _BATCH)
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=_LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps)

@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from monoloss_plugin.demo.dictionaries import NUM_LATENTS, train_dictionary
-from monoloss_plugin.demo.digits import DigitFeatures, digit_features
+from monoloss_plugin.demo.digits import digit_features
 from monoloss_plugin.demo.pictures import (
     BAND,
     Scored,
@@ -19,6 +20,7 @@ from monoloss_plugin.demo.pictures import (
     pairs_of_the_same_rank,
 )
 from monoloss_plugin.evaluation import Evaluation, evaluate
+from monoloss_plugin.features import FeatureBatches
 from monoloss_plugin.losses import LossTerm
 from monoloss_plugin.report import activating_images_figure, curves_figure
 
@@ -70,7 +72,8 @@ def run_demo(
         out: a folder, made if it is not there.
     """
     out.mkdir(parents=True, exist_ok=True)
-    data = digit_features()
+    data = digit_features(out)
+    held_out = FeatureBatches(data.held_out, shuffle="none", drop_last=False)
     evaluations: dict[str, list[Evaluation]] = {run: [] for run in RUNS}
     summaries: dict[str, list[dict[str, float]]] = {run: [] for run in RUNS}
     for seed in seeds:
@@ -78,19 +81,13 @@ def run_demo(
             print(f"{architecture}, seed {seed}, {run} {' + '.join(t.name for t in terms)}")
             folder = dictionary_folder(out, seed, run)
             seconds = train_dictionary(
-                data.features[data.train],
+                data.train,
                 architecture,
                 terms if run == "with" else (),
                 seed=seed,
                 folder=folder,
             )
-            evaluation = evaluate(
-                SAE.load_from_disk(folder),
-                data.features[data.held_out],
-                data.labels[data.held_out],
-                num_classes=10,
-                progress=True,
-            )
+            evaluation = evaluate(SAE.load_from_disk(folder), held_out, progress=True)
             evaluations[run].append(evaluation)
             summaries[run].append({**evaluation.summary(), "seconds": seconds})
 
@@ -107,7 +104,7 @@ def run_demo(
             "results": out / "results.json",
         },
     )
-    _draw(result, data, evaluations, out)
+    _draw(result, data.held_out_images, next(iter(held_out)).features, evaluations, out)
     serialisable = {k: v for k, v in asdict(result).items() if k != "files"}
     result.files["results"].write_text(json.dumps(serialisable, indent=2) + "\n")
     return result
@@ -119,7 +116,11 @@ def dictionary_folder(out: Path, seed: int, run: str) -> Path:
 
 
 def _draw(
-    result: DemoResult, data: DigitFeatures, evaluations: dict[str, list[Evaluation]], out: Path
+    result: DemoResult,
+    images: Tensor,
+    features: Tensor,
+    evaluations: dict[str, list[Evaluation]],
+    out: Path,
 ) -> None:
     """Write the figures; where there is nothing to draw, take the file off the result."""
     name = " + ".join(str(term["name"]) for term in result.terms)
@@ -131,7 +132,7 @@ def _draw(
     for run in RUNS:
         sae = SAE.load_from_disk(dictionary_folder(out, result.seeds[0], run))
         with torch.no_grad():
-            activations = sae.encode(data.features[data.held_out])
+            activations = sae.encode(features)
         scored.append(Scored(run, evaluations[run][0].monoscore, activations))
     for file, pairs, title in (
         ("same rank", pairs_of_the_same_rank(*scored), "latents of the same rank by MonoScore"),
@@ -140,7 +141,5 @@ def _draw(
         if not pairs:
             result.files.pop(file)
             continue
-        figure = activating_images_figure(
-            pairs, data.images[data.held_out], count=BAND, title=f"{name}: {title}"
-        )
+        figure = activating_images_figure(pairs, images, count=BAND, title=f"{name}: {title}")
         figure.savefig(result.files[file], dpi=150)

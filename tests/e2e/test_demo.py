@@ -12,6 +12,7 @@ from sae_lens import SAE
 from typer.testing import CliRunner
 
 from monoloss_plugin import cli
+from monoloss_plugin.cli.demo import ARCHITECTURES
 from monoloss_plugin.demo import dictionaries
 
 
@@ -56,7 +57,7 @@ def test_pictures_and_dictionaries_are_left(full_run) -> None:
     assert SAE.load_from_disk(out / "seed-0" / "without").cfg.metadata.monoloss is None
 
 
-@pytest.mark.parametrize("arch", [a for a in cli.ARCHITECTURES if a != "batchtopk"])
+@pytest.mark.parametrize("arch", [a for a in ARCHITECTURES if a != "batchtopk"])
 def test_every_architecture_runs(arch, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(dictionaries, "_STEPS", 100)
     result = CliRunner().invoke(
@@ -82,7 +83,7 @@ def test_regularizers_alone_and_over_two_seeds(tmp_path, monkeypatch) -> None:
 
 
 def test_the_lists_of_the_command_and_the_demo_agree() -> None:
-    assert list(cli.ARCHITECTURES) == list(dictionaries.ARCHITECTURES)
+    assert list(ARCHITECTURES) == list(dictionaries.ARCHITECTURES)
 
 
 @pytest.mark.parametrize(

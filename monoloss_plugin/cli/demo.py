@@ -1,29 +1,16 @@
-"""The ``monoloss`` command."""
+"""``monoloss demo``."""
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 from typing import Annotated
 
-from monoloss_plugin import __version__
-from monoloss_plugin._optional import missing_extra
+import typer
+from rich.console import Console
+from rich.table import Table
+
 from monoloss_plugin.losses import L1L2Ratio, LossTerm, MonoLoss, OffSupportL1
-
-try:
-    import typer
-    from rich.console import Console
-    from rich.table import Table
-except ModuleNotFoundError as error:
-    sys.exit(f"monoloss: {missing_extra(error, 'cli')}")
-
-app = typer.Typer(
-    help="MonoScore, MonoLoss and Top-k regularizers for sparse autoencoders.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
 
 REGULARIZERS: dict[str, type[OffSupportL1 | L1L2Ratio]] = {
     "off_support_l1": OffSupportL1,
@@ -32,16 +19,6 @@ REGULARIZERS: dict[str, type[OffSupportL1 | L1L2Ratio]] = {
 ARCHITECTURES = ("batchtopk", "topk", "matryoshka_batchtopk", "jumprelu", "standard", "gated")
 
 
-@app.callback(invoke_without_command=True)
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
-    if version:
-        print(__version__)
-        raise typer.Exit
-
-
-@app.command()
 def demo(
     arch: Annotated[
         str, typer.Option(help=f"SAE architecture: {', '.join(ARCHITECTURES)}.")
@@ -134,13 +111,3 @@ def _terms(lam: float, regularizers: list[str]) -> list[LossTerm]:
     if len({term.name for term in terms}) < len(terms):
         raise typer.BadParameter("each regularizer once", param_hint="--regularizer")
     return terms
-
-
-def main() -> None:
-    """Run the command; what the library logs goes to stderr."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("\n%(message)s"))  # past a progress bar
-    package = logging.getLogger("monoloss_plugin")
-    package.addHandler(handler)
-    package.setLevel(logging.INFO)
-    app(prog_name="monoloss")

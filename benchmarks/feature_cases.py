@@ -1,0 +1,328 @@
+"""Cases of the features: loading them, waiting for them, and extracting them."""
+
+from __future__ import annotations
+
+import cProfile
+import itertools
+import pstats
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lmdb
+import numpy as np
+import torch
+from PIL import Image
+from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, SAETrainer
+from sae_lens.config import LoggingConfig, SAETrainerConfig
+from sklearn.datasets import load_sample_images
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from benchmarks.data import features
+from benchmarks.setting import Found, Setting
+from benchmarks.timing import alternate, ratio, spread
+from monoloss_plugin.features import FeatureBatches, FeatureSet, shards
+from monoloss_plugin.features.encoders import Encoder
+from monoloss_plugin.features.extraction import extract
+
+
+def loading(setting: Setting) -> Found:
+    """An epoch of shuffled batches against one LMDB record an image and against ``x[perm]``."""
+    rows, shape = 200_000 if setting.full else 20_000, setting.shape
+    x = features(rows, shape, torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as folder:
+        database = Path(folder) / "lmdb"
+        _write_lmdb(database, x)
+        sets = {}
+        for dtype in ("float32", "float16"):
+            _write_set(Path(folder) / dtype, x.to(getattr(torch, dtype)))
+            sets[dtype] = FeatureSet.open(Path(folder) / dtype)
+        size = shape.batch
+
+        def plain() -> None:
+            order = torch.randperm(rows)
+            for start in range(0, rows - size + 1, size):
+                x[order[start : start + size]]
+
+        def ours(dtype: str, normalize: bool) -> Callable[[], None]:
+            batches = FeatureBatches(sets[dtype], batch_size=size, normalize=normalize)
+
+            def run() -> None:
+                for _ in batches:
+                    pass
+
+            return run
+
+        ways = {
+            "x[perm] in memory, float32": plain,
+            "FeatureBatches, float16, unit norm": ours("float16", True),
+            "FeatureBatches, float32, unit norm": ours("float32", True),
+        }
+        seconds = alternate(ways, setting.rounds(5, 9), torch.device("cpu"))
+        records = _LmdbRecords(str(database), rows, shape.width)
+        loader = DataLoader(records, batch_size=size, shuffle=True, num_workers=4, drop_last=True)
+        pairs = alternate(
+            {"LMDB, 4 workers": lambda: _drain(loader), "ours": ours("float16", True)},
+            setting.rounds(1, 3),
+            torch.device("cpu"),
+            warm_up=False,
+        )
+    baseline = seconds["x[perm] in memory, float32"]
+    of_plain = {
+        name: ratio(baseline, runs)
+        for name, runs in seconds.items()
+        if not name.startswith("x[perm]")
+    }
+    faster = ratio(pairs["LMDB, 4 workers"], pairs["ours"])
+    seconds["LMDB, 4 workers"] = pairs["LMDB, 4 workers"]
+    shares = ", ".join(f"{name}: {100 * r['median']:.0f} %" for name, r in of_plain.items())
+    return {
+        "rows": rows,
+        "seconds": {name: spread(runs) for name, runs in seconds.items()},
+        "share of x[perm]'s speed": of_plain,
+        "times faster than LMDB": faster,
+        "target": "50 times faster than LMDB; 80 % of x[perm]",
+        "says": f"{rows} x {shape.width}: {faster['median']:.0f} times faster than LMDB "
+        f"({spread(pairs['LMDB, 4 workers'])['median']:.2f} s an epoch); of the speed of x[perm] "
+        f"({spread(baseline)['median']:.3f} s): {shares}",
+    }
+
+
+def feeding(setting: Setting) -> Found:
+    """What share of a SAELens BatchTopK run goes by waiting for :class:`FeatureBatches`."""
+    shape, steps = setting.shape, 40 if setting.full else 4
+    x = features(4 * shape.batch, shape, torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as folder:
+        _write_set(Path(folder) / "set", x.half())
+        batches = FeatureBatches(
+            FeatureSet.open(Path(folder) / "set"), batch_size=shape.batch, device=setting.device
+        )
+        torch.manual_seed(0)
+        trainer = SAETrainer(
+            cfg=SAETrainerConfig(
+                total_training_samples=steps * shape.batch,
+                train_batch_size_samples=shape.batch,
+                device=str(setting.device),
+                lr=1e-4,
+                lr_end=1e-4,
+                logger=LoggingConfig(log_to_wandb=False),
+            ),
+            sae=BatchTopKTrainingSAE(
+                BatchTopKTrainingSAEConfig(
+                    d_in=shape.width, d_sae=shape.latents, k=shape.k, device=str(setting.device)
+                )
+            ),
+            data_provider=batches.tensors(),
+        )
+        profile = cProfile.Profile()
+        profile.runcall(trainer.fit)
+    of = {name: taken for (_, _, name), (_, _, _, taken, _) in pstats.Stats(profile).stats.items()}  # type: ignore[attr-defined]
+    shown = {name: of[name] for name in ("fit", "_train_step", "tensors")}
+    share = shown["tensors"] / shown["fit"]
+    return {
+        "steps": steps,
+        "cumulative seconds": shown,
+        "share": share,
+        "target": "under 2 %",
+        "says": f"{100 * share:.2f} % of {shown['fit']:.1f} s for {steps} steps "
+        f"({1000 * shown['tensors'] / steps:.2f} ms a batch)",
+    }
+
+
+class _Model(NamedTuple):
+    """A vision transformer and how many images of it fit a benchmark on a CPU."""
+
+    width: int
+    layers: int
+    heads: int
+    patch: int
+    images: int
+    batch: int
+
+
+_MODELS = {
+    "ViT-L/14": _Model(1024, 24, 16, patch=14, images=48, batch=16),  # the paper's
+    "ViT-B/32": _Model(768, 12, 12, patch=32, images=256, batch=32),
+}
+
+
+def extraction(setting: Setting) -> Found:
+    """Extraction from JPEG files against a bare loop of the encoder over tensors in memory."""
+    found = {}
+    for name, size in _MODELS.items():
+        if setting.full or name == "ViT-B/32":
+            seconds = _extract_and_loop(setting, size)
+            found[name] = {
+                "images": size.images,
+                "seconds": {way: spread(taken) for way, taken in seconds.items()},
+                "share": ratio(seconds["bare loop"], seconds["extract"]),
+                "images a second": size.images / spread(seconds["extract"])["median"],
+            }
+    return {
+        "encoders": found,
+        "target": "95 % of the bare loop's images a second",
+        "says": "; ".join(
+            f"{name}: {100 * one['share']['median']:.1f} % at {one['images a second']:.2f} a second"
+            for name, one in found.items()
+        ),
+    }
+
+
+def _extract_and_loop(setting: Setting, size: _Model) -> dict[str, list[float]]:
+    encoder = _clip(size)
+    encoder.model.to(setting.device)
+    with tempfile.TemporaryDirectory() as folder:
+        images = Path(folder) / "images"
+        _write_photos(images, size.images)
+        inputs = torch.stack([encoder.preprocess(Image.open(p)) for p in sorted(images.iterdir())])
+        fresh = (Path(folder) / f"{run}" for run in itertools.count())
+
+        def extracting() -> None:
+            extract(
+                images,
+                encoder,
+                next(fresh),
+                batch_size=size.batch,
+                device=setting.device,
+                progress=False,
+            )
+
+        def bare() -> None:
+            with torch.inference_mode():
+                for part in inputs.split(size.batch):
+                    encoder.forward(part.to(setting.device)).half().cpu()
+
+        ways = {"bare loop": bare, "extract": extracting}
+        return alternate(ways, setting.rounds(2, 5), setting.device, warm_up=False)
+
+
+def extraction_memory(setting: Setting) -> Found:
+    """Peak memory of extraction from few images and from ten times as many."""
+    peaks = {}
+    for images in (4_000, 40_000) if setting.full else (1_000, 10_000):
+        command = [sys.executable, "-m", "benchmarks.feature_cases", str(images)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks[images] = float(done.stdout.split()[-1])
+    few, many = peaks.values()
+    return {
+        "MiB": peaks,
+        "target": "flat",
+        "says": "peak "
+        + ", ".join(f"{peak:.0f} MiB for {images} images" for images, peak in peaks.items())
+        + f": {100 * (many / few - 1):+.1f} %",
+    }
+
+
+def _extract_small(images: int) -> float:
+    """Extract from so many small images with a small encoder; the peak of this process in MiB."""
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 768))
+    encoder = Encoder(model, _Pixels(), model, {"name": "a projection"})
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "images"
+        source.mkdir()
+        pixels = np.random.default_rng(0).integers(0, 255, (100, 32, 32, 3), np.uint8)
+        for number in range(images):
+            Image.fromarray(pixels[number % 100]).save(source / f"{number:07d}.png")
+        extract(source, encoder, Path(folder) / "out", batch_size=64, workers=1, progress=False)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class _Pixels:
+    def __call__(self, image: Any) -> Tensor:
+        return torch.from_numpy(np.asarray(image).astype(np.float32) / 255).permute(2, 0, 1)
+
+
+class _LmdbRecords(Dataset[Tensor]):
+    """One record an image, normalised as it is read: the MonoLoss paper's appendix B."""
+
+    def __init__(self, path: str, rows: int, width: int) -> None:
+        self.path, self.rows, self.width = path, rows, width
+        self.reader: Any = None
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, number: int) -> Tensor:
+        if self.reader is None:  # opened by each worker
+            self.reader = lmdb.open(self.path, readonly=True, lock=False, readahead=False).begin()
+        record = np.frombuffer(self.reader.get(b"%08d" % number), np.float32).copy()
+        x = torch.from_numpy(record)
+        unit: Tensor = x / torch.linalg.vector_norm(x)
+        return unit
+
+
+def _write_lmdb(path: Path, x: Tensor) -> None:
+    size = 4 * x.nbytes + (1 << 26)
+    with lmdb.open(str(path), map_size=size) as database, database.begin(write=True) as written:
+        for number, row in enumerate(x.numpy()):
+            written.put(b"%08d" % number, row.tobytes())
+
+
+def _write_set(folder: Path, x: Tensor) -> None:
+    """Write features as :func:`extract` would."""
+    size = 1024 * -(-len(x) // (32 * 1024))
+    shards.begin(folder, {"shard_size": size})
+    shards.note_source_rows(folder, len(x))
+    schema = shards.features_schema(x.shape[1], str(x.dtype).split(".")[1], True, None)
+    for number, part in enumerate(x.split(size)):
+        writer = shards.ShardWriter(folder, number, schema)
+        first = number * size
+        ids = [f"{row:08d}.jpg" for row in range(first, first + len(part))]
+        writer.add(part.numpy(), [0] * len(part), ids, len(part))
+        writer.finish()
+    shards.complete(folder)
+
+
+def _write_photos(folder: Path, count: int) -> None:
+    """Write JPEG files of the size of ImageNet's: parts of two photographs."""
+    folder.mkdir()
+    photos = load_sample_images().images
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        top, left = int(generator.integers(0, 50)), int(generator.integers(0, 140))
+        part = photos[number % 2][top : top + 375, left : left + 500]
+        Image.fromarray(part).save(folder / f"{number:05d}.jpg", quality=90)
+
+
+class _Processed:
+    def __init__(self) -> None:
+        self.processor = CLIPImageProcessor()
+
+    def __call__(self, image: Any) -> Tensor:
+        pixels: Tensor = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+        return pixels
+
+
+def _clip(size: _Model) -> Encoder:
+    """Return CLIP's image tower with random weights."""
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=size.width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        intermediate_size=4 * size.width,
+        patch_size=size.patch,
+        projection_dim=768,
+    )
+    model = CLIPVisionModelWithProjection(config).eval()
+
+    def forward(pixels: Tensor) -> Tensor:
+        embeddings: Tensor = model(pixel_values=pixels).image_embeds
+        return embeddings
+
+    return Encoder(model, _Processed(), forward, {"name": "random weights"})
+
+
+def _drain(loader: DataLoader[Tensor]) -> None:
+    for _ in loader:
+        pass
+
+
+if __name__ == "__main__":
+    print(_extract_small(int(sys.argv[1])))

@@ -1,0 +1,54 @@
+"""From a folder of images to a SAELens dictionary, scored with its own features.
+
+python examples/extract_features.py [FOLDER ENCODER]     # such as: photos clip-vit-l14
+
+Without arguments: 300 handwritten digits and an untrained ResNet, to see it run.
+"""
+
+import sys
+from pathlib import Path
+from tempfile import mkdtemp
+
+import timm
+from PIL import Image
+from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, SAETrainer
+from sae_lens.config import LoggingConfig, SAETrainerConfig
+from sklearn.datasets import load_digits
+
+import monoloss_plugin.adapters.sae_lens  # noqa: F401  # gives SAETrainer its add_loss
+from monoloss_plugin import MonoLoss
+from monoloss_plugin.evaluation import evaluate
+from monoloss_plugin.features import Encoder, FeatureBatches, FeatureSet, extract
+
+work = Path(mkdtemp())
+if len(sys.argv) == 3:
+    folder, encoder = sys.argv[1:]
+else:
+    folder, digits = work / "images", load_digits()
+    for number in range(300):
+        path = folder / str(digits.target[number]) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((digits.images[number] * 15).astype("uint8")).save(path)
+    resnet = timm.create_model("resnet18", num_classes=0)
+    transform = timm.data.create_transform((3, 32, 32))
+    encoder = Encoder(resnet, transform, resnet, {"name": "an untrained ResNet-18"})
+
+extract(folder, encoder, work / "features")  # <- images to features, once
+features = FeatureSet.open(work / "features")
+batches = FeatureBatches(features, batch_size=min(256, len(features)))  # <- features to batches
+
+trainer = SAETrainer(
+    cfg=SAETrainerConfig(
+        total_training_samples=300 * batches.batch_size,
+        train_batch_size_samples=batches.batch_size,
+        lr=1e-3,
+        lr_end=1e-3,
+        logger=LoggingConfig(log_to_wandb=False),
+    ),
+    sae=BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=features.width, d_sae=512, k=8)),
+    data_provider=batches.tensors(),
+)
+trainer.add_loss(MonoLoss(lam=3e-4))
+sae = trainer.fit()
+for name, value in evaluate(sae, batches).summary().items():
+    print(f"{name:20} {value:.3f}")

@@ -1,0 +1,47 @@
+"""Vision features: from images to a feature dataset to training batches.
+
+Reading and batching need the extra ``hub``; :func:`extract`, which is imported when it is first
+asked for, needs ``vision``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from monoloss_plugin.features.batches import Batch, FeatureBatches
+from monoloss_plugin.features.feature_set import FeatureSet, Sample
+from monoloss_plugin.features.shards import SettingsError, verify
+
+if TYPE_CHECKING:
+    from monoloss_plugin.features.encoders import Encoder, load_encoder
+    from monoloss_plugin.features.extraction import Extraction, TooManyUnreadableError, extract
+
+__all__ = [
+    "Batch",
+    "Encoder",
+    "Extraction",
+    "FeatureBatches",
+    "FeatureSet",
+    "Sample",
+    "SettingsError",
+    "TooManyUnreadableError",
+    "extract",
+    "load_encoder",
+    "verify",
+]
+
+_LATER = {
+    "Encoder": "encoders",
+    "load_encoder": "encoders",
+    "Extraction": "extraction",
+    "TooManyUnreadableError": "extraction",
+    "extract": "extraction",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)

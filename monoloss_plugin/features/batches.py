@@ -1,0 +1,297 @@
+"""Shuffled training batches from feature sets, at the speed of memory."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from monoloss_plugin._checks import require_choice
+from monoloss_plugin.embeddings import unit_rows
+from monoloss_plugin.features.feature_set import FeatureSet, rows_in_common
+from monoloss_plugin.features.order import Order, Shuffle
+
+
+class Batch(NamedTuple):
+    """Samples of one step, on the batches' device."""
+
+    features: Tensor
+    """(B, d) float32, unit norm unless asked otherwise."""
+    embeddings: Tensor
+    """(B, d') unit norm, of the same images: the similarity space. The features by default."""
+    labels: Tensor | None
+    """(B,) int64; None where the set has none."""
+    rows: Tensor
+    """(B,) int64 on the CPU, where in the feature set these are."""
+    image_ids: list[str] | None
+    """Their ids, where asked for."""
+
+
+class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
+    """Shuffled batches of a feature set, and of others aligned with it.
+
+    Iterating gives one epoch of :class:`Batch`; the next time, the next epoch.
+    :meth:`tensors` is an endless iterator of features alone, SAELens's data provider. The order
+    depends on seed and epoch alone. Where a batch comes from a disk or goes to a GPU, the next is
+    on its way while one is at work.
+
+    Args:
+        features: what the SAE reads.
+        embeddings: feature sets of the same images whose similarities MonoLoss and MonoScore are
+            to use, matched by ``image_id``. Several make an ensemble: their cosine similarities
+            are averaged. By default the features themselves.
+        batch_size: B.
+        shuffle: ``"all"``, every epoch in a random order; ``"buffer"``, for sets larger than
+            memory: blocks of consecutive rows are read in a random order, and shuffled within a
+            buffer of ``buffer_rows``; ``"none"``, in the set's order.
+        seed: of the order.
+        drop_last: leave out the last, incomplete batch of an epoch.
+        normalize: scale features to unit norm, in float32; a zero vector stays zero.
+        image_ids: give the ids with each batch.
+        device: where batches go.
+        resident: hold the whole set on that device in its stored type; by default on a GPU where
+            it takes at most half of the free memory. On the CPU it makes a copy in memory.
+        buffer_rows: rows of a shuffle buffer; the system keeps two of them in its file cache.
+        shard: ``(i, n)``: the i-th of n processes that share each epoch; all take equally many
+            batches.
+
+    Raises:
+        TypeError: not feature sets.
+        ValueError: an argument out of its range, sets without an image in common, or fewer images
+            than a batch needs.
+
+    Example:
+        >>> from datasets import Dataset, Features, Sequence, Value
+        >>> columns = Features({"features": Sequence(Value("float32"), length=2)})
+        >>> some = Dataset.from_dict({"features": [[3.0, 4.0], [0.0, 2.0]]}, features=columns)
+        >>> batches = FeatureBatches(FeatureSet(some), batch_size=2, shuffle="none")
+        >>> [batch.features.tolist() for batch in batches]
+        [[[0.6000000238418579, 0.800000011920929], [0.0, 1.0]]]
+    """
+
+    def __init__(
+        self,
+        features: FeatureSet,
+        *,
+        embeddings: FeatureSet | Sequence[FeatureSet] = (),
+        batch_size: int = 2048,
+        shuffle: Shuffle = "all",
+        seed: int = 0,
+        drop_last: bool = True,
+        normalize: bool = True,
+        image_ids: bool = False,
+        device: torch.device | str = "cpu",
+        resident: bool | None = None,
+        buffer_rows: int = 1 << 17,
+        shard: tuple[int, int] = (0, 1),
+    ) -> None:
+        others = [embeddings] if isinstance(embeddings, FeatureSet) else list(embeddings)
+        for name, given in (("features", features), *(("embeddings", one) for one in others)):
+            if not isinstance(given, FeatureSet):
+                raise TypeError(f"{name}: expected a FeatureSet, got {type(given).__name__}")
+        require_choice(shuffle, "shuffle", ("all", "buffer", "none"))
+        for name, number in (("batch_size", batch_size), ("buffer_rows", buffer_rows)):
+            if number < 1:
+                raise ValueError(f"{name}: expected at least 1, got {number}")
+        if resident and shuffle == "buffer":
+            raise ValueError("resident: a set that is held in memory needs no shuffle buffer")
+        if not 0 <= shard[0] < shard[1]:
+            raise ValueError(f"shard: expected (i, n) with 0 <= i < n, got {shard}")
+        self.features, self.batch_size, self.normalize = features, batch_size, normalize
+        self.image_ids, self.device, self.shard = image_ids, torch.device(device), shard
+        matched = rows_in_common(features, others)
+        self.num_rows = len(features) if matched is None else len(matched[0])
+        """Images that every set has."""
+        self.order = Order(
+            self.num_rows,
+            batch_rows=batch_size * shard[1],
+            shuffle=shuffle,
+            seed=seed,
+            drop_last=drop_last,
+            buffer_rows=buffer_rows,
+        )
+        if len(self) == 0:
+            raise ValueError(
+                f"batch_size: expected at most {self.num_rows // shard[1]} of {self.num_rows} "
+                f"images over {shard[1]} process(es), got {batch_size}; or drop_last=False"
+            )
+        numbers = matched if matched is not None else [None] * (1 + len(others))
+        self._read, *self._read_others = [
+            _Reader(
+                one, of_one, self.device, shuffle != "buffer" and _held(one, self.device, resident)
+            )
+            for one, of_one in zip([features, *others], numbers, strict=True)
+        ]
+        self._epoch = self._next = 0
+        self._given: Batch | None = None
+
+    def __len__(self) -> int:
+        """Batches an epoch, of this process."""
+        return self.order.num_batches
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of the labels' classes; None without labels."""
+        if self.features.labels is None:
+            return None
+        names = self.features.classes
+        return int(self.features.labels.max()) + 1 if names is None else len(names)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch under way, from 0."""
+        return self._epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of an epoch: for workers of a DataLoader, which do not advance this."""
+        self._epoch, self._next = epoch, 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield what is left of the epoch under way, and turn to the next."""
+        epoch = self._epoch
+        worker = torch.utils.data.get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        numbers = range(self._next + first, len(self), step)
+        made = self._made_ahead(epoch, numbers) if self._waits else self._made(epoch, numbers)
+        for number, batch in zip(numbers, made, strict=True):
+            self._next = number + 1
+            yield batch
+        self._epoch, self._next = epoch + 1, 0
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield features (B, d) without end: ``SAETrainer(data_provider=batches.tensors())``."""
+        while True:
+            for batch in self:
+                self._given = batch
+                yield batch.features
+
+    def embeddings_of(self, features: Tensor) -> Tensor:
+        """Return the embeddings of the batch that :meth:`tensors` gave last.
+
+        For ``trainer.add_loss(MonoLoss(lam=3e-4), embeddings=batches.embeddings_of)``.
+
+        Args:
+            features: (B, d) the trainer's batch, whose rows must be those given last.
+
+        Returns:
+            (B, d') on the same device.
+
+        Raises:
+            ValueError: no batch was given yet, or it had another number of rows.
+        """
+        if self._given is None or len(self._given.embeddings) != len(features):
+            had = "none was given yet" if self._given is None else f"it has {len(self._given.rows)}"
+            raise ValueError(
+                f"embeddings: expected the batch that tensors() gave last, of {len(features)} "
+                f"rows, but {had}; use the trainer with data_provider=batches.tensors()"
+            )
+        return self._given.embeddings.to(features.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position, and what it depends on."""
+        return {**self._identity(), "epoch": self._epoch, "batch": self._next}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly where a state was taken.
+
+        Raises:
+            ValueError: the state is of another set or other settings.
+        """
+        for name, here in self._identity().items():
+            if state.get(name) != here:
+                raise ValueError(
+                    f"state: {name} was {state.get(name)!r} when it was taken, is {here!r} here"
+                )
+        self._epoch, self._next = int(state["epoch"]), int(state["batch"])
+
+    def _identity(self) -> dict[str, Any]:
+        return {**self.order.identity(), "shard": list(self.shard)}
+
+    @property
+    def _waits(self) -> bool:
+        """Whether making a batch waits for a disk or a device more than it computes.
+
+        Where it does not, a second thread would only take the trainer's cores.
+        """
+        copies = any(read.held is None for read in (self._read, *self._read_others))
+        return self.order.shuffle == "buffer" or (self.device.type != "cpu" and copies)
+
+    def _made(self, epoch: int, numbers: range) -> Iterator[Batch]:
+        return (self._make(epoch, number, number == numbers[0]) for number in numbers)
+
+    def _made_ahead(self, epoch: int, numbers: range) -> Iterator[Batch]:
+        """Make the next batch while this one is used."""
+        with ThreadPoolExecutor(1, "feature-batches") as thread:
+            coming: deque[Future[Batch]] = deque()
+            for number in numbers:
+                coming.append(thread.submit(self._make, epoch, number, number == numbers[0]))
+                if len(coming) > 1:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
+
+    def _make(self, epoch: int, number: int, first: bool) -> Batch:
+        for start, end in self.order.coming(epoch, number, first):
+            self._read.warm(start, end)
+            for read in self._read_others:
+                read.warm(start, end)
+        rows = self.order.rows(epoch, number)[self.shard[0] :: self.shard[1]]
+        features = self._read(rows)
+        unit = [unit_rows(read(rows), torch.float32)[0] for read in self._read_others]
+        if self.normalize or not unit:
+            normalized = unit_rows(features, torch.float32)[0]
+            features = normalized if self.normalize else features.float()
+            unit = unit or [normalized]
+        of_set = self._read.numbers(rows)
+        labels = None if self.features.labels is None else self.features.labels[of_set]
+        return Batch(
+            features=features,
+            # The cosine of concatenated unit vectors is the mean of their cosines.
+            embeddings=unit[0] if len(unit) == 1 else torch.cat(unit, 1) / math.sqrt(len(unit)),
+            labels=None if labels is None else labels.to(self.device),
+            rows=of_set,
+            image_ids=self.features.image_ids(of_set) if self.image_ids else None,
+        )
+
+
+class _Reader:
+    """Reads rows of one set onto a device, from the memory map or from a copy held there."""
+
+    def __init__(
+        self, features: FeatureSet, matched: Tensor | None, device: torch.device, resident: bool
+    ) -> None:
+        self.features, self.matched, self.device = features, matched, device
+        self.held: Tensor | None = None
+        if resident:
+            whole = features.tensor() if matched is None else features.take(matched)
+            self.held = whole.to(device)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Return rows (B,) of what the sets have in common: (B, d) in the stored type."""
+        if self.held is not None:
+            return self.held.index_select(0, rows.to(self.device))
+        found = self.features.take(self.numbers(rows))
+        if self.device.type == "cuda":
+            found = found.pin_memory()
+        return found.to(self.device, non_blocking=True)
+
+    def numbers(self, rows: Tensor) -> Tensor:
+        """Return the rows' numbers in this set."""
+        return rows if self.matched is None else self.matched[rows]
+
+    def warm(self, start: int, end: int) -> None:
+        """Read consecutive rows in their order, so that the system has them in memory."""
+        if self.held is None and start < end:
+            self.features.take(self.numbers(torch.arange(start, end)))
+
+
+def _held(features: FeatureSet, device: torch.device, wanted: bool | None) -> bool:
+    if wanted is not None or device.type != "cuda":
+        return bool(wanted)
+    free, _ = torch.cuda.mem_get_info(device)
+    return len(features) * features.width * features.dtype.itemsize <= free // 2

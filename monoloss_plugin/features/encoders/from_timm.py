@@ -1,0 +1,64 @@
+"""Encoders from timm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from monoloss_plugin._optional import missing_extra
+from monoloss_plugin.features.encoders.encoder import Tower
+
+try:
+    import timm
+    from timm.data.config import resolve_model_data_config
+    from timm.data.transforms_factory import create_transform
+except ModuleNotFoundError as error:
+    raise missing_extra(error, "vision") from error
+
+
+def load(name: str, revision: str | None) -> Tower:
+    """Load a timm model without its classifier.
+
+    Args:
+        name: of timm's registry, or ``hf-hub:org/name``, or ``local-dir:/a/folder``.
+        revision: of the Hub repository, for ``hf-hub:`` names.
+    """
+    if revision is not None:
+        if not name.startswith("hf-hub:"):
+            raise ValueError(
+                f"revision: timm takes one for hf-hub: names only, such as hf-hub:timm/{name}"
+            )
+        name = f"{name}@{revision}"
+    model = timm.create_model(name, pretrained=True, num_classes=0).eval()
+    data = resolve_model_data_config(model)
+    return Tower(
+        model=model,
+        preprocess=create_transform(**data, is_training=False),
+        pooled=model,
+        tokens=_Tokens(model),
+        prefix_tokens=getattr(model, "num_prefix_tokens", 0),
+        channels_last=getattr(model, "output_fmt", "NCHW") == "NHWC",
+        mode="L" if data["input_size"][0] == 1 else "RGB",
+        record={
+            "library": "timm",
+            "library_version": timm.__version__,
+            "name": name.removeprefix("local-dir:").rstrip("/").rsplit("/", 1)[-1]
+            if name.startswith("local-dir:")
+            else name,
+            "preprocessing": {key: _plain(value) for key, value in data.items()},
+        },
+    )
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    model: nn.Module
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        return self.model.forward_features(inputs)  # type: ignore[no-any-return, operator]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

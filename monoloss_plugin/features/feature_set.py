@@ -1,0 +1,195 @@
+"""A feature dataset, opened: features of N images, their labels and their ids."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from monoloss_plugin._optional import missing_extra
+from monoloss_plugin.features import shards
+from monoloss_plugin.features.rows import Rows
+
+try:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    from datasets import ClassLabel, Dataset, load_from_disk
+except ModuleNotFoundError as error:
+    raise missing_extra(error, "hub") from error
+
+
+class Sample(NamedTuple):
+    """Features of some images, or of one."""
+
+    features: Tensor
+    labels: Tensor | None
+    image_ids: Any
+    """A list of ids, or one; None where the set has none."""
+
+
+class FeatureSet(torch.utils.data.Dataset[Sample]):
+    """Features of N images, read from the memory map of a ``datasets.Dataset``.
+
+    As a map-style ``torch`` dataset it gives :class:`Sample`; a ``DataLoader`` asks it for whole
+    batches at once. For training, :class:`~monoloss_plugin.features.FeatureBatches` is faster.
+
+    Args:
+        dataset: with a column ``features`` of fixed-length lists, and ``label`` and ``image_id``
+            where there are any.
+        record: what the set says of itself; by default read from the dataset's description.
+
+    Raises:
+        TypeError: not a ``datasets.Dataset``, or features of another type.
+        ValueError: no column ``features``, or missing values in it.
+    """
+
+    def __init__(self, dataset: Dataset, record: dict[str, Any] | None = None) -> None:
+        if not isinstance(dataset, Dataset):
+            raise TypeError(
+                f"dataset: expected a datasets.Dataset, got {type(dataset).__name__}; "
+                "FeatureSet.open takes a folder"
+            )
+        if "features" not in dataset.column_names:
+            raise ValueError(
+                f"dataset: expected a column 'features', found {', '.join(dataset.column_names)}"
+            )
+        self.dataset = dataset.flatten_indices() if dataset._indices is not None else dataset
+        table = self.dataset.data
+        self._rows = Rows(table.column("features"))
+        self._ids = table.column("image_id") if "image_id" in dataset.column_names else None
+        self.labels: Tensor | None = None
+        """(N,) int64; -1 where an image has none."""
+        if "label" in dataset.column_names:
+            labels = pc.fill_null(table.column("label"), -1).to_numpy()
+            self.labels = torch.tensor(labels, dtype=torch.int64)
+        self.record = _described(dataset) if record is None else record
+        """Encoder, source and settings that the set was made with."""
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> FeatureSet:
+        """Open a folder that :func:`~monoloss_plugin.features.extract` has completed.
+
+        Raises:
+            FileNotFoundError: no such folder, or no feature dataset in it.
+            ValueError: its extraction is not complete.
+        """
+        path = Path(folder)
+        if not shards.is_complete(path) and (path / shards.SETTINGS).exists():
+            raise ValueError(
+                f"folder: the extraction into {path} is not complete; run it again to go on"
+            )
+        if not (path / "state.json").exists():
+            raise FileNotFoundError(f"folder: no feature dataset in {path}")
+        return cls(load_from_disk(str(path)))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def width(self) -> int:
+        """d, the length of a feature vector."""
+        return self._rows.width
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the stored features."""
+        return self._rows.dtype
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Names of the labels' classes, where they have names."""
+        feature = self.dataset.features.get("label")
+        return list(feature.names) if isinstance(feature, ClassLabel) else None
+
+    @property
+    def ids(self) -> pa.ChunkedArray | None:
+        """(N,) ids of the images as an Arrow column; None where the set has none."""
+        return self._ids
+
+    def take(self, numbers: Tensor) -> Tensor:
+        """Return the features (B, d) of some rows (B,), in the stored type."""
+        return self._rows.take(numbers)
+
+    def tensor(self) -> Tensor:
+        """Return every row (N, d) in the stored type, in memory."""
+        return self._rows.span(0, len(self))
+
+    def image_ids(self, numbers: Tensor) -> list[str] | None:
+        """Return the ids of some rows (B,)."""
+        if self._ids is None:
+            return None
+        found: list[str] = self._ids.take(pa.array(numbers.numpy())).to_pylist()
+        return found
+
+    def __getitem__(self, number: int) -> Sample:
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"row {number} of {len(self)}")
+        row = torch.tensor([number % len(self)])
+        ids = self.image_ids(row)
+        labels = None if self.labels is None else self.labels[row][0]
+        return Sample(self.take(row)[0], labels, None if ids is None else ids[0])
+
+    def __getitems__(self, numbers: Sequence[int]) -> Sample:
+        """Return a whole batch: pass ``collate_fn=lambda batch: batch`` to a DataLoader."""
+        rows = torch.as_tensor(numbers)
+        labels = None if self.labels is None else self.labels[rows]
+        return Sample(self.take(rows), labels, self.image_ids(rows))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # To another process goes where the rows lie, not the rows.
+        return FeatureSet, (self.dataset, self.record)
+
+    def __repr__(self) -> str:
+        return f"FeatureSet({len(self)} x {self.width}, {self.dtype})"
+
+
+def rows_in_common(first: FeatureSet, others: Sequence[FeatureSet]) -> list[Tensor] | None:
+    """Match feature sets of the same images by their ids.
+
+    Args:
+        first: the set whose order counts.
+        others: sets to match with it.
+
+    Returns:
+        For each set, its rows (n,) of the images that all of them have, in the first one's order;
+        None where they match row by row.
+
+    Raises:
+        ValueError: no image in common, an id that occurs twice, or sets without ids that are not
+            equally long.
+    """
+    sets = [first, *others]
+    if any(one.ids is None for one in sets):
+        if len({len(one) for one in sets}) > 1:
+            sizes = ", ".join(str(len(one)) for one in sets)
+            raise ValueError(
+                f"embeddings: sets without image_id must be equally long, got {sizes} rows"
+            )
+        return None
+    if all(one.ids.equals(first.ids) for one in others):  # type: ignore[union-attr]
+        return None
+    for one in sets:
+        if pc.count_distinct(one.ids).as_py() < len(one):
+            raise ValueError("image_id: an id occurs twice; sets can only be matched by unique ids")
+    found = [pc.index_in(first.ids, value_set=one.ids.combine_chunks()) for one in others]  # type: ignore[union-attr]
+    everywhere = torch.ones(len(first), dtype=torch.bool)
+    for column in found:
+        everywhere &= torch.tensor(pc.is_valid(column).to_numpy())
+    if not bool(everywhere.any()):
+        raise ValueError("embeddings: the sets have no image in common")
+    rows = everywhere.nonzero().squeeze(1)
+    matched = [torch.tensor(pc.fill_null(column, 0).to_numpy())[rows].long() for column in found]
+    return [rows, *matched]
+
+
+def _described(dataset: Dataset) -> dict[str, Any]:
+    try:
+        record = json.loads(dataset.info.description or "{}")
+    except json.JSONDecodeError:
+        return {}
+    return record if isinstance(record, dict) else {}

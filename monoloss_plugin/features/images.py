@@ -1,0 +1,166 @@
+"""Images on their way to an encoder: read, decoded and preprocessed beside the encoding."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from monoloss_plugin.features.sources import Row, Source, decode
+
+
+class Loaded(NamedTuple):
+    """A batch of source rows, ready to be encoded."""
+
+    numbers: list[int]
+    """Every row's number in the source, readable or not."""
+    inputs: Any
+    """The encoder's inputs of the readable ones; None if there is none."""
+    labels: list[int | None]
+    ids: list[str]
+    unreadable: list[dict[str, Any]]
+
+
+class Preparation:
+    """Decodes and preprocesses; what goes wrong with an image stays with that image."""
+
+    def __init__(self, preprocess: Callable[[Any], Any], mode: str) -> None:
+        self.preprocess, self.mode = preprocess, mode
+
+    def __call__(self, row: Row) -> Any:
+        """Return the encoder's input of an image, or the exception that it raised."""
+        try:
+            return self.preprocess(decode(row, self.mode))
+        except Exception as error:  # a decoder may raise anything on a damaged file
+            return error
+
+    def batch(self, numbers: list[int], rows: Sequence[Row], prepared: Sequence[Any]) -> Loaded:
+        """Put a batch together, with the unreadable apart."""
+        bad = [isinstance(one, Exception) for one in prepared]
+        unreadable = [
+            {"row": number, "image_id": row.image_id, "error": _said(e, row)}
+            for number, row, e, is_bad in zip(numbers, rows, prepared, bad, strict=True)
+            if is_bad
+        ]
+        good = [one for one, is_bad in zip(prepared, bad, strict=True) if not is_bad]
+        kept = [row for row, is_bad in zip(rows, bad, strict=True) if not is_bad]
+        return Loaded(
+            numbers,
+            default_collate(good) if good else None,
+            [row.label for row in kept],
+            [row.image_id for row in kept],
+            unreadable,
+        )
+
+
+def _said(error: Exception, row: Row) -> str:
+    """Name an error without the place of the file on this machine."""
+    said = str(error).replace(row.image["path"] or "\0", row.image_id)
+    return f"{type(error).__name__}: {said}"[:300]
+
+
+class _Batches(Dataset[Loaded]):
+    """Batches of rows as a dataset, so that a DataLoader's workers make whole batches."""
+
+    def __init__(self, source: Source, prepare: Preparation) -> None:
+        self.source, self.prepare = source, prepare
+
+    def __getitem__(self, numbers: list[int]) -> Loaded:
+        rows = [self.source[number] for number in numbers]
+        return self.prepare.batch(numbers, rows, [self.prepare(row) for row in rows])
+
+
+def batches_by_number(
+    source: Source,
+    prepare: Preparation,
+    batches: Iterable[list[int]],
+    *,
+    workers: int,
+    pin_memory: bool,
+) -> Iterator[Loaded]:
+    """Yield batches of rows in their order, prepared by worker processes."""
+    loader = DataLoader(
+        _Batches(source, prepare),
+        sampler=batches,  # any iterable of what __getitem__ takes
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if workers else None,
+    )
+    yield from loader
+
+
+def batches_of_stream(
+    source: Source,
+    prepare: Preparation,
+    wanted: Callable[[int], bool],
+    *,
+    start: int,
+    batch_size: int,
+    shard_size: int,
+    workers: int,
+    ended: Callable[[int], Any],
+) -> Iterator[Loaded]:
+    """Yield batches of the wanted rows of a stream, prepared by threads.
+
+    A stream is read once, in this process; decoding leaves Python's lock alone.
+
+    Args:
+        source: of streamed rows.
+        prepare: what makes an image an input.
+        wanted: whether to take a row, by its number.
+        start: the first row.
+        batch_size: at most so many rows a batch; a batch stays within a shard.
+        shard_size: source rows a shard.
+        workers: threads.
+        ended: called with the number of rows when the stream has ended.
+    """
+    waiting: deque[tuple[list[int], list[Row], list[Any]]] = deque()
+    last = start - 1
+
+    def in_groups() -> Iterator[list[tuple[int, Row]]]:
+        nonlocal last
+        group: list[tuple[int, Row]] = []
+        for number, row in source.stream(start):
+            last = number
+            if group and (len(group) == batch_size or number % shard_size == 0):
+                yield group
+                group = []
+            if wanted(number):
+                group.append((number, row))
+        if group:
+            yield group
+
+    with ThreadPoolExecutor(max(1, workers)) as threads:
+        for group in in_groups():
+            numbers, rows = [n for n, _ in group], [r for _, r in group]
+            waiting.append((numbers, rows, [threads.submit(prepare, row) for row in rows]))
+            if len(waiting) > 2:
+                yield _made(prepare, waiting.popleft())
+        while waiting:
+            yield _made(prepare, waiting.popleft())
+    ended(last + 1)
+
+
+def _made(prepare: Preparation, parts: tuple[list[int], list[Row], list[Any]]) -> Loaded:
+    numbers, rows, futures = parts
+    return prepare.batch(numbers, rows, [future.result() for future in futures])
+
+
+def in_batches(numbers: Iterable[int], batch_size: int) -> Iterator[list[int]]:
+    """Yield runs of at most so many numbers."""
+    remaining = iter(numbers)
+    while run := list(islice(remaining, batch_size)):
+        yield run
+
+
+def to_device(inputs: Any, device: torch.device) -> Any:
+    """Move a tensor, or a dict of tensors."""
+    if isinstance(inputs, dict):
+        return {name: to_device(one, device) for name, one in inputs.items()}
+    return inputs.to(device, non_blocking=True)

@@ -1,0 +1,344 @@
+"""A feature dataset on disk, written so that it can be interrupted anywhere.
+
+A folder holds rows of the source in shards of equal size::
+
+    extraction.json     the settings; a run with others is refused
+    data-00002.journal  a shard in the making: every batch so far, each with its checksum
+    data-00001.arrow    a finished shard: one Arrow record batch
+    data-00001.json     its record: rows, bytes, checksum, unreadable images
+    source_rows.json    how many rows there are in all, once that is known
+    state.json, dataset_info.json, features.json     written last, when every shard is there
+
+``datasets.load_from_disk`` opens the finished folder. Every file but a journal appears whole or not
+at all, by a rename; of a journal only its last, unfinished batch can be lost. Shards belong to
+ranges of the source, so processes that take different ones share a folder without locks, and
+whichever of them sees the last one finished completes the folder; doing so twice does no harm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from monoloss_plugin._optional import missing_extra
+from monoloss_plugin.features.journal import Journal
+
+try:
+    import numpy as np
+    import pyarrow as pa
+    from datasets import ClassLabel, DatasetInfo, Features, Value
+    from datasets import Sequence as Rows
+except ModuleNotFoundError as error:
+    raise missing_extra(error, "hub") from error
+
+SETTINGS, RECORD = "extraction.json", "features.json"
+_STATE, _INFO = "state.json", "dataset_info.json"
+_SOURCE_ROWS = "source_rows.json"
+_READ = 1 << 20
+
+
+class SettingsError(ValueError):
+    """A folder was begun with other settings, or holds something else."""
+
+
+@dataclass
+class ShardRecord:
+    """What is known of a finished shard."""
+
+    number: int
+    source_rows: int
+    """Images of the source it covers, readable or not."""
+    rows: int
+    """Images in it."""
+    bytes: int
+    sha256: str
+    unreadable: list[dict[str, Any]] = field(default_factory=list)
+    """Row in the source, id and error of each image that could not be read."""
+
+    @property
+    def file(self) -> str:
+        """Name of its file."""
+        return f"{_stem(self.number)}.arrow"
+
+
+def features_schema(width: int, dtype: str, labelled: bool, classes: list[str] | None) -> Features:
+    """Return the columns of a feature dataset: features, label where there is one, image_id."""
+    columns: dict[str, Any] = {"features": Rows(Value(dtype), length=width)}
+    if labelled:
+        columns["label"] = ClassLabel(names=classes) if classes is not None else Value("int64")
+    return Features({**columns, "image_id": Value("string")})
+
+
+def begin(folder: Path, settings: dict[str, Any]) -> None:
+    """Claim a folder for some settings, or see that it is theirs.
+
+    Raises:
+        SettingsError: it was begun with others, or holds something else.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / SETTINGS
+    others = [p.name for p in folder.iterdir() if not p.name.startswith(".") and p != path]
+    if not path.exists():
+        if others:
+            raise SettingsError(f"out: {folder} holds something else; give an empty or new folder")
+        _write_json(path, settings)
+    there = json.loads(path.read_text())
+    given = json.loads(json.dumps(settings))
+    if there != given:
+        differing = "; ".join(_differences(there, given))
+        raise SettingsError(
+            f"out: {folder} was begun with other settings ({differing}); "
+            "give those again, or another folder"
+        )
+
+
+def _differences(there: Any, given: Any, name: str = "") -> Iterable[str]:
+    if isinstance(there, dict) and isinstance(given, dict):
+        for key in sorted(there.keys() | given.keys()):
+            yield from _differences(there.get(key), given.get(key), f"{name}.{key}".strip("."))
+    elif there != given:
+        yield f"{name}: {there!r} there, {given!r} now"
+
+
+def finished(folder: Path) -> dict[int, ShardRecord]:
+    """Return the finished shards of a folder by number."""
+    record = folder / RECORD
+    listed = []
+    for path in folder.glob("data-*.json"):
+        with contextlib.suppress(FileNotFoundError):  # another process completes the folder
+            listed.append(json.loads(path.read_text()))
+    if record.exists():  # looked for last: until it is there, so are the shards' own records
+        listed = json.loads(record.read_text())["shards"]
+    return {shard["number"]: ShardRecord(**shard) for shard in listed}
+
+
+def begun(folder: Path) -> list[int]:
+    """Return the numbers of the shards that have a journal, in order."""
+    return sorted(int(path.stem.split("-")[1]) for path in folder.glob("data-*.journal"))
+
+
+def is_complete(folder: Path) -> bool:
+    """Say whether a folder is a finished feature dataset."""
+    return (folder / RECORD).exists()
+
+
+class ShardWriter:
+    """Writes one shard; goes on where an interrupted one stopped.
+
+    Raises:
+        BusyError: another process is writing it.
+    """
+
+    def __init__(self, folder: Path, number: int, schema: Features) -> None:
+        self.folder, self.number = folder, number
+        self.schema = schema.arrow_schema
+        self.done = 0
+        """Source rows that are written, or known to be unreadable."""
+        self.unreadable: list[dict[str, Any]] = []
+        self._batches: list[pa.RecordBatch] = []
+        self._journal = Journal(folder / f"{_stem(number)}.journal")
+        for batch, said in self._journal.read():
+            self._take(batch, said)
+
+    def add(
+        self,
+        features: np.ndarray[Any, Any],
+        labels: Sequence[int | None],
+        ids: Sequence[str],
+        source_rows: int,
+        unreadable: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        """Write a batch: features (B, d), and how many source rows it stands for."""
+        columns = {"features": _fixed_lists(features), "image_id": pa.array(ids, pa.string())}
+        if "label" in self.schema.names:
+            columns["label"] = pa.array([-1 if y is None else y for y in labels], pa.int64())
+        batch = pa.record_batch([columns[n] for n in self.schema.names], schema=self.schema)
+        said = {"source_rows": source_rows, "unreadable": list(unreadable)}
+        self._journal.append(batch, said)
+        self._take(batch, said)
+
+    def finish(self) -> ShardRecord:
+        """Turn the journal into a finished shard, in one record batch."""
+        table = pa.Table.from_batches(self._batches, schema=self.schema)
+        whole = table.combine_chunks().to_batches() or [
+            pa.RecordBatch.from_pylist([], schema=self.schema)
+        ]
+        path = self.folder / f"{_stem(self.number)}.arrow"
+        unfinished = _temporary(path)
+        with (
+            pa.OSFile(str(unfinished), "wb") as sink,
+            pa.ipc.new_stream(sink, self.schema) as writer,
+        ):
+            for batch in whole:
+                writer.write_batch(batch)
+        _to_disk(unfinished)
+        record = ShardRecord(
+            number=self.number,
+            source_rows=self.done,
+            rows=table.num_rows,
+            bytes=unfinished.stat().st_size,
+            sha256=sha256_of(unfinished),
+            unreadable=self.unreadable,
+        )
+        os.replace(unfinished, path)
+        _write_json(self.folder / f"{_stem(self.number)}.json", asdict(record))
+        self._journal.remove()
+        return record
+
+    def close(self) -> None:
+        """Leave the journal for another time."""
+        self._journal.close()
+
+    def _take(self, batch: pa.RecordBatch, said: dict[str, Any]) -> None:
+        self._batches.append(batch)
+        self.done += said["source_rows"]
+        self.unreadable += said["unreadable"]
+
+
+def note_source_rows(folder: Path, rows: int) -> None:
+    """Write down how many rows the whole source has, once that is known."""
+    if not is_complete(folder):
+        _write_json(folder / _SOURCE_ROWS, rows)
+
+
+def complete(folder: Path) -> bool:
+    """Complete a folder if every shard is there, and say whether it is complete.
+
+    Raises:
+        ValueError: there is not one row in it.
+    """
+    if is_complete(folder):
+        return True
+    settings = json.loads((folder / SETTINGS).read_text())
+    shards = finished(folder)
+    try:
+        source_rows = json.loads((folder / _SOURCE_ROWS).read_text())
+    except FileNotFoundError:  # a stream that no process has read to its end
+        return is_complete(folder)
+    if len(shards) < -(-source_rows // settings["shard_size"]):
+        return False
+    ordered = [shards[number] for number in sorted(shards)]
+    if not any(shard.rows for shard in ordered):
+        raise ValueError("source: not one of its images could be read")
+    with pa.memory_map(str(folder / ordered[0].file)) as first:
+        schema = Features.from_arrow_schema(pa.ipc.open_stream(first).schema)
+    record = {**settings, "rows": sum(s.rows for s in ordered), "source_rows": source_rows}
+    record["unreadable"] = sum(len(s.unreadable) for s in ordered)
+    fingerprint = hashlib.sha256("".join(shard.sha256 for shard in ordered).encode())
+    # What datasets itself writes in save_to_disk, for its load_from_disk.
+    state = {
+        "_data_files": [{"filename": shard.file} for shard in ordered if shard.rows],
+        "_fingerprint": fingerprint.hexdigest()[:16],
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": settings.get("source", {}).get("split"),
+    }
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as beside:
+        info = DatasetInfo(description=json.dumps(record), features=schema)
+        info.write_to_directory(beside)
+        os.replace(Path(beside) / _INFO, folder / _INFO)
+    _write_json(folder / _STATE, state)
+    _write_json(folder / RECORD, {**record, "shards": [asdict(shard) for shard in ordered]})
+    for shard in ordered:
+        (folder / f"{_stem(shard.number)}.json").unlink(missing_ok=True)
+    (folder / _SOURCE_ROWS).unlink(missing_ok=True)
+    return True
+
+
+def join(folder: Path, others: Iterable[Path]) -> bool:
+    """Copy the finished shards of other folders of the same settings into one.
+
+    Returns:
+        Whether the folder is complete with them.
+
+    Raises:
+        FileNotFoundError: no feature dataset in one of them.
+        SettingsError: a folder of other settings.
+    """
+    for other in others:
+        if not (other / SETTINGS).exists():
+            raise FileNotFoundError(f"no feature dataset in {other}: it has no {SETTINGS}")
+        begin(folder, json.loads((other / SETTINGS).read_text()))
+        there = finished(folder)
+        for number, shard in finished(other).items():
+            if number in there:
+                continue
+            copied = _temporary(folder / shard.file)
+            shutil.copyfile(other / shard.file, copied)
+            os.replace(copied, folder / shard.file)
+            _write_json(folder / f"{_stem(number)}.json", asdict(shard))
+        if (other / _SOURCE_ROWS).exists():
+            note_source_rows(folder, json.loads((other / _SOURCE_ROWS).read_text()))
+    return complete(folder)
+
+
+def verify(folder: Path, advance: Callable[[int], Any] = lambda _: None) -> list[str]:
+    """Compare a folder's finished shards with their checksums.
+
+    Args:
+        folder: a feature dataset, complete or in the making.
+        advance: called with the number of bytes read.
+
+    Returns:
+        What is wrong, a line for each shard; nothing where all is well.
+
+    Raises:
+        FileNotFoundError: no feature dataset there.
+    """
+    if not (folder / SETTINGS).exists():
+        raise FileNotFoundError(f"no feature dataset in {folder}: it has no {SETTINGS}")
+    problems = []
+    for _, shard in sorted(finished(folder).items()):
+        path = folder / shard.file
+        if not path.exists():
+            problems.append(f"{shard.file}: missing")
+        elif path.stat().st_size != shard.bytes:
+            problems.append(f"{shard.file}: {path.stat().st_size} bytes instead of {shard.bytes}")
+        elif sha256_of(path, advance) != shard.sha256:
+            problems.append(f"{shard.file}: altered, its checksum differs")
+    return problems
+
+
+def sha256_of(path: Path, advance: Callable[[int], Any] = lambda _: None) -> str:
+    """Return the SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as content:
+        while part := content.read(_READ):
+            digest.update(part)
+            advance(len(part))
+    return digest.hexdigest()
+
+
+def _fixed_lists(features: np.ndarray[Any, Any]) -> pa.FixedSizeListArray:
+    return pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), features.shape[1])
+
+
+def _stem(number: int) -> str:
+    return f"data-{number:05d}"
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def _to_disk(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _write_json(path: Path, content: Any) -> None:
+    """Write a file that is there whole or not at all."""
+    unfinished = _temporary(path)
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    _to_disk(unfinished)
+    os.replace(unfinished, path)

@@ -1,0 +1,328 @@
+"""Where images come from: a folder, Open Images V7, or a Hugging Face dataset.
+
+Every source is read through ``datasets``: rows of an undecoded image, its label and its id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from monoloss_plugin._optional import missing_extra
+
+try:
+    import pyarrow as pa
+    import pyarrow.csv
+    from datasets import (
+        ClassLabel,
+        Dataset,
+        DatasetDict,
+        Features,
+        Image,
+        IterableDataset,
+        IterableDatasetDict,
+        Value,
+        load_dataset,
+        load_from_disk,
+    )
+    from PIL import Image as PILImage
+except ModuleNotFoundError as error:
+    raise missing_extra(error, "vision") from error
+
+logger = logging.getLogger(__name__)
+
+OPEN_IMAGES, FOLDER, HUB = "open-images:", "folder:", "hub:"
+OPEN_IMAGES_SPLITS = ("train", "validation", "test")
+HUB_NAMES = {
+    "imagenet-1k": "ILSVRC/imagenet-1k",
+    "cifar10": "uoft-cs/cifar10",
+    "cifar100": "uoft-cs/cifar100",
+}
+"""Datasets of the paper by short names."""
+
+_LABELS = ("label", "fine_label", "labels")
+_IDS = ("image_id", "id", "file_name", "filename")
+
+
+class Row(NamedTuple):
+    """One image, undecoded."""
+
+    image: dict[str, Any]
+    """Its bytes or its path, as ``datasets.Image`` decodes them."""
+    label: int | None
+    image_id: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images in a fixed order."""
+
+    rows: Dataset | IterableDataset
+    image: str
+    """Name of the image column."""
+    label: str | None
+    image_id: str | None
+    record: dict[str, Any] = field(default_factory=dict)
+    """What the feature set says of where its images come from."""
+
+    @property
+    def num_images(self) -> int | None:
+        """Number of images, readable or not; None for a stream."""
+        return None if isinstance(self.rows, IterableDataset) else len(self.rows)
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Names of the labels' classes."""
+        feature = self.rows.features[self.label] if self.label is not None else None
+        return feature.names if isinstance(feature, ClassLabel) else None
+
+    def __getitem__(self, number: int) -> Row:
+        if isinstance(self.rows, IterableDataset):
+            raise TypeError("a stream has no rows by number")
+        return self._row(number, self.rows[number])
+
+    def stream(self, start: int) -> Iterator[tuple[int, Row]]:
+        """Yield the rows from a number on, each with its number."""
+        if isinstance(self.rows, Dataset):
+            raise TypeError("rows by number need no stream")
+        for number, row in enumerate(self.rows.skip(start), start):
+            yield number, self._row(number, row)
+
+    def _row(self, number: int, row: dict[str, Any]) -> Row:
+        image = row[self.image] or {"bytes": None, "path": None}
+        label = None if self.label is None else row[self.label]
+        named = row[self.image_id] if self.image_id is not None else None
+        if named is None and image["path"]:
+            named = os.path.basename(image["path"])
+        return Row(image, label, str(number if named is None else named))
+
+
+def open_source(
+    source: str | os.PathLike[str] | Dataset | IterableDataset,
+    *,
+    split: str | None = None,
+    config: str | None = None,
+    revision: str | None = None,
+    streaming: bool = False,
+    image: str | None = None,
+    label: str | None = None,
+    image_id: str | None = None,
+) -> Source:
+    """Open a source of images.
+
+    Args:
+        source: a folder of images, whose subfolders, if every image is in one, are the classes; a
+            folder of ``Dataset.save_to_disk``; ``open-images:FOLDER`` in Open Images V7's layout;
+            a name on the Hub (``imagenet-1k``, ``cifar10``, ``cifar100`` for short, and
+            ``hub:NAME`` where a folder of that name exists); or a ``datasets`` object.
+        split: of the dataset; of a folder, the subfolder of that name.
+        config: the configuration of a Hub dataset.
+        revision: a commit, tag or branch of a Hub dataset.
+        streaming: read a Hub dataset as it comes instead of downloading it first.
+        image: the image column; by default the only one of that type.
+        label: the label column; by default one named ``label`` or ``fine_label``, or the only one
+            that holds classes.
+        image_id: the column of ids; by default ``image_id``, ``id`` or ``file_name``, else the
+            images' file names, else their numbers.
+
+    Raises:
+        ValueError: no images there, or a column or split that is not there.
+        FileNotFoundError: no such folder.
+    """
+    if isinstance(source, (Dataset, IterableDataset)):
+        record = {"kind": "dataset", "name": source.info.dataset_name, "split": str(source.split)}
+        return _of_dataset(source, record, image, label, image_id)
+    name = os.fspath(source)
+    if name.startswith(OPEN_IMAGES):
+        return _open_images(Path(name.removeprefix(OPEN_IMAGES)), split)
+    is_folder = name.startswith(FOLDER) or (not name.startswith(HUB) and Path(name).is_dir())
+    if is_folder:
+        folder = Path(name.removeprefix(FOLDER))
+        if not folder.is_dir():
+            raise FileNotFoundError(f"source: no such folder: {folder}")
+        if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+            rows = _one_split(load_from_disk(str(folder)), split)
+            record = {"kind": "dataset", "name": folder.name, "split": split}
+            return _of_dataset(rows, record, image, label, image_id)
+        return _image_folder(folder, split)
+    if Path(name).is_absolute() or name.startswith((".", "~")):
+        raise FileNotFoundError(f"source: no such folder: {name}")
+    repository = HUB_NAMES.get(name, name.removeprefix(HUB))
+    rows = _one_split(
+        load_dataset(repository, config, split=split, revision=revision, streaming=streaming), split
+    )
+    record = {
+        "kind": "hub",
+        "name": repository,
+        "config": rows.info.config_name,
+        "split": split or str(rows.split),
+        "revision": revision,
+    }
+    return _of_dataset(rows, record, image, label, image_id)
+
+
+def decode(row: Row, mode: str) -> PILImage.Image:
+    """Return an image as an encoder's preprocessing takes it, upright by its EXIF.
+
+    Raises:
+        Exception: whatever a damaged or missing file makes the decoder raise.
+    """
+    if row.image["bytes"] is None and row.image["path"] is None:
+        raise ValueError("no image in this row")
+    image: PILImage.Image = Image().decode_example(row.image)
+    return image.convert(mode)
+
+
+def _one_split(rows: Any, split: str | None) -> Any:
+    if not isinstance(rows, (DatasetDict, IterableDatasetDict)):
+        return rows
+    if split is None and len(rows) == 1:
+        return next(iter(rows.values()))
+    if split not in rows:
+        raise ValueError(f"split: expected one of {', '.join(rows)}, got {split!r}")
+    return rows[split]
+
+
+def _of_dataset(
+    rows: Dataset | IterableDataset,
+    record: dict[str, Any],
+    image: str | None,
+    label: str | None,
+    image_id: str | None,
+) -> Source:
+    features = rows.features
+    if features is None:
+        raise ValueError("source: this stream does not say its columns; give it features")
+    for argument, column in (("image", image), ("label", label), ("image_id", image_id)):
+        if column is not None and column not in features:
+            raise ValueError(
+                f"{argument}: no column {column!r}; there are {', '.join(sorted(features))}"
+            )
+    if image is None:
+        images = [name for name, kind in features.items() if isinstance(kind, Image)]
+        if len(images) != 1:
+            raise ValueError(
+                f"image: expected one image column to choose by itself, found {images or 'none'} "
+                f"among {', '.join(sorted(features))}"
+            )
+        (image,) = images
+    if label is None:
+        classes = [name for name, kind in features.items() if isinstance(kind, ClassLabel)]
+        named = [name for name in _LABELS if name in classes]
+        label = named[0] if named else classes[0] if len(classes) == 1 else None
+    if image_id is None:
+        image_id = next((name for name in _IDS if name in features), None)
+    columns = [image, *(name for name in (label, image_id) if name is not None)]
+    rows = rows.select_columns(list(dict.fromkeys(columns))).cast_column(image, Image(decode=False))
+    record = {**record, "image": image, "label": label, "image_id": image_id}
+    if isinstance(rows, Dataset):
+        record["images"] = len(rows)
+        if len(rows) == 0:
+            raise ValueError("source: expected at least one image, got an empty dataset")
+    return Source(rows, image, label, image_id, record)
+
+
+def _image_folder(folder: Path, split: str | None) -> Source:
+    root = folder if split is None else folder / split
+    if not root.is_dir():
+        raise ValueError(f"split: no folder {split!r} in {folder}")
+    names = sorted(_image_files(root))
+    if not names:
+        raise ValueError(f"source: no image files in {root}")
+    classes = None
+    if all("/" in name for name in names):
+        classes = sorted({name.split("/", 1)[0] for name in names})
+    record = {"kind": "folder", "name": folder.resolve().name, "split": split}
+    return _of_files(root, names, names, classes, record)
+
+
+def _image_files(root: Path) -> Iterator[str]:
+    """Yield the paths of image files under a folder, relative to it."""
+    PILImage.init()
+    suffixes = {s for s, kind in PILImage.registered_extensions().items() if kind in PILImage.OPEN}
+    for directory, _, files in os.walk(root, followlinks=True):
+        inside = Path(directory).relative_to(root).as_posix()
+        for name in files:
+            if os.path.splitext(name)[1].lower() in suffixes and not name.startswith("."):
+                yield name if inside == "." else f"{inside}/{name}"
+
+
+def _open_images(root: Path, split: str | None) -> Source:
+    if split not in OPEN_IMAGES_SPLITS:
+        raise ValueError(f"split: expected one of {', '.join(OPEN_IMAGES_SPLITS)}, got {split!r}")
+    if not root.is_dir():
+        raise FileNotFoundError(f"source: no such folder: {root}")
+    # CVDF's archives unpack to train_0 ... train_f; FiftyOne puts images into train/data.
+    folders = [root / split, *sorted(root.glob(f"{split}_?"))]
+    files = {
+        os.path.splitext(os.path.basename(name))[0]: (folder / name).relative_to(root).as_posix()
+        for folder in folders
+        if folder.is_dir()
+        for name in _image_files(folder)
+    }
+    listing = _open_images_listing(root, split)
+    ids = sorted(files)
+    if listing is not None:
+        text = {"ImageID": pa.string(), "Subset": pa.string()}  # an id may look like a number
+        columns = pyarrow.csv.ConvertOptions(include_columns=list(text), column_types=text)
+        table = pyarrow.csv.read_csv(listing, convert_options=columns)
+        listed = table.filter(pa.compute.equal(table["Subset"], split))["ImageID"].to_pylist()
+        ids = [image_id for image_id in listed if image_id in files]
+        logger.info(
+            "Open Images %s: %d images of the %d in %s are there",
+            split,
+            len(ids),
+            len(listed),
+            listing.name,
+        )
+    if not ids:
+        raise ValueError(f"source: no images of split {split!r} in {root}")
+    record = {
+        "kind": "open-images",
+        "name": "Open Images V7",
+        "split": split,
+        "listing": None if listing is None else listing.name,
+    }
+    return _of_files(root, [files[image_id] for image_id in ids], ids, None, record)
+
+
+def _open_images_listing(root: Path, split: str) -> Path | None:
+    """Return the CSV that lists a split's images: the one with ImageID and Subset columns."""
+    places = [root, root / "metadata", root / split, root / split / "metadata"]
+    found = [path for place in places for path in sorted(place.glob("*.csv"))]
+    for path in sorted(found, key=lambda path: split not in path.name):
+        with path.open() as lines:
+            columns = lines.readline().strip().split(",")
+        if {"ImageID", "Subset"} <= set(columns):
+            return path
+    return None
+
+
+def _of_files(
+    root: Path,
+    names: Sequence[str],
+    ids: Sequence[str],
+    classes: list[str] | None,
+    record: dict[str, Any],
+) -> Source:
+    """Return files as a dataset; only their names are held, in Arrow's compact form."""
+    paths = pa.array((str(root / name) for name in names), pa.string())
+    nothing = pa.nulls(len(names), pa.binary())
+    columns: dict[str, Any] = {
+        "image": pa.StructArray.from_arrays([nothing, paths], names=["bytes", "path"]),
+        "image_id": pa.array(ids, pa.string()),
+    }
+    features = {"image": Image(decode=False), "image_id": Value("string")}
+    if classes is not None:
+        number = {name: i for i, name in enumerate(classes)}
+        columns["label"] = pa.array((number[n.split("/", 1)[0]] for n in names), pa.int64())
+        features["label"] = ClassLabel(names=classes)
+    rows = Dataset(pa.table(columns).cast(Features(features).arrow_schema))
+    digest = hashlib.sha256("\n".join(ids).encode())
+    record = {**record, "images": len(names), "ids_sha256": digest.hexdigest()}
+    return Source(rows, "image", None if classes is None else "label", "image_id", record)

@@ -1,0 +1,439 @@
+"""Feature sets and batches against plain indexing of the same data in memory."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Sequence, Value, concatenate_datasets, load_dataset
+from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, SAETrainer
+from sae_lens.config import LoggingConfig, SAETrainerConfig
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.nn.functional import normalize
+from torch.utils.data import DataLoader
+
+import monoloss_plugin.adapters.sae_lens  # noqa: F401
+from monoloss_plugin import MonoLoss, functional
+from monoloss_plugin.evaluation import evaluate
+from monoloss_plugin.features import Batch, FeatureBatches, FeatureSet
+from monoloss_plugin.features.order import Order
+
+DIGITS = load_digits()
+PIXELS = torch.tensor(DIGITS.data, dtype=torch.float32)
+
+
+def dataset_of(
+    x: Tensor, *, dtype: str = "float32", labels: bool = True, ids: list[str] | None = None
+) -> Dataset:
+    columns = {"features": Sequence(Value(dtype), length=x.shape[1]), "image_id": Value("string")}
+    data = {"features": x.numpy(), "image_id": ids or [f"{i:04d}" for i in range(len(x))]}
+    if labels:
+        columns["label"] = Value("int64")
+        data["label"] = DIGITS.target[: len(x)]
+    return Dataset.from_dict(data, features=Features(columns))
+
+
+@pytest.fixture
+def digits() -> FeatureSet:
+    return FeatureSet(dataset_of(PIXELS))
+
+
+def in_memory(_: Path, dtype: str) -> Dataset:
+    return dataset_of(PIXELS, dtype=dtype)
+
+
+def one_file(folder: Path, dtype: str) -> Dataset:
+    dataset_of(PIXELS, dtype=dtype).save_to_disk(folder / "one")
+    return Dataset.load_from_disk(str(folder / "one"))
+
+
+def many_files(folder: Path, dtype: str) -> Dataset:
+    dataset_of(PIXELS, dtype=dtype).save_to_disk(folder / "many", num_shards=7)
+    return Dataset.load_from_disk(str(folder / "many"))
+
+
+def from_parquet(folder: Path, dtype: str) -> Dataset:
+    """As a Hub dataset arrives: one Arrow file of many record batches."""
+    dataset_of(PIXELS, dtype=dtype).to_parquet(folder / "x.parquet", batch_size=100)
+    data_files = str(folder / "x.parquet")
+    return load_dataset("parquet", data_files=data_files, cache_dir=folder / "c", split="train")
+
+
+def sliced(folder: Path, dtype: str) -> Dataset:
+    """Pieces that start within their file, and one in memory."""
+    whole = many_files(folder, dtype)
+    parts = [whole.select(range(a, b)) for a, b in ((0, 100), (100, 1003), (1003, 1700))]
+    return concatenate_datasets([*parts, dataset_of(PIXELS, dtype=dtype).select(range(1700, 1797))])
+
+
+def shuffled(folder: Path, dtype: str) -> Dataset:
+    return one_file(folder, dtype).shuffle(seed=0).sort("image_id")
+
+
+FORMS = [in_memory, one_file, many_files, from_parquet, sliced, shuffled]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_rows_are_those_of_the_dataset_wherever_they_lie(
+    form: Callable[[Path, str], Dataset], dtype: str, tmp_path: Path
+) -> None:
+    features = FeatureSet(form(tmp_path, dtype))
+    expected = PIXELS.to(getattr(torch, dtype))
+    rows = torch.randperm(len(PIXELS), generator=torch.Generator().manual_seed(3))
+    assert features.dtype == expected.dtype
+    assert torch.equal(features.take(rows), expected[rows])
+    assert torch.equal(features.take(rows[:1]), expected[rows[:1]])
+    assert torch.equal(features.tensor(), expected)
+    assert features.image_ids(rows[:3]) == [f"{int(i):04d}" for i in rows[:3]]
+    assert torch.equal(features.labels, torch.tensor(DIGITS.target))
+
+
+def test_mapped_rows_are_read_from_the_file_and_not_copied(tmp_path: Path) -> None:
+    """One view of the whole file serves every record batch of it."""
+    dataset = from_parquet(tmp_path, "float16")
+    pieces = dataset.data.column("features").num_chunks
+    features = FeatureSet(dataset)
+    (region,) = features._rows._regions
+    assert pieces > 10
+    file = Path(dataset.cache_files[0]["filename"])
+    assert region.windows.untyped_storage().nbytes() == file.stat().st_size // 2 * 2
+
+
+def test_a_set_is_a_map_style_dataset(digits: FeatureSet) -> None:
+    one = digits[-1]
+    assert torch.equal(one.features, PIXELS[-1])
+    assert (int(one.labels), one.image_ids) == (DIGITS.target[-1], "1796")
+    with pytest.raises(IndexError):
+        digits[len(digits)]
+    loader = DataLoader(digits, batch_size=500, collate_fn=lambda batch: batch, num_workers=1)
+    batches = list(loader)
+    assert [len(b.features) for b in batches] == [500, 500, 500, 297]
+    assert torch.equal(torch.cat([b.features for b in batches]), PIXELS)
+    assert batches[0].image_ids[:2] == ["0000", "0001"]
+
+
+def test_a_pickled_set_holds_no_copy_of_its_rows(tmp_path: Path) -> None:
+    features = FeatureSet(one_file(tmp_path, "float32"))
+    pickled = pickle.dumps(features)
+    assert len(pickled) < PIXELS.nbytes / 20
+    assert torch.equal(pickle.loads(pickled).tensor(), PIXELS)
+
+
+@pytest.mark.parametrize("shuffle", ["all", "buffer", "none"])
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_an_epoch_has_every_row_once(digits: FeatureSet, shuffle, drop_last) -> None:
+    batches = FeatureBatches(digits, batch_size=256, shuffle=shuffle, drop_last=drop_last)
+    found = list(batches)
+    assert len(found) == len(batches) == (7 if drop_last else 8)
+    rows = torch.cat([batch.rows for batch in found])
+    assert len(rows.unique()) == len(rows) == (7 * 256 if drop_last else len(PIXELS))
+    for batch in found:
+        torch.testing.assert_close(batch.features, normalize(PIXELS[batch.rows], dim=1))
+        assert torch.equal(batch.labels, torch.tensor(DIGITS.target)[batch.rows])
+    assert batches.epoch == 1
+
+
+def test_epochs_and_seeds_give_different_orders(digits: FeatureSet) -> None:
+    orders = [
+        FeatureBatches(digits, seed=seed, batch_size=900).order.rows(epoch, 0)
+        for seed in (0, 1)
+        for epoch in (0, 1)
+    ]
+    assert len({tuple(order.tolist()) for order in orders}) == 4
+    again = FeatureBatches(digits, seed=1, batch_size=900).order.rows(1, 0)
+    assert torch.equal(again, orders[3])
+
+
+def test_features_as_they_are(digits: FeatureSet) -> None:
+    batches = FeatureBatches(digits, batch_size=100, normalize=False, image_ids=True)
+    batch = next(iter(batches))
+    assert torch.equal(batch.features, PIXELS[batch.rows])
+    assert batch.image_ids == [f"{int(i):04d}" for i in batch.rows]
+    torch.testing.assert_close(batch.embeddings, normalize(batch.features, dim=1))
+
+
+def test_float16_features_become_unit_vectors_of_float32() -> None:
+    x = torch.randn(300, 16, generator=torch.Generator().manual_seed(0)) * 30
+    x[7] = 0
+    batches = FeatureBatches(
+        FeatureSet(dataset_of(x.half().float(), dtype="float16", labels=False)),
+        batch_size=300,
+        shuffle="none",
+    )
+    (batch,) = batches
+    assert batch.features.dtype == torch.float32
+    torch.testing.assert_close(batch.features, normalize(x.half().float(), dim=1))
+    assert batch.labels is None
+
+
+@pytest.mark.parametrize("shuffle", ["all", "buffer"])
+@pytest.mark.parametrize("stop", [0, 3, 6, 7, 10])
+def test_a_state_resumes_exactly(digits: FeatureSet, shuffle, stop: int) -> None:
+    """Before, within, at the end of and after an epoch of 7 batches."""
+
+    def some() -> FeatureBatches:
+        return FeatureBatches(digits, batch_size=256, seed=5, shuffle=shuffle, buffer_rows=4096)
+
+    whole = some().tensors()
+    expected = [next(whole) for _ in range(stop + 9)]
+    begun = some()
+    stream = begun.tensors()
+    for _ in range(stop):
+        next(stream)
+    state = pickle.loads(pickle.dumps(begun.state_dict()))
+    resumed = some()
+    resumed.load_state_dict(state)
+    going_on = resumed.tensors()
+    for x in expected[stop:]:
+        assert torch.equal(next(going_on), x)
+
+
+def test_a_loop_that_stops_goes_on_with_the_rest_of_the_epoch(digits: FeatureSet) -> None:
+    batches = FeatureBatches(digits, batch_size=256)
+    first = [batch.rows for batch, _ in zip(batches, range(3), strict=False)][:3]
+    # zip takes a fourth batch before it sees that the range has ended.
+    rest = [batch.rows for batch in batches]
+    assert len(rest) == 3
+    assert torch.cat([*first, *rest]).unique().numel() == 6 * 256
+    assert batches.epoch == 1
+
+
+def test_a_state_of_other_settings_is_refused(digits: FeatureSet) -> None:
+    state = FeatureBatches(digits, batch_size=256, seed=5).state_dict()
+    with pytest.raises(ValueError, match="seed was 5 when it was taken, is 6 here"):
+        FeatureBatches(digits, batch_size=256, seed=6).load_state_dict(state)
+    with pytest.raises(ValueError, match="batch_rows was 256"):
+        FeatureBatches(digits, batch_size=128, seed=5).load_state_dict(state)
+
+
+def test_processes_share_an_epoch(digits: FeatureSet) -> None:
+    shares = [list(FeatureBatches(digits, batch_size=128, shard=(i, 3))) for i in range(3)]
+    whole = list(FeatureBatches(digits, batch_size=384))
+    assert [len(share) for share in shares] == [len(whole)] * 3
+    for parts, batch in zip(zip(*shares, strict=True), whole, strict=True):
+        assert torch.equal(torch.cat([p.rows for p in parts]).sort()[0], batch.rows.sort()[0])
+
+
+def test_a_set_held_on_the_device_gives_the_same_batches(digits: FeatureSet) -> None:
+    held = FeatureBatches(digits, batch_size=256, resident=True)
+    for one, other in zip(held, FeatureBatches(digits, batch_size=256), strict=True):
+        assert torch.equal(one.features, other.features)
+        assert torch.equal(one.rows, other.rows)
+    assert held._read.held is not None
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_batches_for_another_device_are_made_there_ahead_of_their_use(
+    digits: FeatureSet, resident: bool, monkeypatch
+) -> None:
+    """On torch's device without values, for want of a GPU: places, order and threads."""
+    threads = set()
+    take = FeatureSet.take
+
+    def noting(self, rows):
+        threads.add(threading.current_thread() is threading.main_thread())
+        return take(self, rows)
+
+    batches = FeatureBatches(digits, batch_size=256, device="meta", resident=resident)
+    monkeypatch.setattr(FeatureSet, "take", noting)
+    expected = FeatureBatches(digits, batch_size=256)
+    rows = [expected.order.rows(0, number) for number in range(7)]
+    found = list(batches)
+    assert [b.rows.tolist() for b in found] == [r.tolist() for r in rows]
+    assert {b.features.device.type for b in found} == {"meta"}
+    assert {b.labels.device.type for b in found} == {"meta"}
+    assert threads == (set() if resident else {False})
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_as_the_source_of_a_dataloader(digits: FeatureSet, workers: int) -> None:
+    batches = FeatureBatches(digits, batch_size=256, seed=2)
+    expected = [batch.rows for batch in FeatureBatches(digits, batch_size=256, seed=2)]
+    batches.set_epoch(0)
+    loader = DataLoader(batches, batch_size=None, num_workers=workers)
+    found = list(loader)
+    assert all(isinstance(batch, Batch) for batch in found)
+    assert [b.rows.tolist() for b in found] == [rows.tolist() for rows in expected]
+
+
+def test_other_encoders_are_matched_by_image_id(digits: FeatureSet) -> None:
+    generator = torch.Generator().manual_seed(0)
+    other = torch.randn(len(PIXELS), 5, generator=generator)
+    order = torch.randperm(len(PIXELS), generator=generator)[:1500]
+    ids = [f"{int(i):04d}" for i in order]
+    second = FeatureSet(dataset_of(other[order], labels=False, ids=ids))
+    batches = FeatureBatches(digits, embeddings=second, batch_size=500)
+    assert batches.num_rows == 1500
+    found = list(batches)
+    assert len(found) == 3
+    for batch in found:
+        torch.testing.assert_close(batch.features, normalize(PIXELS[batch.rows], dim=1))
+        torch.testing.assert_close(batch.embeddings, normalize(other[batch.rows], dim=1))
+        assert torch.equal(batch.labels, torch.tensor(DIGITS.target)[batch.rows])
+
+
+def test_an_ensemble_averages_similarities(digits: FeatureSet) -> None:
+    others = [torch.randn(len(PIXELS), d) for d in (5, 9)]
+    sets = [FeatureSet(dataset_of(x, labels=False)) for x in others]
+    batch = next(iter(FeatureBatches(digits, embeddings=sets, batch_size=64)))
+    mean = sum(normalize(x[batch.rows], dim=1) @ normalize(x[batch.rows], dim=1).T for x in others)
+    torch.testing.assert_close(batch.embeddings @ batch.embeddings.T, mean / 2)
+    assert batch.embeddings.shape == (64, 14)
+
+
+def test_sets_that_cannot_be_matched_are_refused(digits: FeatureSet) -> None:
+    other = FeatureSet(dataset_of(PIXELS[:20], ids=[f"x{i}" for i in range(20)]))
+    with pytest.raises(ValueError, match="no image in common"):
+        FeatureBatches(digits, embeddings=other)
+    twice = FeatureSet(dataset_of(PIXELS[:20], ids=["a"] * 20))
+    with pytest.raises(ValueError, match="an id occurs twice"):
+        FeatureBatches(digits, embeddings=twice)
+    unnamed = FeatureSet(dataset_of(PIXELS[:20]).remove_columns("image_id"))
+    with pytest.raises(ValueError, match="without image_id must be equally long, got 1797, 20"):
+        FeatureBatches(digits, embeddings=unnamed)
+
+
+def test_a_buffer_mixes_within_itself_and_reads_blocks_in_order() -> None:
+    rows, buffer = 100_000, 16_384
+    order = Order(
+        rows, batch_rows=1000, shuffle="buffer", seed=0, drop_last=False, buffer_rows=buffer
+    )
+    read: list[int] = []
+    at: list[int] = []
+    for batch in range(order.num_batches):
+        for start, end in order.coming(3, batch, first=batch == 0):
+            assert start % 4096 == 0
+            read += range(start, end)
+        at.append(len(read))
+        taken = order.rows(3, batch)
+        # What a batch takes has been read, and not long ago: two buffers and a batch at most.
+        recent = set(read[max(0, (batch * 1000) // buffer * buffer - 1) :])
+        assert set(taken.tolist()) <= recent
+    assert sorted(read) == list(range(rows))
+    assert all(n - 1000 * i <= 3 * buffer + 5000 for i, n in enumerate(at))
+    resumed = list(order.coming(3, 50, first=True))
+    needed = {int(r) // 4096 for r in order.rows(3, 50)}
+    assert needed <= {start // 4096 for start, _ in resumed}
+    # Within a buffer, the order is random.
+    assert (order.rows(3, 0).diff() == 1).float().mean() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        ({"batch_size": 5000}, "batch_size: expected at most 1797 of 1797 images"),
+        ({"shuffle": "some"}, "shuffle: "),
+        ({"shard": (2, 2)}, "shard: expected"),
+        ({"shuffle": "buffer", "resident": True}, "resident: "),
+        ({"buffer_rows": 0}, "buffer_rows: "),
+    ],
+)
+def test_arguments_out_of_range_are_named(digits: FeatureSet, arguments, said) -> None:
+    with pytest.raises(ValueError, match=said):
+        FeatureBatches(digits, **arguments)
+
+
+def test_what_is_no_feature_set_is_named(digits: FeatureSet, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="expected a FeatureSet, got Tensor"):
+        FeatureBatches(PIXELS)
+    with pytest.raises(TypeError, match=r"FeatureSet\.open takes a folder"):
+        FeatureSet(str(tmp_path))
+    with pytest.raises(ValueError, match="expected a column 'features', found x"):
+        FeatureSet(Dataset.from_dict({"x": [1]}))
+    with pytest.raises(TypeError, match="fixed-length lists of floats"):
+        FeatureSet(Dataset.from_dict({"features": [[1.0, 2.0]]}))
+    missing = dataset_of(PIXELS[:2]).map(lambda row, i: {"features": None}, with_indices=True)
+    with pytest.raises(ValueError, match="2 rows have no features"):
+        FeatureSet(missing.cast(dataset_of(PIXELS[:2]).features))
+    with pytest.raises(FileNotFoundError, match="no feature dataset in"):
+        FeatureSet.open(tmp_path)
+
+
+def sae_trainer(data_provider) -> SAETrainer:
+    torch.manual_seed(0)
+    return SAETrainer(
+        cfg=SAETrainerConfig(
+            total_training_samples=256 * 10,
+            train_batch_size_samples=256,
+            lr=1e-3,
+            lr_end=1e-3,
+            logger=LoggingConfig(log_to_wandb=False),
+        ),
+        sae=BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=64, d_sae=128, k=4)),
+        data_provider=data_provider,
+    )
+
+
+def test_sae_lens_trains_from_batches_as_from_tensors(digits: FeatureSet) -> None:
+    batches = FeatureBatches(digits, batch_size=256, seed=1)
+    ours = sae_trainer(batches.tensors())
+    ours.fit()
+    again = FeatureBatches(digits, batch_size=256, seed=1)
+    given = [b.features for b in again] + [b.features for b in again]
+    theirs = sae_trainer(iter(given))
+    theirs.fit()
+    assert torch.equal(ours.sae.W_dec, theirs.sae.W_dec)
+    assert (batches.epoch, batches.state_dict()["batch"]) == (1, 3)
+
+
+def test_sae_lens_uses_another_encoders_similarities(digits: FeatureSet) -> None:
+    other = FeatureSet(dataset_of(torch.randn(len(PIXELS), 6), labels=False))
+    batches = FeatureBatches(digits, embeddings=other, batch_size=256)
+    trainer = sae_trainer(batches.tensors())
+    trainer.add_loss(MonoLoss(lam=3e-3), embeddings=batches.embeddings_of)
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    inner = trainer.sae.training_forward_pass
+
+    def forward(step_input):
+        out = inner(step_input)
+        given = batches._given
+        seen.append((out.feature_acts.detach(), given.embeddings, out.metrics["monoscore"]))
+        return out
+
+    trainer.sae.training_forward_pass = forward
+    trainer.fit()
+    assert len(seen) == 10
+    for acts, embeddings, logged in seen:
+        value = logged() if callable(logged) else logged
+        expected = functional.monoscore(acts, embeddings, undefined=float("nan")).nanmean()
+        np.testing.assert_allclose(float(value), float(expected), rtol=1e-4)
+
+
+def test_embeddings_of_another_batch_are_refused(digits: FeatureSet) -> None:
+    batches = FeatureBatches(digits, batch_size=256)
+    with pytest.raises(ValueError, match="none was given yet"):
+        batches.embeddings_of(PIXELS[:256])
+    next(batches.tensors())
+    with pytest.raises(ValueError, match="of 100 rows, but it has 256"):
+        batches.embeddings_of(PIXELS[:100])
+
+
+def test_evaluate_takes_batches_with_their_labels_and_embeddings(digits: FeatureSet) -> None:
+    other = torch.randn(len(PIXELS), 6)
+    batches = FeatureBatches(
+        digits,
+        embeddings=FeatureSet(dataset_of(other, labels=False)),
+        batch_size=500,
+        shuffle="none",
+        drop_last=False,
+    )
+    sae = sae_trainer(iter([])).sae
+    unit = normalize(PIXELS, dim=1)
+    labels = torch.tensor(DIGITS.target)
+    expected = evaluate(sae, unit, labels, embeddings=other, batch_size=500)
+    found = evaluate(sae, batches)
+    torch.testing.assert_close(found.monoscore.scores, expected.monoscore.scores)
+    torch.testing.assert_close(found.purity.binary, expected.purity.binary, equal_nan=True)
+    assert found.summary() == pytest.approx(expected.summary(), rel=1e-5)
+    with pytest.raises(ValueError, match="batches bring their own"):
+        evaluate(sae, batches, labels)
+    with pytest.raises(ValueError, match="at least one sample"):
+        evaluate(sae, [])

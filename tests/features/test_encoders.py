@@ -1,0 +1,204 @@
+"""Encoders through their own libraries: the same features as the library itself gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import open_clip
+import pytest
+import timm
+import torch
+import transformers
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from monoloss_plugin.features.encoders import SHORT_NAMES, Encoder, load_encoder
+
+
+def features_of(encoder: Encoder, images: list[Image.Image]) -> Tensor:
+    inputs = default_collate([encoder.preprocess(image.convert(encoder.mode)) for image in images])
+    with torch.no_grad():
+        return encoder.forward(inputs)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "siglip2", "vit", "dinov2", "swin"])
+def test_transformers_pooled_is_the_models_own_image_embedding(
+    kind, encoders, digit_images
+) -> None:
+    folder = encoders / "transformers" / kind
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    images = [image.convert("RGB") for image in digit_images[:5]]
+    with torch.no_grad():
+        inputs = processor(images=images, return_tensors="pt")
+        if hasattr(model, "get_image_features"):
+            expected = model.get_image_features(**inputs).pooler_output
+        else:
+            expected = model(**inputs).pooler_output
+    encoder = load_encoder(f"transformers:{folder}")
+    torch.testing.assert_close(features_of(encoder, digit_images[:5]), expected)
+    assert encoder.record["pooling"] == "the model's own"
+    assert encoder.record["name"] == kind
+
+
+def test_a_classifier_without_a_pooler_gives_what_its_head_reads(encoders, digit_images) -> None:
+    folder = encoders / "transformers" / "vit-classifier"
+    classifier = transformers.ViTForImageClassification.from_pretrained(folder).eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    read: list[Tensor] = []
+    classifier.classifier.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    images = [image.convert("RGB") for image in digit_images[:5]]
+    with torch.no_grad():
+        classifier(**processor(images=images, return_tensors="pt"))
+    encoder = load_encoder(f"transformers:{folder}")
+    torch.testing.assert_close(features_of(encoder, digit_images[:5]), read[0])
+    assert encoder.record["pooling"] == "class token"
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet18", "swin"])
+def test_timm_pooled_is_what_the_classifier_reads(kind, encoders, digit_images) -> None:
+    folder = encoders / "timm" / kind
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    pixels = torch.stack([transform(image.convert("RGB")) for image in digit_images[:5]])
+    with torch.no_grad():
+        features = model.forward_features(pixels)
+        expected = model.forward_head(features, pre_logits=True)
+    encoder = load_encoder(f"timm:local-dir:{folder}")
+    torch.testing.assert_close(features_of(encoder, digit_images[:5]), expected)
+    assert encoder.record["preprocessing"]["input_size"] == [3, 16, 16]
+
+    mean = load_encoder(f"timm:local-dir:{folder}", output="mean")
+    by_hand = {
+        "vit": features[:, 1:].mean(1) if features.ndim == 3 else None,
+        "resnet18": features.flatten(2).mean(2),
+        "swin": features.flatten(1, -2).mean(1),
+    }[kind]
+    torch.testing.assert_close(features_of(mean, digit_images[:5]), by_hand)
+
+
+def test_open_clip_pooled_is_encode_image(encoders, digit_images) -> None:
+    name = f"local-dir:{encoders / 'open_clip' / 'vit'}"
+    model, _, transform = open_clip.create_model_and_transforms(name)
+    pixels = torch.stack([transform(image.convert("RGB")) for image in digit_images[:5]])
+    with torch.no_grad():
+        expected = model.eval().encode_image(pixels)
+    encoder = load_encoder(f"open_clip:{name}")
+    torch.testing.assert_close(features_of(encoder, digit_images[:5]), expected)
+    assert encoder.record["preprocessing"]["mean"] == [0.5, 0.5, 0.5]
+
+    # The class token is what the projection reads.
+    class_token = features_of(load_encoder(f"open_clip:{name}", output="cls"), digit_images[:5])
+    torch.testing.assert_close(class_token @ model.visual.proj, expected)
+
+
+def test_open_clip_takes_a_file_of_weights_for_a_known_architecture(tmp_path) -> None:
+    torch.manual_seed(1)
+    model = open_clip.create_model("RN50")
+    weights = tmp_path / "rn50.pt"
+    torch.save(model.state_dict(), weights)
+    encoder = load_encoder(f"open_clip:RN50/{weights}")
+    image = Image.new("RGB", (40, 30), (200, 30, 90))
+    with torch.no_grad():
+        expected = model.eval().encode_image(encoder.preprocess(image)[None])
+    torch.testing.assert_close(features_of(encoder, [image]), expected)
+    with pytest.raises(ValueError, match="offers no last hidden state"):
+        load_encoder(f"open_clip:RN50/{weights}", output="mean")
+
+
+@pytest.mark.parametrize("name", ["transformers:{}/transformers/vit", "timm:local-dir:{}/timm/vit"])
+def test_a_named_layer_gives_that_modules_output(name, encoders, digit_images) -> None:
+    encoder = load_encoder(name.format(encoders))
+    layer = "layers.0" if "transformers" in name else "blocks.0"
+    seen: list[Tensor] = []
+    handle = encoder.model.get_submodule(layer).register_forward_hook(
+        lambda _, __, output: seen.append(output if isinstance(output, Tensor) else output[0])
+    )
+    features_of(encoder, digit_images[:5])
+    handle.remove()
+    for output, expected in (("cls", seen[0][:, 0]), ("mean", seen[0][:, 1:].mean(1))):
+        tapped = load_encoder(name.format(encoders), layer=layer, output=output)
+        torch.testing.assert_close(features_of(tapped, digit_images[:5]), expected)
+        assert tapped.record["layer"] == layer
+        assert not any(m._forward_hooks for m in tapped.model.modules())
+    default = load_encoder(name.format(encoders), layer=layer)
+    assert default.record["output"] == "mean"
+
+
+def test_padding_is_left_out_of_the_mean_of_patches(encoders) -> None:
+    """SigLIP 2 pads an image of another shape; its mean is over the patches that are there."""
+    encoder = load_encoder(f"transformers:{encoders}/transformers/siglip2", output="mean")
+    inputs = {k: v[None] for k, v in encoder.preprocess(Image.new("RGB", (24, 8))).items()}
+    assert 0 < int(inputs["pixel_attention_mask"].sum()) < 16
+    with torch.no_grad():
+        hidden = encoder.model(**inputs).last_hidden_state
+        given = encoder.forward(inputs)
+    torch.testing.assert_close(given, hidden[inputs["pixel_attention_mask"].bool()].mean(0)[None])
+
+
+def test_the_checksum_of_weights_tells_encoders_apart(encoders, tmp_path) -> None:
+    name = f"timm:local-dir:{encoders}/timm/vit"
+    assert load_encoder(name).record == load_encoder(name).record
+    other = timm.create_model(f"local-dir:{encoders}/timm/vit", pretrained=True)
+    with torch.no_grad():
+        other.norm.weight[0] += 1e-6
+    args = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    timm.models.save_for_hf(other, tmp_path / "vit", model_args=args)
+    changed = load_encoder(f"timm:local-dir:{tmp_path}/vit")
+    assert changed.record["weights_sha256"] != load_encoder(name).record["weights_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"name": "clip"}, "expected one of clip-vit-l14"),
+        ({"name": "keras:vit"}, "LIBRARY:NAME with one of open_clip"),
+        ({"name": "timm:"}, "LIBRARY:NAME"),
+        ({"name": "transformers:/no/such/folder"}, "no such folder: /no/such/folder"),
+        ({"name": "open_clip:ViT-L-14"}, "WEIGHTS with a file or one of openai"),
+        ({"name": "open_clip:ViT-Z-1/openai"}, "no architecture 'ViT-Z-1'"),
+        ({"name": "open_clip:ViT-L-14/openai", "revision": "abc"}, "hf-hub: names only"),
+        ({"name": "timm:resnet18", "revision": "abc"}, "hf-hub:timm/resnet18"),
+        ({"name": "clip-vit-l14", "revision": "abc"}, "has its own"),
+        ({"output": "max"}, "expected 'pooled', 'cls' or 'mean', got 'max'"),
+        ({"layer": "block.1"}, "no module 'block.1' in this encoder; near: blocks.1"),
+        ({"layer": "blocks.1", "output": "pooled"}, "a layer takes 'cls' or 'mean'"),
+    ],
+)
+def test_what_is_not_there_is_named(arguments, said, encoders: Path) -> None:
+    with pytest.raises(ValueError, match=said):
+        load_encoder(**{"name": f"timm:local-dir:{encoders}/timm/vit", **arguments})
+
+
+def test_a_class_token_where_there_is_none_is_refused(encoders, digit_images) -> None:
+    encoder = load_encoder(f"transformers:{encoders}/transformers/siglip", output="cls")
+    with pytest.raises(ValueError, match="no class token"):
+        features_of(encoder, digit_images[:2])
+
+
+def test_a_checkpoint_without_the_image_tower_is_refused(tmp_path, encoders) -> None:
+    folder = tmp_path / "text"
+    source = encoders / "transformers" / "clip"
+    folder.mkdir()
+    for name in ("config.json", "preprocessor_config.json"):
+        (folder / name).write_text((source / name).read_text())
+    text = transformers.CLIPTextModel.from_pretrained(source)
+    from safetensors.torch import save_file
+
+    weights = {f"text_model.{k}": v for k, v in text.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="has no fitting weights for"):
+        load_encoder(f"transformers:{folder}")
+
+
+def test_the_papers_encoders_have_short_names() -> None:
+    assert {name: pinned.width for name, pinned in SHORT_NAMES.items()} == {
+        "clip-vit-l14": 768,
+        "siglip2-so400m": 1152,
+        "vit-l16": 1024,
+    }
+    for pinned in SHORT_NAMES.values():
+        assert pinned.name.split(":")[0] in ("transformers", "timm")
+    assert timm.is_model(SHORT_NAMES["vit-l16"].name.removeprefix("timm:"))

@@ -1,0 +1,429 @@
+"""Extraction on real encoders and image files: equal to a plain loop, whatever happens to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from monoloss_plugin.features import FeatureSet, extraction, shards
+from monoloss_plugin.features.encoders import Encoder, load_encoder
+from monoloss_plugin.features.extraction import TooManyUnreadableError, extract
+from monoloss_plugin.features.shards import SettingsError
+from monoloss_plugin.features.sources import open_source
+from tests.features.conftest import BAD
+from tests.features.test_sources import digits_dataset
+
+NAMES = [
+    "timm:local-dir:{}/timm/vit",
+    "transformers:{}/transformers/clip",
+    "open_clip:local-dir:{}/open_clip/vit",
+]
+QUIET = {"progress": False, "workers": 0}
+
+
+def plain_loop(encoder: Encoder, folder: Path) -> dict[str, Tensor]:
+    """One image at a time, in float32."""
+    features = {}
+    for path in sorted(folder.rglob("*.*g")):
+        name = path.relative_to(folder).as_posix()
+        if name in BAD:
+            continue
+        inputs = encoder.preprocess(Image.open(path).convert(encoder.mode))
+        inputs = (
+            {k: v[None] for k, v in inputs.items()} if isinstance(inputs, dict) else inputs[None]
+        )
+        with torch.no_grad():
+            features[name] = encoder.forward(inputs)[0]
+    return features
+
+
+@pytest.fixture
+def vit(encoders: Path) -> str:
+    return NAMES[0].format(encoders)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("name", NAMES, ids=["timm", "transformers", "open_clip"])
+def test_a_folder_of_images_becomes_their_features(
+    name, workers, encoders, image_folder, tmp_path
+) -> None:
+    name = name.format(encoders)
+    expected = plain_loop(load_encoder(name), image_folder)
+    assert len(expected) == 150
+    done = extract(
+        image_folder,
+        name,
+        tmp_path / "out",
+        dtype="float32",
+        workers=workers,
+        batch_size=16,
+        shard_size=50,
+        progress=False,
+    )
+    assert done.complete
+    assert (done.images, done.rows) == (150, 150)
+    assert {bad["image_id"] for bad in done.unreadable} == BAD
+    features = FeatureSet.open(tmp_path / "out")
+    ids = features.image_ids(torch.arange(150))
+    assert ids == sorted(expected)
+    torch.testing.assert_close(features.tensor(), torch.stack([expected[i] for i in ids]))
+    assert [features.classes[y] for y in features.labels] == [i.split("/")[0] for i in ids]
+    assert features.record["encoder"] == json.loads(json.dumps(load_encoder(name).record))
+    # Every batch of a shard is in one piece.
+    assert features.dataset.data.column("features").num_chunks == 4
+
+
+def test_the_folder_is_a_dataset_for_anyone(vit, image_folder, tmp_path) -> None:
+    extract(image_folder, vit, tmp_path / "out", shard_size=64, **QUIET)
+    dataset = datasets.load_from_disk(tmp_path / "out")
+    assert dataset.features["features"].length == 32
+    assert dataset.features["features"].feature.dtype == "float16"
+    assert dataset.features["label"].names[3] == "digit-3"
+    assert len(dataset) == 150
+    said = json.loads(dataset.info.description)
+    assert said["encoder"]["library"] == "timm"
+    assert said["source"] == open_source(image_folder).record
+    assert said["versions"]["torch"] == version("torch")
+    assert str(tmp_path) not in (tmp_path / "out" / "features.json").read_text()
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {
+        "data-00000.arrow",
+        "data-00001.arrow",
+        "data-00002.arrow",
+        "dataset_info.json",
+        "extraction.json",
+        "features.json",
+        "state.json",
+    }
+
+
+def test_doing_it_again_does_nothing(vit, image_folder, tmp_path) -> None:
+    first = extract(image_folder, vit, tmp_path / "out", **QUIET)
+    again = extract(image_folder, vit, tmp_path / "out", **QUIET)
+    assert (again.images, again.rows, again.complete) == (0, first.rows, True)
+    assert again.unreadable == first.unreadable
+
+
+class StopsAfter:
+    """An encoder that is interrupted after some batches."""
+
+    def __init__(self, encoder: Encoder, batches: int) -> None:
+        self.forward, self.left = encoder.forward, batches + 3  # the probes of width and memory
+
+    def __call__(self, inputs):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return self.forward(inputs)
+
+
+@pytest.mark.parametrize("batches", [1, 3, 7, 12])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_interrupted_run_goes_on_where_it_was(
+    batches, streaming, vit, image_folder, tmp_path
+) -> None:
+    whole = load_encoder(vit)
+    source = image_folder
+    if streaming:
+        source = open_source(image_folder).rows.to_iterable_dataset()
+    options = {"batch_size": 10, "shard_size": 40, **QUIET}
+    extract(source, whole, tmp_path / "whole", **options)
+    stopping = Encoder(
+        whole.model, whole.preprocess, StopsAfter(whole, batches - 2), whole.record, whole.mode
+    )
+    with pytest.raises(KeyboardInterrupt):
+        extract(source, stopping, tmp_path / "out", **options)
+    resumed = extract(source, whole, tmp_path / "out", **options)
+    assert resumed.complete
+    assert resumed.images == 150 - (150 - resumed.images)
+    assert resumed.images < 150 or batches == 1
+    assert {bad["image_id"] for bad in resumed.unreadable} == BAD
+    assert same_rows(tmp_path / "out", tmp_path / "whole")
+
+
+def same_rows(one: Path, other: Path) -> bool:
+    a, b = FeatureSet.open(one), FeatureSet.open(other)
+    assert a.ids.to_pylist() == b.ids.to_pylist()
+    assert torch.equal(a.labels, b.labels)
+    torch.testing.assert_close(a.tensor(), b.tensor(), rtol=2e-3, atol=2e-3)
+    return True
+
+
+SCRIPT = """
+import sys, time
+from monoloss_plugin.features.encoders import Encoder, load_encoder
+from monoloss_plugin.features.extraction import extract
+
+encoder = load_encoder(sys.argv[1])
+def slowly(inputs):
+    time.sleep(float(sys.argv[4]))
+    return encoder.forward(inputs)
+slow = Encoder(encoder.model, encoder.preprocess, slowly, encoder.record, encoder.mode)
+extract(sys.argv[2], slow, sys.argv[3], batch_size=8, shard_size=48, workers=1, progress=False)
+"""
+
+
+def test_a_killed_process_loses_nothing_that_was_written(vit, image_folder, tmp_path) -> None:
+    """SIGKILL in the middle of a shard, twice; then to the end."""
+    out = tmp_path / "out"
+    kept = -1
+    for _ in range(2):
+        process = subprocess.Popen([sys.executable, "-c", SCRIPT, vit, image_folder, out, "0.2"])
+        before = written(out)
+        deadline = time.monotonic() + 60
+        while written(out) < before + 3 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert written(out) > kept
+        kept = written(out)
+    assert not shards.is_complete(out)
+    with pytest.raises(ValueError, match="is not complete; run it again to go on"):
+        FeatureSet.open(out)
+    done = extract(image_folder, vit, out, batch_size=8, shard_size=48, **QUIET)
+    assert done.complete
+    assert done.images <= 150 - 8 * (kept - 2)  # a batch of three unreadable images at most
+    extract(image_folder, vit, tmp_path / "whole", batch_size=8, shard_size=48, **QUIET)
+    assert same_rows(out, tmp_path / "whole")
+
+
+def written(out: Path) -> int:
+    """Batches that are safe: in finished shards and in journals."""
+    if not out.exists():
+        return 0
+    whole = len(list(out.glob("data-*.json"))) * 6
+    for journal in out.glob("data-*.journal"):
+        whole += journal.read_bytes().count(b"source_rows")
+    return whole
+
+
+def test_a_torn_end_of_a_journal_is_left_out(vit, image_folder, tmp_path) -> None:
+    whole = load_encoder(vit)
+    options = {"batch_size": 10, "shard_size": 200, **QUIET}
+    extract(image_folder, whole, tmp_path / "whole", **options)
+    for cut in range(0, 3000, 250):
+        out = tmp_path / f"cut-{cut}"
+        stopping = Encoder(
+            whole.model, whole.preprocess, StopsAfter(whole, 3), whole.record, whole.mode
+        )
+        with pytest.raises(KeyboardInterrupt):
+            extract(image_folder, stopping, out, **options)
+        (journal,) = out.glob("*.journal")
+        content = bytearray(journal.read_bytes())
+        assert len(content) > 3000
+        torn = content[: len(content) - cut]
+        if cut % 500 == 0:
+            torn[-200:-100] = bytes(100)  # a page that never reached the disk
+        journal.write_bytes(torn)
+        extract(image_folder, whole, out, **options)
+        assert same_rows(out, tmp_path / "whole")
+
+
+def test_two_processes_give_what_one_gives(vit, image_folder, tmp_path) -> None:
+    options = ["--batch-size", "8", "--shard-size", "20", "--workers", "0"]
+    command = [sys.executable, "-m", "monoloss_plugin", "extract", str(image_folder)]
+    command += ["--encoder", vit, *options]
+    processes = [
+        subprocess.Popen(
+            [*command, "--out", str(tmp_path / "two")],
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    printed = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], printed
+    extract(image_folder, vit, tmp_path / "one", batch_size=8, shard_size=20, **QUIET)
+    for one in sorted((tmp_path / "one").glob("*.arrow")):
+        assert one.read_bytes() == (tmp_path / "two" / one.name).read_bytes()
+    records = [json.loads((tmp_path / n / "features.json").read_text()) for n in ("one", "two")]
+    assert records[0] == records[1]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_shares_of_separate_machines_join(streaming, vit, image_folder, tmp_path) -> None:
+    source = image_folder
+    if streaming:
+        source = open_source(image_folder).rows.to_iterable_dataset()
+    options = {"batch_size": 8, "shard_size": 20, **QUIET}
+    shares = [extract(source, vit, tmp_path / f"{i}", shard=(i, 3), **options) for i in range(3)]
+    assert not any(share.complete for share in shares)
+    assert sum(share.images for share in shares) == 150
+    shards.join(tmp_path / "0", [tmp_path / "1", tmp_path / "2"])
+    extract(source, vit, tmp_path / "whole", **options)
+    assert same_rows(tmp_path / "0", tmp_path / "whole")
+    extract(image_folder, vit, tmp_path / "other", batch_size=8, shard_size=30, **QUIET)
+    with pytest.raises(SettingsError, match="begun with other settings"):
+        shards.join(tmp_path / "other", [tmp_path / "1"])
+
+
+def test_a_stream_gives_what_the_files_give(vit, digit_images, tmp_path) -> None:
+    dataset = digits_dataset(digit_images)
+    options = {"batch_size": 7, "shard_size": 25, "progress": False, "workers": 2}
+    extract(dataset, vit, tmp_path / "mapped", **options)
+    streamed = extract(dataset.to_iterable_dataset(), vit, tmp_path / "streamed", **options)
+    assert streamed.complete
+    assert same_rows(tmp_path / "streamed", tmp_path / "mapped")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"dtype": "float32"}, "dtype: 'float16' there, 'float32' now"),
+        ({"output": "cls"}, "encoder.output: 'pooled' there, 'cls' now"),
+        ({"shard_size": 30}, "shard_size: 1024 there, 30 now"),
+        ({"autocast": "bfloat16"}, "autocast: None there, 'bfloat16' now"),
+        ({"split": "digit-3"}, "source.images: 153 there"),
+    ],
+)
+def test_a_run_with_other_settings_is_refused(change, said, vit, image_folder, tmp_path) -> None:
+    extract(image_folder, vit, tmp_path / "out", **QUIET)
+    with pytest.raises(SettingsError, match=said):
+        extract(image_folder, vit, tmp_path / "out", **{**QUIET, **change})
+
+
+def test_a_folder_of_something_else_is_left_alone(vit, image_folder, tmp_path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(SettingsError, match="holds something else"):
+        extract(image_folder, vit, tmp_path, **QUIET)
+
+
+def test_too_many_unreadable_images_stop_the_run_and_it_can_go_on(
+    vit, image_folder, tmp_path
+) -> None:
+    with pytest.raises(
+        TooManyUnreadableError, match=r"3 images .* max_unreadable=2: digit-4/trunc"
+    ):
+        extract(image_folder, vit, tmp_path / "out", max_unreadable=2, batch_size=8, **QUIET)
+    done = extract(image_folder, vit, tmp_path / "out", max_unreadable=3, batch_size=8, **QUIET)
+    assert done.complete
+    assert 0 < done.images < 150
+
+
+def test_a_folder_of_nothing_readable_is_an_error(vit, tmp_path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="not one of its images could be read"):
+        extract(tmp_path / "images", vit, tmp_path / "out", **QUIET)
+
+
+def test_features_that_overflow_are_refused(vit, image_folder, tmp_path) -> None:
+    encoder = load_encoder(vit)
+    huge = Encoder(
+        encoder.model, encoder.preprocess, lambda x: encoder.forward(x) * 1e6, {"name": "huge"}
+    )
+    with pytest.raises(
+        ValueError, match=r"digit-0/000.png are not finite as torch.float16; dtype="
+    ):
+        extract(image_folder, huge, tmp_path / "out", **QUIET)
+    assert extract(image_folder, huge, tmp_path / "wide", dtype="float32", **QUIET).complete
+
+
+def test_verify_finds_what_was_cut_altered_or_lost(vit, image_folder, tmp_path) -> None:
+    out = tmp_path / "out"
+    extract(image_folder, vit, out, shard_size=30, **QUIET)
+    read: list[int] = []
+    assert shards.verify(out, read.append) == []
+    assert sum(read) == sum(path.stat().st_size for path in out.glob("*.arrow"))
+    content = bytearray((out / "data-00001.arrow").read_bytes())
+    content[len(content) // 2] ^= 1
+    (out / "data-00001.arrow").write_bytes(content)
+    size = (out / "data-00002.arrow").stat().st_size
+    (out / "data-00002.arrow").write_bytes((out / "data-00002.arrow").read_bytes()[:-100])
+    (out / "data-00004.arrow").unlink()
+    assert shards.verify(out) == [
+        "data-00001.arrow: altered, its checksum differs",
+        f"data-00002.arrow: {size - 100} bytes instead of {size}",
+        "data-00004.arrow: missing",
+    ]
+    with pytest.raises(FileNotFoundError, match="no feature dataset in"):
+        shards.verify(image_folder)
+
+
+def test_autocast_is_close_to_full_precision(vit, image_folder, tmp_path) -> None:
+    for autocast in (None, "bfloat16"):
+        extract(image_folder, vit, tmp_path / f"{autocast}", autocast=autocast, **QUIET)
+    a, b = (FeatureSet.open(tmp_path / f"{name}").tensor().float() for name in (None, "bfloat16"))
+    assert not torch.equal(a, b)
+    torch.testing.assert_close(a, b, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"dtype": "int8"}, "dtype: "),
+        ({"autocast": "float8"}, "autocast: "),
+        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        ({"workers": -1}, "workers: expected at least 0"),
+        ({"shard": (2, 2)}, "shard: expected"),
+    ],
+)
+def test_arguments_out_of_range_are_named(change, said, vit, image_folder, tmp_path) -> None:
+    with pytest.raises(ValueError, match=said):
+        extract(image_folder, vit, tmp_path / "out", **{**QUIET, **change})
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_encoder_of_your_own_takes_no_name_options(vit, image_folder, tmp_path) -> None:
+    with pytest.raises(ValueError, match="given by name"):
+        extract(image_folder, load_encoder(vit), tmp_path / "out", output="cls", **QUIET)
+
+
+def test_other_weights_of_an_encoder_of_your_own_are_refused(vit, image_folder, tmp_path) -> None:
+    named = load_encoder(vit)
+    own = Encoder(named.model, named.preprocess, named.forward, {"name": "mine"})
+    extract(image_folder, own, tmp_path / "out", **QUIET)
+    with torch.no_grad():
+        named.model.norm.weight[0] += 1e-3
+    with pytest.raises(SettingsError, match="weights_sha256"):
+        extract(image_folder, own, tmp_path / "out", **QUIET)
+
+
+def test_a_batch_too_large_for_the_device_is_encoded_in_halves(
+    vit, image_folder, tmp_path, caplog
+) -> None:
+    named = load_encoder(vit)
+    sizes = []
+
+    def small_device(inputs: Tensor) -> Tensor:
+        sizes.append(len(inputs))
+        if len(inputs) > 5:
+            raise torch.cuda.OutOfMemoryError
+        return named.forward(inputs)
+
+    small = Encoder(named.model, named.preprocess, small_device, named.record)
+    extract(image_folder, small, tmp_path / "small", batch_size=16, **QUIET)
+    assert 16 in sizes
+    assert "encoding 16 images at once does not fit; encoding halves" in caplog.text
+    extract(image_folder, vit, tmp_path / "whole", batch_size=16, **QUIET)
+    assert same_rows(tmp_path / "small", tmp_path / "whole")
+
+
+def test_the_batch_size_follows_the_free_memory(vit, monkeypatch) -> None:
+    encoder = load_encoder(vit)
+    forward = extraction._Forward(encoder, torch.device("cpu"), None)
+    probe = encoder.preprocess(Image.new("RGB", (256, 256)))
+    assert extraction.fitting_batch_size(forward, probe) == 256
+    largest = 4 * 17 * 128 * 4  # bytes: four times the hidden layer's 17 tokens of 128 floats
+
+    class Memory:
+        available = 2 * 20 * largest
+
+    monkeypatch.setattr(extraction.psutil, "virtual_memory", lambda: Memory)
+    assert extraction.fitting_batch_size(forward, probe) == 16
+    monkeypatch.setattr(extraction, "_SECONDS", 0.0)
+    assert extraction.fitting_batch_size(forward, probe) == 1

@@ -1,0 +1,195 @@
+"""Where images come from, and what they are called."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, Value
+from PIL import Image as PILImage
+
+from monoloss_plugin.features.sources import HUB_NAMES, Source, decode, open_source
+from tests.features.conftest import BAD
+
+
+def ids_of(source: Source) -> list[str]:
+    return [source[i].image_id for i in range(source.num_images)]
+
+
+def digits_dataset(images: list[PILImage.Image], **columns) -> Dataset:
+    features = {"img": Image(), "fine_label": ClassLabel(names=list("0123456789"))}
+    features |= {name: Value("string") for name in columns}
+    data = {"img": images, "fine_label": [i % 10 for i in range(len(images))], **columns}
+    return Dataset.from_dict(data, features=Features(features))
+
+
+def test_a_folder_with_class_subfolders(image_folder: Path) -> None:
+    source = open_source(image_folder)
+    assert source.num_images == 153
+    assert source.classes == [f"digit-{i}" for i in range(10)]
+    ids = ids_of(source)
+    assert ids == sorted(ids)
+    assert set(ids) > BAD
+    for number in range(153):
+        row = source[number]
+        assert source.classes[row.label] == row.image_id.split("/")[0]
+        if row.image_id not in BAD:
+            with PILImage.open(image_folder / row.image_id) as image:
+                assert np.array_equal(
+                    np.asarray(decode(row, "RGB")), np.asarray(image.convert("RGB"))
+                )
+    assert source.record["name"] == "images"
+    assert str(image_folder.parent) not in str(source.record)
+
+
+def test_a_folder_without_classes_and_a_split(image_folder: Path) -> None:
+    flat = open_source(image_folder, split="digit-3")
+    assert flat.classes is None
+    assert flat[0].label is None
+    assert all("/" not in name for name in ids_of(flat))
+    shutil.copy(image_folder / "digit-3" / ids_of(flat)[0], image_folder / "top.png")
+    assert open_source(f"folder:{image_folder}").classes is None
+
+
+def test_the_record_changes_with_the_files(image_folder: Path) -> None:
+    before = open_source(image_folder).record
+    (image_folder / "digit-4" / "004.png").rename(image_folder / "digit-4" / "renamed.png")
+    after = open_source(image_folder).record
+    assert before["images"] == after["images"]
+    assert before["ids_sha256"] != after["ids_sha256"]
+
+
+def test_columns_of_a_dataset_are_found(digit_images) -> None:
+    source = open_source(digits_dataset(digit_images))
+    assert (source.image, source.label, source.image_id) == ("img", "fine_label", None)
+    assert source[13].label == 3
+    assert source[13].image_id == "13"
+    assert np.array_equal(np.asarray(decode(source[13], "L")), np.asarray(digit_images[13]))
+    named = digits_dataset(digit_images, file_name=[f"d{i}.png" for i in range(60)])
+    assert open_source(named)[5].image_id == "d5.png"
+
+
+def test_columns_can_be_given(digit_images) -> None:
+    dataset = digits_dataset(digit_images, other=[str(-i) for i in range(60)])
+    dataset = dataset.add_column("second", [0] * 60).cast_column("second", ClassLabel(names=["x"]))
+    source = open_source(dataset, image="img", label="second", image_id="other")
+    assert source[7] == (source[7].image, 0, "-7")
+    assert source.classes == ["x"]
+    with pytest.raises(ValueError, match="label: no column 'lable'; there are fine_label, img"):
+        open_source(dataset, label="lable")
+    two = Dataset.from_dict({"img": digit_images[:1], "img2": digit_images[:1]})
+    with pytest.raises(ValueError, match=r"found \['img', 'img2'\]"):
+        open_source(two.cast(Features({"img": Image(), "img2": Image()})))
+    with pytest.raises(ValueError, match="found none"):
+        open_source(dataset.remove_columns("img"))
+
+
+def test_a_saved_dataset_and_its_splits(digit_images, tmp_path: Path) -> None:
+    dataset = digits_dataset(digit_images)
+    DatasetDict(train=dataset.select(range(50)), test=dataset.select(range(50, 60))).save_to_disk(
+        tmp_path / "saved"
+    )
+    assert open_source(tmp_path / "saved", split="test").num_images == 10
+    with pytest.raises(ValueError, match="expected one of train, test, got None"):
+        open_source(tmp_path / "saved")
+
+
+def test_a_repository_of_parquet_files_mapped_and_streamed(digit_images, tmp_path: Path) -> None:
+    """What load_dataset reads from the Hub it reads from a folder of the same files."""
+    folder = tmp_path / "repository" / "data"
+    folder.mkdir(parents=True)
+    digits_dataset(digit_images).to_parquet(folder / "train-00000-of-00001.parquet")
+    name = f"hub:{folder.parent}"
+    mapped = open_source(name, split="train")
+    streamed = open_source(name, split="train", streaming=True)
+    assert mapped.num_images == 60
+    assert streamed.num_images is None
+    rows = list(streamed.stream(20))
+    assert [number for number, _ in rows] == list(range(20, 60))
+    for number, row in rows:
+        assert row.label == mapped[number].label
+        assert np.array_equal(np.asarray(decode(row, "L")), np.asarray(digit_images[number]))
+
+
+def open_images_folder(root: Path) -> None:
+    ids = [f"{i:016x}" for i in range(12)]
+    for number, image_id in enumerate(ids):
+        place = ["train/data", "train_0", "train_f", "validation"][number // 3]
+        (root / place).mkdir(parents=True, exist_ok=True)
+        PILImage.new("RGB", (9, 9), (number, 0, 0)).save(root / place / f"{image_id}.jpg")
+
+
+def test_open_images_without_and_with_its_listing(tmp_path: Path) -> None:
+    open_images_folder(tmp_path)
+    name = f"open-images:{tmp_path}"
+    assert ids_of(open_source(name, split="train")) == [f"{i:016x}" for i in range(9)]
+    assert ids_of(open_source(name, split="validation")) == [f"{i:016x}" for i in range(9, 12)]
+
+    listed = [8, 2, 99, 5]
+    rows = "".join(f"{i:016x},train,http://example.org,0.0\n" for i in listed)
+    rows += f"{1:016x},validation,http://example.org,0.0\n"
+    listing = tmp_path / "train-images-boxable-with-rotation.csv"
+    listing.write_text("ImageID,Subset,OriginalURL,Rotation\n" + rows)
+    labels = tmp_path / "train-annotations-human-imagelabels.csv"
+    labels.write_text("ImageID,Source,LabelName,Confidence\nx,verification,/m/01,1\n")
+    source = open_source(name, split="train")
+    assert ids_of(source) == [f"{i:016x}" for i in (8, 2, 5)]
+    assert source.record["listing"] == listing.name
+    assert decode(source[1], "RGB").size == (9, 9)
+
+
+def test_an_image_is_turned_upright(tmp_path: Path) -> None:
+    exif = PILImage.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    buffer = io.BytesIO()
+    PILImage.new("RGB", (30, 10)).save(buffer, "JPEG", exif=exif)
+    dataset = Dataset.from_dict({"image": [{"bytes": buffer.getvalue(), "path": None}]})
+    source = open_source(dataset.cast_column("image", Image()))
+    assert decode(source[0], "RGB").size == (10, 30)
+
+
+def test_the_papers_datasets_have_short_names() -> None:
+    assert set(HUB_NAMES) == {"imagenet-1k", "cifar10", "cifar100"}
+
+
+@pytest.mark.parametrize("name", ["imagenet-1k", "cifar10"])
+def test_a_short_name_asks_the_hub_for_its_repository(name, monkeypatch, digit_images) -> None:
+    asked = []
+
+    def load_dataset(*arguments, **options):
+        asked.append((arguments, options))
+        return digits_dataset(digit_images)
+
+    monkeypatch.setattr("monoloss_plugin.features.sources.load_dataset", load_dataset)
+    source = open_source(name, split="test", revision="abc")
+    assert asked == [
+        ((HUB_NAMES[name], None), {"split": "test", "revision": "abc", "streaming": False})
+    ]
+    assert source.record["name"] == HUB_NAMES[name]
+    assert source.record["revision"] == "abc"
+
+
+@pytest.mark.parametrize(
+    ("source", "split", "error", "said"),
+    [
+        ("/no/such/folder", None, FileNotFoundError, "no such folder: /no/such/folder"),
+        ("folder:nowhere", None, FileNotFoundError, "no such folder: nowhere"),
+        ("{empty}", None, ValueError, "no image files in"),
+        ("{empty}", "train", ValueError, "no folder 'train' in"),
+        ("open-images:{empty}", None, ValueError, "expected one of train, validation, test"),
+        ("open-images:{empty}", "test", ValueError, "no images of split 'test'"),
+        ("open-images:/no/such", "test", FileNotFoundError, "no such folder: /no/such"),
+    ],
+)
+def test_what_is_not_there_is_named(source, split, error, said, tmp_path: Path) -> None:
+    with pytest.raises(error, match=said):
+        open_source(source.format(empty=tmp_path), split=split)
+
+
+def test_a_stream_without_columns_is_refused() -> None:
+    stream = IterableDataset.from_generator(lambda: iter([{"image": 1}]))
+    with pytest.raises(ValueError, match="does not say its columns"):
+        open_source(stream)

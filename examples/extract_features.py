@@ -50,5 +50,6 @@ trainer = SAETrainer(
 )
 trainer.add_loss(MonoLoss(lam=3e-4))
 sae = trainer.fit()
-for name, value in evaluate(sae, batches).summary().items():
+everything = FeatureBatches(features, shuffle="none", drop_last=False)
+for name, value in evaluate(sae, everything).summary().items():
     print(f"{name:20} {value:.3f}")

@@ -35,7 +35,7 @@ class Batch(NamedTuple):
 class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
     """Shuffled batches of a feature set, and of others aligned with it.
 
-    Iterating gives one epoch of :class:`Batch`; the next time, the next epoch.
+    Iterating gives one epoch of :class:`Batch`; the next time, another.
     :meth:`tensors` is an endless iterator of features alone, SAELens's data provider. The order
     depends on seed and epoch alone. Where a batch comes from a disk or goes to a GPU, the next is
     on its way while one is at work.
@@ -128,6 +128,7 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
             for one, of_one in zip([features, *others], numbers, strict=True)
         ]
         self._epoch = self._next = 0
+        self._resumed = False
         self._given: Batch | None = None
 
     def __len__(self) -> int:
@@ -149,17 +150,20 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch: for workers of a DataLoader, which do not advance this."""
-        self._epoch, self._next = epoch, 0
+        self._epoch, self._next, self._resumed = epoch, 0, False
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield what is left of the epoch under way, and turn to the next."""
+        """Yield an epoch; after :meth:`load_state_dict`, what is left of the one under way."""
+        if self._next > 0 and not self._resumed:
+            self._epoch, self._next = self._epoch + 1, 0
+        self._resumed = False
         epoch = self._epoch
         worker = torch.utils.data.get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         numbers = range(self._next + first, len(self), step)
         made = self._made_ahead(epoch, numbers) if self._waits else self._made(epoch, numbers)
         for number, batch in zip(numbers, made, strict=True):
-            self._next = number + 1
+            self._epoch, self._next = epoch, number + 1
             yield batch
         self._epoch, self._next = epoch + 1, 0
 
@@ -208,6 +212,7 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
                     f"state: {name} was {state.get(name)!r} when it was taken, is {here!r} here"
                 )
         self._epoch, self._next = int(state["epoch"]), int(state["batch"])
+        self._resumed = True
 
     def _identity(self) -> dict[str, Any]:
         return {**self.order.identity(), "shard": list(self.shard)}

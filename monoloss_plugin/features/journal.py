@@ -80,7 +80,8 @@ class Journal:
         except ModuleNotFoundError:  # a system without such locks
             return
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A lock of the process, unlike flock's: worker processes that outlive it hold none.
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self._file.close()
             raise BusyError(

@@ -195,14 +195,32 @@ def test_a_state_resumes_exactly(digits: FeatureSet, shuffle, stop: int) -> None
         assert torch.equal(next(going_on), x)
 
 
-def test_a_loop_that_stops_goes_on_with_the_rest_of_the_epoch(digits: FeatureSet) -> None:
+def test_every_loop_is_an_epoch_of_its_own(digits: FeatureSet) -> None:
     batches = FeatureBatches(digits, batch_size=256)
-    first = [batch.rows for batch, _ in zip(batches, range(3), strict=False)][:3]
-    # zip takes a fourth batch before it sees that the range has ended.
-    rest = [batch.rows for batch in batches]
-    assert len(rest) == 3
-    assert torch.cat([*first, *rest]).unique().numel() == 6 * 256
-    assert batches.epoch == 1
+    for number, _ in enumerate(batches):
+        if number == 2:
+            break
+    assert batches.state_dict()["batch"] == 3
+    assert len(list(batches)) == 7
+    stream = batches.tensors()
+    first = [next(stream) for _ in range(9)]
+    assert len(list(batches)) == 7  # as an evaluation in the middle of training
+    following = next(stream)
+    state = batches.state_dict()
+    assert (state["epoch"], state["batch"]) == (3, 3)
+    again = FeatureBatches(digits, batch_size=256)
+    again.set_epoch(2)
+    expected = again.tensors()
+    for x in [*first, following]:
+        assert torch.equal(next(expected), x)
+
+
+def test_a_loop_goes_on_after_a_state_is_loaded(digits: FeatureSet) -> None:
+    batches = FeatureBatches(digits, batch_size=256)
+    rows = [batch.rows for batch in batches]
+    batches.load_state_dict({**batches.state_dict(), "epoch": 0, "batch": 5})
+    assert [batch.rows.tolist() for batch in batches] == [r.tolist() for r in rows[5:]]
+    assert len(list(batches)) == 7
 
 
 def test_a_state_of_other_settings_is_refused(digits: FeatureSet) -> None:

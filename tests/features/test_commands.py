@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from monoloss_plugin import cli
 from monoloss_plugin.features import FeatureSet, shards
-from monoloss_plugin.features.journal import BusyError, Journal
+from monoloss_plugin.features.journal import Journal
 
 WIDE = {"COLUMNS": "300"}
 
@@ -99,11 +99,14 @@ def test_errors_are_one_line_and_no_traceback(
 
 
 def test_two_processes_at_the_same_shard_are_told(tmp_path) -> None:
-    held = Journal(tmp_path / "data-00000.journal")
-    with pytest.raises(BusyError, match="another process is writing"):
-        Journal(tmp_path / "data-00000.journal")
+    path = tmp_path / "data-00000.journal"
+    held = Journal(path)
+    opened = "import sys, pathlib; from monoloss_plugin.features.journal import Journal; "
+    command = [sys.executable, "-c", opened + "Journal(pathlib.Path(sys.argv[1]))", str(path)]
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert "BusyError: another process is writing" in refused.stderr
     held.close()
-    Journal(tmp_path / "data-00000.journal").close()
+    assert subprocess.run(command).returncode == 0
 
 
 def test_a_folder_in_the_making_can_be_verified(vit, image_folder, tmp_path) -> None:

@@ -2,18 +2,19 @@
 
 python examples/extract_features.py [FOLDER ENCODER]     # such as: photos clip-vit-l14
 
-Without arguments: 300 handwritten digits and an untrained ResNet, to see it run.
+Without arguments: handwritten digits, whose features are their pixels.
 """
 
 import sys
 from pathlib import Path
 from tempfile import mkdtemp
 
-import timm
+import torch
 from PIL import Image
 from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, SAETrainer
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sklearn.datasets import load_digits
+from torchvision.transforms.functional import pil_to_tensor
 
 import monoloss_plugin.adapters.sae_lens  # noqa: F401  # gives SAETrainer its add_loss
 from monoloss_plugin import MonoLoss
@@ -25,13 +26,12 @@ if len(sys.argv) == 3:
     folder, encoder = sys.argv[1:]
 else:
     folder, digits = work / "images", load_digits()
-    for number in range(300):
+    for number, image in enumerate(digits.images):
         path = folder / str(digits.target[number]) / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((digits.images[number] * 15).astype("uint8")).save(path)
-    resnet = timm.create_model("resnet18", num_classes=0)
-    transform = timm.data.create_transform((3, 32, 32))
-    encoder = Encoder(resnet, transform, resnet, {"name": "an untrained ResNet-18"})
+        Image.fromarray((image * 15).astype("uint8")).save(path)
+    pixels = torch.nn.Flatten()  # a model of your own: here the pixels themselves
+    encoder = Encoder(pixels, lambda i: pil_to_tensor(i) / 255, pixels, {"name": "pixels"}, "L")
 
 extract(folder, encoder, work / "features")  # <- images to features, once
 features = FeatureSet.open(work / "features")
@@ -39,7 +39,7 @@ batches = FeatureBatches(features, batch_size=min(256, len(features)))  # <- fea
 
 trainer = SAETrainer(
     cfg=SAETrainerConfig(
-        total_training_samples=300 * batches.batch_size,
+        total_training_samples=1500 * batches.batch_size,
         train_batch_size_samples=batches.batch_size,
         lr=1e-3,
         lr_end=1e-3,

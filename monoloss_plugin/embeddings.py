@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def unit_rows(embeddings: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def unit_rows(
+    embeddings: Tensor, dtype: torch.dtype, *, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return h = e / ||e|| and ||h||², which is 1, or 0 where e is zero.
 
     Embeddings are constants of MonoScore (a frozen encoder's output): no gradient flows into them.
@@ -14,18 +16,23 @@ def unit_rows(embeddings: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     Args:
         embeddings: (N, d), any floating dtype.
         dtype: of the result.
+        out: (N, d) of that dtype, where to put h; the embeddings themselves will do.
 
     Returns:
         h (N, d) and ||h||² (N,).
     """
     e = embeddings.detach()
-    if e.dtype == torch.float16 and dtype != torch.float16:
-        e = e.to(dtype)  # whose range holds the squares of any float16
+    if e.dtype == torch.float16 and dtype in (torch.float32, torch.float64):
+        h = e.to(dtype) if out is None else out.copy_(e)  # wide enough for any float16's square
     else:
         e = e.to(torch.promote_types(e.dtype, dtype))
-        # Dividing by the largest entry first keeps the squares of huge and tiny rows in range.
-        largest = e.abs().amax(dim=1, keepdim=True)
-        e = (e / largest.masked_fill(largest == 0, 1.0)).to(dtype)
-    norm = torch.linalg.vector_norm(e, dim=1, keepdim=True)
-    zero = norm == 0
-    return e.div_(norm.masked_fill(zero, 1.0)), (~zero).squeeze(1).to(dtype)
+        # Dividing by the largest entry first keeps the squares of huge and tiny rows in range; it
+        # is found by the two ends, since the absolute values would be a copy of everything.
+        largest = torch.maximum(e.amax(dim=1, keepdim=True), -e.amin(dim=1, keepdim=True))
+        h = torch.div(e, _or_one(largest), out=out).to(dtype)
+    norm = torch.linalg.vector_norm(h, dim=1, keepdim=True)
+    return h.div_(_or_one(norm)), (norm != 0).squeeze(1).to(dtype)
+
+
+def _or_one(divisor: Tensor) -> Tensor:
+    return divisor.masked_fill(divisor == 0, 1.0)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from monoloss_plugin._checks import require_choice
 from monoloss_plugin.embeddings import unit_rows
+from monoloss_plugin.features.buffers import Buffers
 from monoloss_plugin.features.feature_set import FeatureSet, rows_in_common
 from monoloss_plugin.features.order import Order, Shuffle
 
@@ -23,7 +24,7 @@ class Batch(NamedTuple):
     features: Tensor
     """(B, d) float32, unit norm unless asked otherwise."""
     embeddings: Tensor
-    """(B, d') unit norm, of the same images: the similarity space. The features by default."""
+    """(B, d') of the same images: the similarity space. Unit vectors; the features by default."""
     labels: Tensor | None
     """(B,) int64; None where the set has none."""
     rows: Tensor
@@ -123,7 +124,11 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         numbers = matched if matched is not None else [None] * (1 + len(others))
         self._read, *self._read_others = [
             _Reader(
-                one, of_one, self.device, shuffle != "buffer" and _held(one, self.device, resident)
+                one,
+                of_one,
+                batch_size,
+                self.device,
+                shuffle != "buffer" and _held(one, self.device, resident),
             )
             for one, of_one in zip([features, *others], numbers, strict=True)
         ]
@@ -162,9 +167,11 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         numbers = range(self._next + first, len(self), step)
         made = self._made_ahead(epoch, numbers) if self._waits else self._made(epoch, numbers)
-        for number, batch in zip(numbers, made, strict=True):
+        for number in numbers:
+            batch = next(made)
             self._epoch, self._next = epoch, number + 1
             yield batch
+            del batch  # its memory can be the next one's
         self._epoch, self._next = epoch + 1, 0
 
     def tensors(self) -> Iterator[Tensor]:
@@ -246,18 +253,14 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
             for read in self._read_others:
                 read.warm(start, end)
         rows = self.order.rows(epoch, number)[self.shard[0] :: self.shard[1]]
-        features = self._read(rows)
-        unit = [unit_rows(read(rows), torch.float32)[0] for read in self._read_others]
-        if self.normalize or not unit:
-            normalized = unit_rows(features, torch.float32)[0]
-            features = normalized if self.normalize else features.float()
-            unit = unit or [normalized]
+        features = self._read(rows, self.normalize)
+        unit = [read(rows, True) for read in self._read_others]
         of_set = self._read.numbers(rows)
         labels = None if self.features.labels is None else self.features.labels[of_set]
         return Batch(
             features=features,
             # The cosine of concatenated unit vectors is the mean of their cosines.
-            embeddings=unit[0] if len(unit) == 1 else torch.cat(unit, 1) / math.sqrt(len(unit)),
+            embeddings=torch.cat(unit, 1) / math.sqrt(len(unit)) if unit else features,
             labels=None if labels is None else labels.to(self.device),
             rows=of_set,
             image_ids=self.features.image_ids(of_set) if self.image_ids else None,
@@ -268,22 +271,44 @@ class _Reader:
     """Reads rows of one set onto a device, from the memory map or from a copy held there."""
 
     def __init__(
-        self, features: FeatureSet, matched: Tensor | None, device: torch.device, resident: bool
+        self,
+        features: FeatureSet,
+        matched: Tensor | None,
+        batch_size: int,
+        device: torch.device,
+        resident: bool,
     ) -> None:
         self.features, self.matched, self.device = features, matched, device
         self.held: Tensor | None = None
         if resident:
             whole = features.tensor() if matched is None else features.take(matched)
             self.held = whole.to(device)
+        self._stored = Buffers(batch_size, features.width, features.dtype)
+        self._unit = Buffers(batch_size, features.width, torch.float32)
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Return rows (B,) of what the sets have in common: (B, d) in the stored type."""
+    def __call__(self, rows: Tensor, normalize: bool) -> Tensor:
+        """Return rows (B,) of what the sets have in common: (B, d) in float32."""
+        stored = self._gather(rows)
+        if not normalize:
+            return stored.float()
+        out = None
+        if self.device.type == "cpu":
+            in_place = stored.dtype == torch.float32
+            out = stored if in_place else self._unit.empty(len(rows))
+        return unit_rows(stored, torch.float32, out=out)[0]
+
+    def _gather(self, rows: Tensor) -> Tensor:
+        """Return rows (B, d) on the device in the stored type."""
         if self.held is not None:
-            return self.held.index_select(0, rows.to(self.device))
-        found = self.features.take(self.numbers(rows))
+            place = self._stored.empty(len(rows)) if self.device.type == "cpu" else None
+            return torch.index_select(self.held, 0, rows.to(self.device), out=place)
         if self.device.type == "cuda":
-            found = found.pin_memory()
-        return found.to(self.device, non_blocking=True)
+            shape = (len(rows), self.features.width)
+            pinned = torch.empty(shape, dtype=self.features.dtype, pin_memory=True)
+            found = self.features.take(self.numbers(rows), pinned)
+            return found.to(self.device, non_blocking=True)
+        place = self._stored.empty(len(rows))
+        return self.features.take(self.numbers(rows), place).to(self.device)
 
     def numbers(self, rows: Tensor) -> Tensor:
         """Return the rows' numbers in this set."""

@@ -27,14 +27,14 @@ from monoloss_plugin.features.images import (
     batches_by_number,
     batches_of_stream,
     in_batches,
+    said,
     to_device,
 )
-from monoloss_plugin.features.sources import Source, open_source
+from monoloss_plugin.features.sources import Row, Source, open_source
 
 try:
     import datasets
     import psutil
-    from PIL import Image
     from tqdm.auto import tqdm
 except ModuleNotFoundError as error:
     raise missing_extra(error, "vision") from error
@@ -48,6 +48,8 @@ _SHARDS = 32
 """About as many shards a source of known size: enough to share, few enough to read fast."""
 _LARGEST_SHARD = 65_536
 _ROUND = 1024
+_TRIED = 1000
+"""So many images may be unreadable before the first that is."""
 _VERSIONS = ("monoloss_plugin", "torch", "datasets", "pillow")
 _SECONDS = 5.0
 """About as long as a batch may take: what a kill can lose."""
@@ -159,7 +161,8 @@ def extract(
         raise ValueError("output, layer, revision: these choose of an encoder given by name")
     place = _device(device)
     forward = _Forward(encoder, place, autocast)
-    probe = encoder.preprocess(Image.new(encoder.mode, (256, 256)))
+    prepare = Preparation(encoder.preprocess, encoder.mode)
+    probe = _first_readable(images, prepare)
     width = forward(_batch_of(probe, 1)).shape[1]
 
     size = shard_size or _shard_size(images.num_images)
@@ -188,7 +191,6 @@ def extract(
             share=share,
             max_unreadable=max_unreadable,
         )
-        prepare = Preparation(encoder.preprocess, encoder.mode)
         batch_size = batch_size or fitting_batch_size(forward, probe)
         workers = _workers(place) if workers is None else workers
         if images.num_images is None:
@@ -377,8 +379,6 @@ class _Run:
             del self.writers[writer.number]
 
     def _stream_ended(self, rows: int) -> None:
-        if rows == 0:
-            raise ValueError("source: expected at least one image, got an empty stream")
         self.source_rows = rows
         shards.note_source_rows(self.folder, rows)
 
@@ -413,6 +413,28 @@ def fitting_batch_size(forward: _Forward, probe: Any) -> int:
     largest = _LARGEST_BATCH.get(forward.device.type, _LARGEST_BATCH_ELSEWHERE)
     fits = min(largest, _SECONDS / seconds, 0.5 * free / max(image_bytes, 1))
     return 1 << max(0, int(fits).bit_length() - 1)
+
+
+def _first_readable(source: Source, prepare: Preparation) -> Any:
+    """Return the encoder's input of one image, to learn the features' width from.
+
+    Raises:
+        ValueError: none of the first images could be read.
+    """
+    first = None
+    rows: Iterator[Row]
+    if source.num_images is None:
+        rows = (row for _, row in source.stream(0))
+    else:
+        rows = (source[number] for number in range(source.num_images))
+    for row in itertools.islice(rows, _TRIED):
+        prepared = prepare(row)
+        if not isinstance(prepared, Exception):
+            return prepared
+        first = first or f"{row.image_id}: {said(prepared, row)}"
+    if first is None:
+        raise ValueError("source: expected at least one image, got an empty stream")
+    raise ValueError(f"source: not one of the first images could be read; {first}")
 
 
 def _described(encoder: Encoder) -> dict[str, Any]:

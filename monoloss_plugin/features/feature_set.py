@@ -111,13 +111,17 @@ class FeatureSet(torch.utils.data.Dataset[Sample]):
         """(N,) ids of the images as an Arrow column; None where the set has none."""
         return self._ids
 
-    def take(self, numbers: Tensor) -> Tensor:
-        """Return the features (B, d) of some rows (B,), in the stored type."""
-        return self._rows.take(numbers)
+    def take(self, numbers: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return the features (B, d) of some rows (B,), in the stored type; in ``out`` if given.
+
+        Raises:
+            IndexError: a number that is not from 0 to N - 1.
+        """
+        return self._rows.take(numbers, out)
 
     def tensor(self) -> Tensor:
         """Return every row (N, d) in the stored type, in memory."""
-        return self._rows.span(0, len(self))
+        return self._rows.take(torch.arange(len(self)))
 
     def image_ids(self, numbers: Tensor) -> list[str] | None:
         """Return the ids of some rows (B,)."""

@@ -43,7 +43,7 @@ class Preparation:
         """Put a batch together, with the unreadable apart."""
         bad = [isinstance(one, Exception) for one in prepared]
         unreadable = [
-            {"row": number, "image_id": row.image_id, "error": _said(e, row)}
+            {"row": number, "image_id": row.image_id, "error": said(e, row)}
             for number, row, e, is_bad in zip(numbers, rows, prepared, bad, strict=True)
             if is_bad
         ]
@@ -58,10 +58,10 @@ class Preparation:
         )
 
 
-def _said(error: Exception, row: Row) -> str:
+def said(error: Exception, row: Row) -> str:
     """Name an error without the place of the file on this machine."""
-    said = str(error).replace(row.image["path"] or "\0", row.image_id)
-    return f"{type(error).__name__}: {said}"[:300]
+    text = str(error).replace(row.image["path"] or "\0", row.image_id)
+    return f"{type(error).__name__}: {text}"[:300]
 
 
 class _Batches(Dataset[Loaded]):

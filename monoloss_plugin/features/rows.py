@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,19 +19,13 @@ except ModuleNotFoundError as error:
 _TYPES = {"halffloat": np.float16, "float": np.float32, "double": np.float64}
 
 
-class _Region(NamedTuple):
-    """A stretch of memory, such as a mapped file, that holds rows anywhere in it."""
-
-    windows: Tensor
-    """(values - d + 1, d): overlapping, so that any row of it starts at any value."""
-
-
 class Rows:
     """A column of fixed-length lists as a matrix (N, d) whose rows can be gathered.
 
-    An Arrow file keeps a column in pieces, with other columns between them. All pieces of one
-    memory-mapped file are read through a single view of that file, so a gather is one call per
-    file and not one per piece.
+    Arrow keeps a column in pieces: one a record batch, with other columns between them, in one or
+    several mapped files. A single view over the stretch of addresses from the first piece to the
+    last makes a gather one call, however many pieces there are. What lies between the pieces may
+    not be memory at all; it is never read, since only rows of the pieces are ever asked for.
 
     Args:
         column: of fixed-length lists of floats, without missing values.
@@ -51,74 +45,55 @@ class Rows:
             raise ValueError(f"features: {column.null_count} rows have no features")
         self.width: int = kind.list_size
         dtype = np.dtype(_TYPES[str(kind.value_type)])
-        regions: dict[int, int] = {}
-        self._regions: list[_Region] = []
-        starts, region_of, first_value = [], [], []
-        self.num_rows = 0
-        for piece in column.chunks:
-            if len(piece) == 0:
-                continue
-            values = piece.flatten().to_numpy(zero_copy_only=True)
-            whole = _whole_buffer(piece.flatten().buffers()[1], dtype.itemsize)
-            if whole.address not in regions:
-                regions[whole.address] = len(self._regions)
-                self._regions.append(_Region(_windows(whole, dtype, self.width)))
-            starts.append(self.num_rows)
-            region_of.append(regions[whole.address])
-            first_value.append((values.ctypes.data - whole.address) // dtype.itemsize)
-            self.num_rows += len(piece)
         self.dtype: torch.dtype = getattr(torch, str(dtype))
-        self._starts = torch.tensor(starts, dtype=torch.int64)
-        self._region_of = torch.tensor(region_of, dtype=torch.int64)
-        # Where row 0 of the matrix would lie if a piece reached back that far.
-        self._origin = torch.tensor(first_value, dtype=torch.int64) - self._starts * self.width
+        pieces = [piece.flatten() for piece in column.chunks if len(piece)]
+        lengths = [len(piece) // self.width for piece in pieces]
+        self.num_rows: int = sum(lengths)
+        self._starts = torch.tensor(lengths, dtype=torch.int64).cumsum(0) - torch.tensor(lengths)
+
+        addresses = [
+            piece.to_numpy(zero_copy_only=True).__array_interface__["data"][0] for piece in pieces
+        ]
+        first = min(addresses, default=0)
+        end = max((a + p.nbytes for a, p in zip(addresses, pieces, strict=True)), default=0)
+        # Arrow aligns its buffers to 8 bytes, so pieces are whole numbers of values apart.
+        apart = torch.tensor([a - first for a in addresses], dtype=torch.int64) // dtype.itemsize
+        self._row_0 = apart - self._starts * self.width
+        """Where row 0 would lie if each piece reached back to it, in values."""
+        stretch = pa.foreign_buffer(first, end - first, base=pieces)
+        self._windows = _windows(np.frombuffer(stretch, dtype), self.width)
 
     def __len__(self) -> int:
         return self.num_rows
 
-    def take(self, numbers: Tensor) -> Tensor:
+    def take(self, numbers: Tensor, out: Tensor | None = None) -> Tensor:
         """Return a copy of some rows.
 
         Args:
-            numbers: (B,) int64, from 0 to N - 1, in any order, on the CPU.
+            numbers: (B,) int64 in any order, on the CPU.
+            out: (B, d) where to put it.
 
         Returns:
             (B, d) in the column's dtype.
+
+        Raises:
+            IndexError: a number that is not from 0 to N - 1.
         """
-        if len(self._starts) == 1:
-            return self._regions[0].windows.index_select(0, numbers * self.width + self._origin[0])
-        piece = torch.searchsorted(self._starts, numbers, right=True) - 1
-        offset = numbers * self.width + self._origin[piece]
-        if len(self._regions) == 1:
-            return self._regions[0].windows.index_select(0, offset)
-        region, order = self._region_of[piece].sort()
-        offset = offset[order]
-        found = torch.empty((len(numbers), self.width), dtype=self.dtype)
-        cuts = torch.searchsorted(region, torch.arange(len(self._regions) + 1)).tolist()
-        for one, start, end in zip(self._regions, cuts[:-1], cuts[1:], strict=True):
-            if start < end:
-                torch.index_select(one.windows, 0, offset[start:end], out=found[start:end])
-        back = torch.empty_like(order)
-        back[order] = torch.arange(len(order))
-        return found.index_select(0, back)
-
-    def span(self, start: int, end: int) -> Tensor:
-        """Return a copy of consecutive rows, read in the order they lie in."""
-        return self.take(torch.arange(start, min(end, self.num_rows)))
+        if not len(numbers):
+            return torch.empty((0, self.width), dtype=self.dtype)
+        lowest, highest = numbers.aminmax()
+        if lowest < 0 or highest >= self.num_rows:
+            raise IndexError(f"rows {int(lowest)} to {int(highest)} of {self.num_rows}")
+        row_0 = self._row_0
+        if len(self._starts) > 1:
+            row_0 = row_0[torch.searchsorted(self._starts, numbers, right=True) - 1]
+        return torch.index_select(self._windows, 0, numbers * self.width + row_0, out=out)
 
 
-def _whole_buffer(buffer: pa.Buffer, itemsize: int) -> pa.Buffer:
-    """Return the memory that a buffer is a part of: the mapped file, if it is of one."""
-    whole = buffer
-    while whole.parent is not None and (buffer.address - whole.parent.address) % itemsize == 0:
-        whole = whole.parent
-    return whole
-
-
-def _windows(buffer: pa.Buffer, dtype: np.dtype, width: int) -> Tensor:
-    values = np.frombuffer(buffer, dtype=dtype, count=buffer.size // dtype.itemsize)
+def _windows(values: np.ndarray[Any, Any], width: int) -> Tensor:
+    """Return overlapping rows, one that starts at each value."""
     with warnings.catch_warnings():
         # A mapped file cannot be written to; nothing here does, and only copies are given out.
         warnings.filterwarnings("ignore", message=".*not writable.*")
         flat = torch.from_numpy(values)
-    return flat.as_strided((len(flat) - width + 1, width), (1, 1))
+    return flat.as_strided((max(0, len(flat) - width + 1), width), (1, 1))

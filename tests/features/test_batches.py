@@ -96,14 +96,25 @@ def test_rows_are_those_of_the_dataset_wherever_they_lie(
 
 
 def test_mapped_rows_are_read_from_the_file_and_not_copied(tmp_path: Path) -> None:
-    """One view of the whole file serves every record batch of it."""
+    """What changes in the file afterwards changes in the rows."""
     dataset = from_parquet(tmp_path, "float16")
-    pieces = dataset.data.column("features").num_chunks
     features = FeatureSet(dataset)
-    (region,) = features._rows._regions
-    assert pieces > 10
+    assert dataset.data.column("features").num_chunks > 10
     file = Path(dataset.cache_files[0]["filename"])
-    assert region.windows.untyped_storage().nbytes() == file.stat().st_size // 2 * 2
+    with file.open("r+b") as mapped:
+        content = mapped.read()
+        row = PIXELS[1000].half().numpy().tobytes()
+        mapped.seek(content.index(row))
+        mapped.write((PIXELS[1000].half() + 1).numpy().tobytes())
+    found = features.take(torch.tensor([1000]))
+    assert torch.equal(found[0], PIXELS[1000].half() + 1)
+
+
+@pytest.mark.parametrize("number", [-1, 1797])
+def test_rows_beyond_the_set_are_refused(tmp_path: Path, number: int) -> None:
+    """Above all where they would lie between two pieces."""
+    with pytest.raises(IndexError, match="of 1797"):
+        FeatureSet(many_files(tmp_path, "float32")).take(torch.tensor([5, number]))
 
 
 def test_a_set_is_a_map_style_dataset(digits: FeatureSet) -> None:
@@ -156,7 +167,7 @@ def test_features_as_they_are(digits: FeatureSet) -> None:
     batch = next(iter(batches))
     assert torch.equal(batch.features, PIXELS[batch.rows])
     assert batch.image_ids == [f"{int(i):04d}" for i in batch.rows]
-    torch.testing.assert_close(batch.embeddings, normalize(batch.features, dim=1))
+    assert torch.equal(batch.embeddings, batch.features)
 
 
 def test_float16_features_become_unit_vectors_of_float32() -> None:
@@ -247,6 +258,32 @@ def test_a_set_held_on_the_device_gives_the_same_batches(digits: FeatureSet) -> 
     assert held._read.held is not None
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_batch_that_is_still_in_use_keeps_its_memory(dtype: str) -> None:
+    """Whatever refers to it: the batch, a slice, or a graph that has saved it."""
+    batches = FeatureBatches(FeatureSet(dataset_of(PIXELS, dtype=dtype)), batch_size=64)
+    expected = [normalize(PIXELS[batches.order.rows(0, n)], dim=1) for n in range(len(batches))]
+    weight = torch.ones(64, requires_grad=True)
+    whole, parts, graphs, places = [], [], [], set()
+    for number, batch in enumerate(batches):
+        places.add(batch.features.data_ptr())
+        if number % 4 == 0:
+            whole.append((number, batch.features))
+        elif number % 4 == 1:
+            parts.append((number, batch.features[5:9].T))
+        elif number % 4 == 2:
+            graphs.append((number, (batch.features * weight).sum()))
+        del batch
+    for number, features in whole:
+        torch.testing.assert_close(features, expected[number])
+    for number, part in parts:
+        torch.testing.assert_close(part, expected[number][5:9].T)
+    for number, total in graphs:
+        (gradient,) = torch.autograd.grad(total, weight)
+        torch.testing.assert_close(gradient, expected[number].sum(0))
+    assert len(places) < len(batches)  # what was let go was used again
+
+
 @pytest.mark.parametrize("resident", [True, False])
 def test_batches_for_another_device_are_made_there_ahead_of_their_use(
     digits: FeatureSet, resident: bool, monkeypatch
@@ -255,9 +292,9 @@ def test_batches_for_another_device_are_made_there_ahead_of_their_use(
     threads = set()
     take = FeatureSet.take
 
-    def noting(self, rows):
+    def noting(self, rows, out=None):
         threads.add(threading.current_thread() is threading.main_thread())
-        return take(self, rows)
+        return take(self, rows, out)
 
     batches = FeatureBatches(digits, batch_size=256, device="meta", resident=resident)
     monkeypatch.setattr(FeatureSet, "take", noting)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from monoloss_plugin.features import FeatureSet, extraction, shards
 from monoloss_plugin.features.encoders import Encoder, load_encoder
@@ -317,8 +318,22 @@ def test_too_many_unreadable_images_stop_the_run_and_it_can_go_on(
 def test_a_folder_of_nothing_readable_is_an_error(vit, tmp_path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(b"")
-    with pytest.raises(ValueError, match="not one of its images could be read"):
+    with pytest.raises(ValueError, match=r"not one of the first images could be read; a\.png"):
         extract(tmp_path / "images", vit, tmp_path / "out", **QUIET)
+
+
+def test_an_empty_stream_is_an_error(vit, digit_images, tmp_path) -> None:
+    empty = digits_dataset(digit_images).to_iterable_dataset().take(0)
+    with pytest.raises(ValueError, match="empty stream"):
+        extract(empty, vit, tmp_path / "out", **QUIET)
+
+
+def test_an_encoder_of_your_own_need_not_resize(image_folder, tmp_path) -> None:
+    """It is tried on an image of the source, never on one of another size."""
+    flat = torch.nn.Flatten()
+    own = Encoder(flat, lambda image: pil_to_tensor(image) / 255, flat, {"name": "pixels"}, "L")
+    done = extract(image_folder, own, tmp_path / "out", **QUIET)
+    assert FeatureSet.open(done.folder).width == 20 * 24
 
 
 def test_features_that_overflow_are_refused(vit, image_folder, tmp_path) -> None:

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint docs bench bench-full clean
+.PHONY: demo test lint docs bench bench-full bench-features clean
 
 demo: $(VENV)/.demo ## compare SAEs without and with MonoLoss on real images
 	$(BIN)/monoloss demo
@@ -25,6 +25,9 @@ bench: $(VENV)/.dev ## speed and memory against the papers' algorithms, in under
 
 bench-full: $(VENV)/.dev ## the same with more rounds and samples
 	$(BIN)/python -m benchmarks --full
+
+bench-features: $(VENV)/.dev ## extracting and loading features, about a quarter of an hour
+	$(BIN)/python -m benchmarks --features --full
 
 clean:
 	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis

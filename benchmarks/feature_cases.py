@@ -5,7 +5,6 @@ from __future__ import annotations
 import cProfile
 import itertools
 import pstats
-import resource
 import subprocess
 import sys
 import tempfile
@@ -214,7 +213,7 @@ def extraction_memory(setting: Setting) -> Found:
     """Peak memory of extraction from few images and from ten times as many."""
     peaks = {}
     for images in (4_000, 40_000) if setting.full else (1_000, 10_000):
-        command = [sys.executable, "-m", "benchmarks.feature_cases", str(images)]
+        command = [sys.executable, "-m", "benchmarks.extract_small", str(images)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks[images] = float(done.stdout.split()[-1])
     few, many = peaks.values()
@@ -225,25 +224,6 @@ def extraction_memory(setting: Setting) -> Found:
         + ", ".join(f"{peak:.0f} MiB for {images} images" for images, peak in peaks.items())
         + f": {100 * (many / few - 1):+.1f} %",
     }
-
-
-def _extract_small(images: int) -> float:
-    """Extract from so many small images with a small encoder; the peak of this process in MiB."""
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 768))
-    encoder = Encoder(model, _Pixels(), model, {"name": "a projection"})
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "images"
-        source.mkdir()
-        pixels = np.random.default_rng(0).integers(0, 255, (100, 32, 32, 3), np.uint8)
-        for number in range(images):
-            Image.fromarray(pixels[number % 100]).save(source / f"{number:07d}.png")
-        extract(source, encoder, Path(folder) / "out", batch_size=64, workers=1, progress=False)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-class _Pixels:
-    def __call__(self, image: Any) -> Tensor:
-        return torch.from_numpy(np.asarray(image).astype(np.float32) / 255).permute(2, 0, 1)
 
 
 class _LmdbRecords(Dataset[Tensor]):
@@ -330,7 +310,3 @@ def _clip(size: _Model) -> Encoder:
 def _drain(loader: DataLoader[Tensor]) -> None:
     for _ in loader:
         pass
-
-
-if __name__ == "__main__":
-    print(_extract_small(int(sys.argv[1])))

@@ -222,7 +222,8 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         self._resumed = True
 
     def _identity(self) -> dict[str, Any]:
-        return {**self.order.identity(), "shard": list(self.shard)}
+        width = self.features.width
+        return {**self.order.identity(), "width": width, "shard": list(self.shard)}
 
     @property
     def _waits(self) -> bool:

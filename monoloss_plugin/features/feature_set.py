@@ -58,15 +58,17 @@ class FeatureSet(torch.utils.data.Dataset[Sample]):
             raise ValueError(
                 f"dataset: expected a column 'features', found {', '.join(dataset.column_names)}"
             )
-        self.dataset = dataset.flatten_indices() if dataset._indices is not None else dataset
+        # A selection or shuffle of a dataset is a list of rows beside it; written out here.
+        selected = getattr(dataset, "_indices", None) is not None
+        self.dataset = dataset.flatten_indices() if selected else dataset
         table = self.dataset.data
         self._rows = Rows(table.column("features"))
         self._ids = table.column("image_id") if "image_id" in dataset.column_names else None
         self.labels: Tensor | None = None
-        """(N,) int64; -1 where an image has none."""
+        """(N,) int64, -1 where an image has none; None where no image has one."""
         if "label" in dataset.column_names:
-            labels = pc.fill_null(table.column("label"), -1).to_numpy()
-            self.labels = torch.tensor(labels, dtype=torch.int64)
+            labels = torch.tensor(pc.fill_null(table.column("label"), -1).to_numpy()).long()
+            self.labels = labels if bool((labels >= 0).any()) else None
         self.record = _described(dataset) if record is None else record
         """Encoder, source and settings that the set was made with."""
 

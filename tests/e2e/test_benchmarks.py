@@ -32,3 +32,20 @@ def test_the_benchmark_runs_and_writes_what_it_found(tmp_path: Path) -> None:
     ]
     assert (tmp_path / "growth.png").stat().st_size > 10_000
     assert found["growth"]["says"] in done.stdout
+
+
+def test_the_features_are_benchmarked(tmp_path: Path) -> None:
+    cases = ["--cases", "loading", "feeding", "extraction_memory"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", *SMALL, *cases, "--out", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert set(found["loading"]["times faster than LMDB"]) >= {"x[perm] in memory"}
+    assert 0 < found["feeding"]["share"] < 1
+    assert found["feeding"]["cumulative seconds"]["_train_step"] > 0
+    assert min(found["extraction_memory"]["MiB"].values()) > 100
+    assert found["loading"]["says"] in done.stdout

@@ -130,6 +130,23 @@ def test_a_set_is_a_map_style_dataset(digits: FeatureSet) -> None:
     assert batches[0].image_ids[:2] == ["0000", "0001"]
 
 
+def test_a_set_without_any_label_has_no_labels() -> None:
+    """As the test split of ImageNet-1K, whose labels are all -1."""
+    some = dataset_of(PIXELS[:3])
+    none = some.remove_columns("label").add_column("label", [-1, -1, -1])
+    assert FeatureSet(none).labels is None
+    partly = some.remove_columns("label").add_column("label", [-1, 4, None])
+    assert FeatureSet(partly).labels.tolist() == [-1, 4, -1]
+
+
+def test_an_empty_set_can_be_opened_but_not_batched(digits: FeatureSet) -> None:
+    empty = FeatureSet(digits.dataset.select([]))
+    assert (len(empty), empty.width) == (0, 64)
+    assert empty.tensor().shape == (0, 64)
+    with pytest.raises(ValueError, match="expected at most 0 of 0 images"):
+        FeatureBatches(empty)
+
+
 def test_a_pickled_set_holds_no_copy_of_its_rows(tmp_path: Path) -> None:
     features = FeatureSet(one_file(tmp_path, "float32"))
     pickled = pickle.dumps(features)

@@ -160,6 +160,7 @@ def test_the_checksum_of_weights_tells_encoders_apart(encoders, tmp_path) -> Non
         ({"name": "open_clip:ViT-L-14"}, "WEIGHTS with a file or one of openai"),
         ({"name": "open_clip:ViT-Z-1/openai"}, "no architecture 'ViT-Z-1'"),
         ({"name": "open_clip:ViT-L-14/openai", "revision": "abc"}, "hf-hub: names only"),
+        ({"name": "timm:resnet_of_mine"}, "timm cannot load resnet_of_mine: Unknown model"),
         ({"name": "timm:resnet18", "revision": "abc"}, "hf-hub:timm/resnet18"),
         ({"name": "clip-vit-l14", "revision": "abc"}, "has its own"),
         ({"output": "max"}, "expected 'pooled', 'cls' or 'mean', got 'max'"),
@@ -176,6 +177,11 @@ def test_a_class_token_where_there_is_none_is_refused(encoders, digit_images) ->
     encoder = load_encoder(f"transformers:{encoders}/transformers/siglip", output="cls")
     with pytest.raises(ValueError, match="no class token"):
         features_of(encoder, digit_images[:2])
+
+
+def test_a_folder_without_a_model_is_named(tmp_path) -> None:
+    with pytest.raises(ValueError, match="Unrecognized model in"):
+        load_encoder(f"transformers:{tmp_path}")
 
 
 def test_a_checkpoint_without_the_image_tower_is_refused(tmp_path, encoders) -> None:

@@ -95,7 +95,11 @@ def load_encoder(
     if of_library.startswith(("local-dir:", "/", "./", "../")) and not Path(folder).exists():
         raise ValueError(f"encoder: no such folder: {folder}")
     module = import_module(f"monoloss_plugin.features.encoders.from_{library}")
-    encoder = encoder_of(module.load(of_library, revision), output, layer)
+    try:
+        tower = module.load(of_library, revision)
+    except (OSError, RuntimeError) as error:  # not there, no weights of that name, no network
+        raise ValueError(f"encoder: {library} cannot load {of_library}: {error}") from error
+    encoder = encoder_of(tower, output, layer)
     for parameter in encoder.model.parameters():
         parameter.requires_grad_(False)
     return encoder

@@ -5,6 +5,7 @@ The way is the one for any images: files in class folders, an encoder by its nam
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,12 +62,13 @@ class DigitFeatures:
 def digit_features(out: Path, seed: int = 0) -> DigitFeatures:
     """Write the digits as image files, train a small encoder on a split, and extract features.
 
-    What an earlier call left in the folder is used again.
-
     Args:
-        out: folder of the images, the encoder and the feature sets.
+        out: folder of the images, the encoder and the feature sets; what an earlier call left of
+            them is made anew.
         seed: of the split, the weights and the order of batches.
     """
+    for earlier in ("images", "encoder", "features"):
+        shutil.rmtree(out / earlier, ignore_errors=True)
     for split, numbers in _split(seed).items():
         _write_images(out / "images" / split, numbers)
     train, held_out = (out / "images" / split for split in SPLITS)

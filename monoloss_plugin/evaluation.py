@@ -101,7 +101,7 @@ def evaluate(
         features: (N, d_in), what the SAE takes; leading dimensions are flattened. Or batches that
             bring their labels and embeddings along, such as
             ``FeatureBatches(features, shuffle="none", drop_last=False)``.
-        labels: (N,) integer classes, for purity.
+        labels: (N,) integer classes, for purity; -1 where a sample has none.
         num_classes: number of classes; by default one more than the largest label, and what
             batches say of themselves.
         embeddings: (N, d) another similarity space of the same samples; the features by default.
@@ -137,6 +137,9 @@ def evaluate(
     else:
         if labels is not None or embeddings is not None:
             raise ValueError("features: batches bring their own labels and embeddings")
+        if not isinstance(features, Iterable):
+            got = type(features).__name__
+            raise TypeError(f"features: expected a tensor or batches of samples, got {got}")
         batches, total = features, getattr(features, "num_rows", None)
         num_classes = num_classes or getattr(features, "num_classes", None)
     place = torch.device(device) if device is not None else _device_of(sae)
@@ -146,16 +149,22 @@ def evaluate(
 
     with _bar(total, progress) as advance:
         for batch in batches:
+            if not isinstance(getattr(batch, "features", None), Tensor):
+                got = type(batch).__name__
+                raise TypeError(f"features: expected a tensor or batches of samples, got {got}s")
             given = as_rows(batch.features, "features")
             given = given if place is None else given.to(place)
             latents = as_rows(sae.encode(given), "latents", keep_sparse=True)
             # The entries are looked for once, and everything sums over them.
             found = support_of(latents) if is_sparse(latents) else latents
             r2.update(given, decode(latents, found))
-            monoscore.update(found, batch.embeddings.to(given.device))
-            if batch.labels is not None and num_classes is not None:
+            embeddings_of = getattr(batch, "embeddings", batch.features)
+            monoscore.update(found, embeddings_of.to(given.device))
+            if batch.labels is not None:
+                if num_classes is None:
+                    raise ValueError("num_classes: needed for the purity of batches with labels")
                 purity = purity or ClassPurity(num_classes)
-                purity.update(found, batch.labels.to(given.device))
+                purity.update(*_labelled(found, latents, batch.labels.to(given.device)))
             activity.update(found)
             seen += len(given)
             advance(len(given))
@@ -171,6 +180,17 @@ def evaluate(
         l0=float(counts.sum()) / seen,
         frequency=counts / seen,
     )
+
+
+def _labelled(
+    found: Tensor | Support, latents: Tensor, labels: Tensor
+) -> tuple[Tensor | Support, Tensor]:
+    """Leave out samples without a label, whose label is -1."""
+    unlabelled = labels == -1
+    if not bool(unlabelled.any()):
+        return found, labels
+    dense = latents if latents.layout == torch.strided else latents.to_dense()
+    return dense[~unlabelled], labels[~unlabelled]
 
 
 class _Part(NamedTuple):

@@ -113,7 +113,7 @@ def extract(
         for bad in done.unreadable:
             print(f"  {bad['image_id']}: {bad['error']}")
     if not done.complete:
-        print("not complete yet: other shares are still to come")
+        print("this share is done; the set is not complete yet, since other shares are not")
 
 
 @features.command()
@@ -131,6 +131,7 @@ def verify(folder: Annotated[Path, typer.Argument(help="A feature dataset.")]) -
     for problem in problems:
         print(problem)
     if problems:
+        print("delete an altered file, and run the extraction again to repair the set")
         sys.exit(1)
     print(f"{count} shards are as they were written{'' if complete else '; not complete yet'}")
 
@@ -199,7 +200,7 @@ def _readable_errors() -> Iterator[None]:
     """End with a message instead of a traceback where the caller can do something about it."""
     try:
         yield
-    except (ModuleNotFoundError, FileNotFoundError, ValueError) as error:
+    except (ModuleNotFoundError, OSError, ValueError) as error:
         sys.exit(f"monoloss: {error}")
     except KeyboardInterrupt:
         sys.exit("monoloss: stopped; start it again to go on")

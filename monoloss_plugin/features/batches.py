@@ -24,7 +24,8 @@ class Batch(NamedTuple):
     features: Tensor
     """(B, d) float32, unit norm unless asked otherwise."""
     embeddings: Tensor
-    """(B, d') of the same images: the similarity space. Unit vectors; the features by default."""
+    """(B, d') of the same images, the similarity space: unit vectors of the embeddings' sets, or
+    without any the features."""
     labels: Tensor | None
     """(B,) int64; None where the set has none."""
     rows: Tensor
@@ -116,6 +117,8 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
             drop_last=drop_last,
             buffer_rows=buffer_rows,
         )
+        if self.num_rows == 0:
+            raise ValueError("features: expected at least one image, got an empty set")
         if len(self) == 0:
             raise ValueError(
                 f"batch_size: expected at most {self.num_rows // shard[1]} of {self.num_rows} "
@@ -204,7 +207,11 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         return self._given.embeddings.to(features.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, and what it depends on."""
+        """Return the position, and what it depends on.
+
+        A position in this process: of a DataLoader with workers, which have their own, count the
+        batches yourself.
+        """
         return {**self._identity(), "epoch": self._epoch, "batch": self._next}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -222,8 +229,8 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         self._resumed = True
 
     def _identity(self) -> dict[str, Any]:
-        width = self.features.width
-        return {**self.order.identity(), "width": width, "shard": list(self.shard)}
+        read = {"features": self.features.fingerprint(), "normalize": self.normalize}
+        return {**self.order.identity(), **read, "shard": list(self.shard)}
 
     @property
     def _waits(self) -> bool:

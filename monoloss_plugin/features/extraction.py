@@ -29,6 +29,7 @@ from monoloss_plugin.features.images import (
     in_batches,
     said,
     to_device,
+    without_infinite,
 )
 from monoloss_plugin.features.sources import Row, Source, open_source
 
@@ -125,7 +126,8 @@ def extract(
             share the work, ``RANK`` and ``WORLD_SIZE`` under torchrun. Each has a share of the
             images to decode and encode; a stream is read by each in full.
         shard_size: images a shard.
-        max_unreadable: how many unreadable images to leave out before the run stops.
+        max_unreadable: how many images to leave out before the run stops: unreadable ones, and
+            those whose features are not finite in ``dtype``.
         progress: show images a second and the time left.
 
     Returns:
@@ -134,16 +136,20 @@ def extract(
     Raises:
         SettingsError: the folder was begun with other settings.
         TooManyUnreadableError: past ``max_unreadable``; the features so far are kept.
-        ValueError: an argument out of its range, no images, or features that are not finite.
+        ValueError: an argument out of its range, or no images.
+        BusyError: another process is at the same share.
     """
     require_choice(dtype, "dtype", ("float16", "float32"))
     if autocast is not None:
         require_choice(autocast, "autocast", ("bfloat16", "float16"))
-    for name, given in (("batch_size", batch_size), ("shard_size", shard_size)):
-        if given is not None and given < 1:
-            raise ValueError(f"{name}: expected at least 1, got {given}")
-    if workers is not None and workers < 0:
-        raise ValueError(f"workers: expected at least 0, got {workers}")
+    for name, given, least in (
+        ("batch_size", batch_size, 1),
+        ("shard_size", shard_size, 1),
+        ("workers", workers, 0),
+        ("max_unreadable", max_unreadable, 0),
+    ):
+        if given is not None and given < least:
+            raise ValueError(f"{name}: expected at least {least}, got {given}")
     share = _share(shard)
     images = open_source(
         source,
@@ -178,6 +184,8 @@ def extract(
         "versions": {name: version(name) for name in _VERSIONS},
     }
     shards.begin(folder, settings)
+    if shards.is_complete(folder) and shards.damaged(folder):
+        shards.reopen(folder)
     if images.num_images is not None:
         shards.note_source_rows(folder, images.num_images)
     schema = shards.features_schema(width, dtype, images.label is not None, images.classes)
@@ -275,7 +283,7 @@ class _Run:
         self.folder, self.source, self.schema = folder, source, schema
         self.shard_size, self.max_unreadable = shard_size, max_unreadable
         self.part, self.parts = share
-        self.source_rows = source.num_images
+        self.source_rows = source.num_images or shards.source_rows(folder)
         self.finished = shards.finished(folder)
         self.writers = {
             number: shards.ShardWriter(folder, number, schema)
@@ -300,14 +308,17 @@ class _Run:
         """Encode and write what is missing, and return how many images that was."""
         encoded = 0
         width = self.schema["features"].length
+        self._check_unreadable()
         self._finish_whole()
         for loaded in batches:
+            if not self._is_mine(loaded.numbers[0] // self.shard_size):
+                continue  # read ahead, before another process finished it
             features = torch.empty((0, width), dtype=stored)
             if loaded.inputs is not None:
                 features = forward.in_parts(loaded.inputs, len(loaded.ids)).to(stored).cpu()
-                _require_finite(features, loaded.ids)
+                encoded += len(features)
+                loaded, features = without_infinite(loaded, features)
             self._write(loaded, features)
-            encoded += len(features)
         self._finish_whole()
         return encoded
 
@@ -316,7 +327,7 @@ class _Run:
         assert self.source_rows is not None
         resumed = {number: writer.done for number, writer in self.writers.items()}
         for number in range(self.part, -(-self.source_rows // self.shard_size), self.parts):
-            if self._is_mine(number):
+            if self._is_mine(number) and not shards.is_finished(self.folder, number):
                 start = number * self.shard_size
                 end = min(start + self.shard_size, self.source_rows)
                 yield from in_batches(range(start + resumed.get(number, 0), end), batch_size)
@@ -330,6 +341,8 @@ class _Run:
             return self._is_mine(number) and within >= resumed.get(number, 0)
 
         first = next(n for n in itertools.count(self.part, self.parts) if self._is_mine(n))
+        if self.source_rows is not None and first * self.shard_size >= self.source_rows:
+            return iter(())
         return batches_of_stream(
             self.source,
             prepare,
@@ -352,19 +365,27 @@ class _Run:
     def _write(self, loaded: Loaded, features: Tensor) -> None:
         number = loaded.numbers[0] // self.shard_size
         if number not in self.writers:
-            self.writers[number] = shards.ShardWriter(self.folder, number, self.schema)
+            writer = shards.ShardWriter(self.folder, number, self.schema)
+            if shards.is_finished(self.folder, number):  # looked for under the writer's lock
+                writer.discard()
+                self.finished = shards.finished(self.folder)
+                return
+            self.writers[number] = writer
         writer = self.writers[number]
         writer.add(
             features.numpy(), loaded.labels, loaded.ids, len(loaded.numbers), loaded.unreadable
         )
         self.unreadable += loaded.unreadable
-        if len(self.unreadable) > self.max_unreadable:
-            first = "; ".join(f"{bad['image_id']} ({bad['error']})" for bad in self.unreadable[:3])
-            raise TooManyUnreadableError(
-                f"{len(self.unreadable)} images could not be read, more than max_unreadable="
-                f"{self.max_unreadable}: {first} ... Features so far are kept."
-            )
+        self._check_unreadable()
         self._finish_if_whole(writer)
+
+    def _check_unreadable(self) -> None:
+        if len(self.unreadable) > self.max_unreadable:
+            last = "; ".join(f"{bad['image_id']} ({bad['error']})" for bad in self.unreadable[-3:])
+            raise TooManyUnreadableError(
+                f"{len(self.unreadable)} images left out, more than max_unreadable="
+                f"{self.max_unreadable}, the last of them {last}. Features so far are kept."
+            )
 
     def _finish_whole(self) -> None:
         for writer in list(self.writers.values()):
@@ -439,9 +460,10 @@ def _first_readable(source: Source, prepare: Preparation) -> Any:
 
 def _described(encoder: Encoder) -> dict[str, Any]:
     """Return an encoder's record, which tells its weights."""
-    if "weights_sha256" in encoder.record:
-        return dict(encoder.record)
-    return {**encoder.record, "weights_sha256": weights_sha256(encoder.model)}
+    record = {**encoder.record, "mode": encoder.mode}
+    if "weights_sha256" not in record:
+        record["weights_sha256"] = weights_sha256(encoder.model)
+    return record
 
 
 def _share(shard: tuple[int, int] | None) -> tuple[int, int]:
@@ -484,16 +506,6 @@ def _part_of(inputs: Any, rows: slice) -> Any:
     if isinstance(inputs, dict):
         return {name: one[rows] for name, one in inputs.items()}
     return inputs[rows]
-
-
-def _require_finite(features: Tensor, ids: list[str]) -> None:
-    finite = features.isfinite().all(1)
-    if not bool(finite.all()):
-        first = ids[int((~finite).nonzero()[0])]
-        raise ValueError(
-            f"encoder: the features of {first} are not finite as {features.dtype}; "
-            "dtype='float32' or no autocast may help"
-        )
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +23,9 @@ try:
     from datasets import ClassLabel, Dataset, load_from_disk
 except ModuleNotFoundError as error:
     raise missing_extra(error, "hub") from error
+
+
+logger = logging.getLogger(__name__)
 
 
 class Sample(NamedTuple):
@@ -63,11 +68,17 @@ class FeatureSet(torch.utils.data.Dataset[Sample]):
         self.dataset = dataset.flatten_indices() if selected else dataset
         table = self.dataset.data
         self._rows = Rows(table.column("features"))
-        self._ids = table.column("image_id") if "image_id" in dataset.column_names else None
+        self._ids: pa.ChunkedArray | None = None
+        if "image_id" in dataset.column_names:
+            self._ids = table.column("image_id").cast(pa.string())
         self.labels: Tensor | None = None
         """(N,) int64, -1 where an image has none; None where no image has one."""
         if "label" in dataset.column_names:
-            labels = torch.tensor(pc.fill_null(table.column("label"), -1).to_numpy()).long()
+            column = table.column("label")
+            if not pa.types.is_integer(column.type):
+                raise TypeError(f"label: expected integers, got {column.type}")
+            filled = pc.fill_null(column.cast(pa.int64()), -1)
+            labels = torch.tensor(filled.to_numpy())
             self.labels = labels if bool((labels >= 0).any()) else None
         self.record = _described(dataset) if record is None else record
         """Encoder, source and settings that the set was made with."""
@@ -78,12 +89,16 @@ class FeatureSet(torch.utils.data.Dataset[Sample]):
 
         Raises:
             FileNotFoundError: no such folder, or no feature dataset in it.
-            ValueError: its extraction is not complete.
+            ValueError: its extraction is not complete, or files of it are missing or cut short.
         """
         path = Path(folder)
         if not shards.is_complete(path) and (path / shards.SETTINGS).exists():
             raise ValueError(
                 f"folder: the extraction into {path} is not complete; run it again to go on"
+            )
+        if shards.is_complete(path) and (problems := shards.damaged(path)):
+            raise ValueError(
+                f"folder: {path} is damaged ({problems[0]}); run its extraction again to repair it"
             )
         if not (path / "state.json").exists():
             raise FileNotFoundError(f"folder: no feature dataset in {path}")
@@ -146,6 +161,12 @@ class FeatureSet(torch.utils.data.Dataset[Sample]):
         labels = None if self.labels is None else self.labels[rows]
         return Sample(self.take(rows), labels, self.image_ids(rows))
 
+    def fingerprint(self) -> str:
+        """Return a checksum of some of its rows, by which to tell it from another set."""
+        rows = torch.linspace(0, max(0, len(self) - 1), min(len(self), 64)).round().long()
+        content = self.take(rows.clamp(max=len(self) - 1)).numpy().tobytes()
+        return hashlib.sha256(content).hexdigest()[:16]
+
     def __reduce__(self) -> tuple[Any, ...]:
         # To another process goes where the rows lie, not the rows.
         return FeatureSet, (self.dataset, self.record)
@@ -176,7 +197,10 @@ def rows_in_common(first: FeatureSet, others: Sequence[FeatureSet]) -> list[Tens
             raise ValueError(
                 f"embeddings: sets without image_id must be equally long, got {sizes} rows"
             )
+        logger.warning("sets without image_id are taken to hold the same images in the same order")
         return None
+    for one in others:
+        _require_same_numbering(first, one)
     if all(one.ids.equals(first.ids) for one in others):  # type: ignore[union-attr]
         return None
     for one in sets:
@@ -191,6 +215,20 @@ def rows_in_common(first: FeatureSet, others: Sequence[FeatureSet]) -> list[Tens
     rows = everywhere.nonzero().squeeze(1)
     matched = [torch.tensor(pc.fill_null(column, 0).to_numpy())[rows].long() for column in found]
     return [rows, *matched]
+
+
+def _require_same_numbering(one: FeatureSet, other: FeatureSet) -> None:
+    """Raise ValueError where the ids of two sources are mere numbers of their rows."""
+    sources = [known.record.get("source", {}) for known in (one, other)]
+    numbered = [
+        source.get("kind") in ("dataset", "hub") and source.get("image_id") is None
+        for source in sources
+    ]
+    if any(numbered) and all(sources) and sources[0] != sources[1]:
+        raise ValueError(
+            "embeddings: the ids of these sets are row numbers of different sources "
+            f"({sources[0].get('name')} and {sources[1].get('name')}), and match nothing"
+        )
 
 
 def _described(dataset: Dataset) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from monoloss_plugin.features.sources import Row, Source, decode
@@ -21,6 +22,8 @@ class Loaded(NamedTuple):
     """Every row's number in the source, readable or not."""
     inputs: Any
     """The encoder's inputs of the readable ones; None if there is none."""
+    readable: list[int]
+    """The numbers of the readable ones."""
     labels: list[int | None]
     ids: list[str]
     unreadable: list[dict[str, Any]]
@@ -48,12 +51,13 @@ class Preparation:
             if is_bad
         ]
         good = [one for one, is_bad in zip(prepared, bad, strict=True) if not is_bad]
-        kept = [row for row, is_bad in zip(rows, bad, strict=True) if not is_bad]
+        kept = [i for i, is_bad in enumerate(bad) if not is_bad]
         return Loaded(
             numbers,
             default_collate(good) if good else None,
-            [row.label for row in kept],
-            [row.image_id for row in kept],
+            [numbers[i] for i in kept],
+            [rows[i].label for i in kept],
+            [rows[i].image_id for i in kept],
             unreadable,
         )
 
@@ -118,20 +122,22 @@ def batches_of_stream(
         batch_size: at most so many rows a batch; a batch stays within a shard.
         shard_size: source rows a shard.
         workers: threads.
-        ended: called with the number of rows when the stream has ended.
+        ended: called with the number of rows when the stream has ended; not if it ended before
+            ``start``, since then its number is not known here.
     """
     waiting: deque[tuple[list[int], list[Row], list[Any]]] = deque()
-    last = start - 1
+    last = -1
 
     def in_groups() -> Iterator[list[tuple[int, Row]]]:
         nonlocal last
         group: list[tuple[int, Row]] = []
-        for number, row in source.stream(start):
+        # From a row before: to see that it is there, if the stream ends with it.
+        for number, row in source.stream(max(0, start - 1)):
             last = number
             if group and (len(group) == batch_size or number % shard_size == 0):
                 yield group
                 group = []
-            if wanted(number):
+            if number >= start and wanted(number):
                 group.append((number, row))
         if group:
             yield group
@@ -144,7 +150,8 @@ def batches_of_stream(
                 yield _made(prepare, waiting.popleft())
         while waiting:
             yield _made(prepare, waiting.popleft())
-    ended(last + 1)
+    if last >= 0:
+        ended(last + 1)
 
 
 def _made(prepare: Preparation, parts: tuple[list[int], list[Row], list[Any]]) -> Loaded:
@@ -164,3 +171,26 @@ def to_device(inputs: Any, device: torch.device) -> Any:
     if isinstance(inputs, dict):
         return {name: to_device(one, device) for name, one in inputs.items()}
     return inputs.to(device, non_blocking=True)
+
+
+def without_infinite(loaded: Loaded, features: Tensor) -> tuple[Loaded, Tensor]:
+    """Leave out images whose features are not finite, and list them as unreadable."""
+    finite = features.isfinite().all(1).tolist()
+    if all(finite):
+        return loaded, features
+    error = f"features not finite as {features.dtype}; float32 or no autocast may help"
+    unreadable = list(loaded.unreadable)
+    kept = []
+    for place, is_finite in enumerate(finite):
+        if is_finite:
+            kept.append(place)
+            continue
+        said = {"row": loaded.readable[place], "image_id": loaded.ids[place], "error": error}
+        unreadable.append(said)
+    good = loaded._replace(
+        readable=[loaded.readable[i] for i in kept],
+        labels=[loaded.labels[i] for i in kept],
+        ids=[loaded.ids[i] for i in kept],
+        unreadable=unreadable,
+    )
+    return good, features[kept]

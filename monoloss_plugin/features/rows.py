@@ -46,7 +46,7 @@ class Rows:
         self.width: int = kind.list_size
         dtype = np.dtype(_TYPES[str(kind.value_type)])
         self.dtype: torch.dtype = getattr(torch, str(dtype))
-        pieces = [piece.flatten() for piece in column.chunks if len(piece)]
+        pieces = [_aligned(piece.flatten(), dtype) for piece in column.chunks if len(piece)]
         lengths = [len(piece) // self.width for piece in pieces]
         self.num_rows: int = sum(lengths)
         self._starts = torch.tensor(lengths, dtype=torch.int64).cumsum(0) - torch.tensor(lengths)
@@ -56,7 +56,6 @@ class Rows:
         ]
         first = min(addresses, default=0)
         end = max((a + p.nbytes for a, p in zip(addresses, pieces, strict=True)), default=0)
-        # Arrow aligns its buffers to 8 bytes, so pieces are whole numbers of values apart.
         apart = torch.tensor([a - first for a in addresses], dtype=torch.int64) // dtype.itemsize
         self._row_0 = apart - self._starts * self.width
         """Where row 0 would lie if each piece reached back to it, in values."""
@@ -88,6 +87,15 @@ class Rows:
         if len(self._starts) > 1:
             row_0 = row_0[torch.searchsorted(self._starts, numbers, right=True) - 1]
         return torch.index_select(self._windows, 0, numbers * self.width + row_0, out=out)
+
+
+def _aligned(piece: pa.Array, dtype: np.dtype[Any]) -> pa.Array:
+    """Return a piece that lies whole numbers of values from any other, as Arrow's own do."""
+    if piece.null_count:
+        raise ValueError(f"features: {piece.null_count} values are missing within rows")
+    values = piece.to_numpy(zero_copy_only=True)
+    address: int = values.__array_interface__["data"][0]
+    return piece if address % dtype.itemsize == 0 else pa.array(values.copy())
 
 
 def _windows(values: np.ndarray[Any, Any], width: int) -> Tensor:

@@ -20,9 +20,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -42,7 +45,11 @@ except ModuleNotFoundError as error:
 SETTINGS, RECORD = "extraction.json", "features.json"
 _STATE, _INFO = "state.json", "dataset_info.json"
 _SOURCE_ROWS = "source_rows.json"
+_SPLIT = r"\w+(\.\w+)*"
+"""What datasets takes for the name of a split."""
 _READ = 1 << 20
+
+logger = logging.getLogger(__name__)
 
 
 class SettingsError(ValueError):
@@ -85,13 +92,16 @@ def begin(folder: Path, settings: dict[str, Any]) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS
-    others = [p.name for p in folder.iterdir() if not p.name.startswith(".") and p != path]
+    others = [p for p in folder.iterdir() if not p.name.startswith(".") and p != path]
     if not path.exists():
         if others:
             raise SettingsError(f"out: {folder} holds something else; give an empty or new folder")
         _write_json(path, settings)
     there = json.loads(path.read_text())
     given = json.loads(json.dumps(settings))
+    versions = there.pop("versions", None), given.pop("versions", None)
+    if versions[0] != versions[1]:
+        logger.warning("%s was begun with %s; going on with %s", folder, *versions)
     if there != given:
         differing = "; ".join(_differences(there, given))
         raise SettingsError(
@@ -118,6 +128,11 @@ def finished(folder: Path) -> dict[int, ShardRecord]:
     if record.exists():  # looked for last: until it is there, so are the shards' own records
         listed = json.loads(record.read_text())["shards"]
     return {shard["number"]: ShardRecord(**shard) for shard in listed}
+
+
+def is_finished(folder: Path, number: int) -> bool:
+    """Say whether a shard is there, whoever has written it."""
+    return (folder / f"{_stem(number)}.json").exists() or is_complete(folder)
 
 
 def begun(folder: Path) -> list[int]:
@@ -188,10 +203,17 @@ class ShardWriter:
             sha256=sha256_of(unfinished),
             unreadable=self.unreadable,
         )
-        os.replace(unfinished, path)
-        _write_json(self.folder / f"{_stem(self.number)}.json", asdict(record))
+        if is_finished(self.folder, self.number):  # by another process, in the meantime
+            unfinished.unlink()
+        else:
+            os.replace(unfinished, path)
+            _write_json(self.folder / f"{_stem(self.number)}.json", asdict(record))
         self._journal.remove()
         return record
+
+    def discard(self) -> None:
+        """Give the shard up: it is there already."""
+        self._journal.remove()
 
     def close(self) -> None:
         """Leave the journal for another time."""
@@ -205,8 +227,17 @@ class ShardWriter:
 
 def note_source_rows(folder: Path, rows: int) -> None:
     """Write down how many rows the whole source has, once that is known."""
-    if not is_complete(folder):
+    if not is_complete(folder) and source_rows(folder) is None:
         _write_json(folder / _SOURCE_ROWS, rows)
+
+
+def source_rows(folder: Path) -> int | None:
+    """Return how many rows the whole source has; None where no process has seen its end."""
+    for name in (_SOURCE_ROWS, RECORD):
+        with contextlib.suppress(FileNotFoundError):
+            noted = json.loads((folder / name).read_text())
+            return int(noted if name == _SOURCE_ROWS else noted["source_rows"])
+    return None
 
 
 def complete(folder: Path) -> bool:
@@ -219,29 +250,27 @@ def complete(folder: Path) -> bool:
         return True
     settings = json.loads((folder / SETTINGS).read_text())
     shards = finished(folder)
-    try:
-        source_rows = json.loads((folder / _SOURCE_ROWS).read_text())
-    except FileNotFoundError:  # a stream that no process has read to its end
+    rows = source_rows(folder)
+    if rows is None or len(shards) < -(-rows // settings["shard_size"]):
         return is_complete(folder)
-    if len(shards) < -(-source_rows // settings["shard_size"]):
-        return False
     ordered = [shards[number] for number in sorted(shards)]
     if not any(shard.rows for shard in ordered):
         raise ValueError("source: not one of its images could be read")
     with pa.memory_map(str(folder / ordered[0].file)) as first:
         schema = Features.from_arrow_schema(pa.ipc.open_stream(first).schema)
-    record = {**settings, "rows": sum(s.rows for s in ordered), "source_rows": source_rows}
+    record = {**settings, "rows": sum(s.rows for s in ordered), "source_rows": rows}
     record["unreadable"] = sum(len(s.unreadable) for s in ordered)
     fingerprint = hashlib.sha256("".join(shard.sha256 for shard in ordered).encode())
+    split = settings.get("source", {}).get("split")
     # What datasets itself writes in save_to_disk, for its load_from_disk.
-    state = {
+    state: dict[str, Any] = {
         "_data_files": [{"filename": shard.file} for shard in ordered if shard.rows],
         "_fingerprint": fingerprint.hexdigest()[:16],
         "_format_columns": None,
         "_format_kwargs": {},
         "_format_type": None,
         "_output_all_columns": False,
-        "_split": settings.get("source", {}).get("split"),
+        "_split": split if split and re.fullmatch(_SPLIT, split) else None,
     }
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as beside:
         info = DatasetInfo(description=json.dumps(record), features=schema)
@@ -249,10 +278,34 @@ def complete(folder: Path) -> bool:
         os.replace(Path(beside) / _INFO, folder / _INFO)
     _write_json(folder / _STATE, state)
     _write_json(folder / RECORD, {**record, "shards": [asdict(shard) for shard in ordered]})
-    for shard in ordered:
-        (folder / f"{_stem(shard.number)}.json").unlink(missing_ok=True)
-    (folder / _SOURCE_ROWS).unlink(missing_ok=True)
+    # What the shards' making has left, in this run and in killed ones.
+    for pattern in ("data-*.json", "data-*.journal", ".data-*.arrow.*", _SOURCE_ROWS):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
     return True
+
+
+def damaged(folder: Path) -> list[str]:
+    """Return what is missing or cut short in a complete folder, by a look at the files' sizes."""
+    problems = [f"{name}: missing" for name in (_STATE, _INFO) if not (folder / name).exists()]
+    for _, shard in sorted(finished(folder).items()):
+        path = folder / shard.file
+        if not path.exists():
+            problems.append(f"{shard.file}: missing")
+        elif path.stat().st_size != shard.bytes:
+            problems.append(f"{shard.file}: {path.stat().st_size} bytes instead of {shard.bytes}")
+    return problems
+
+
+def reopen(folder: Path) -> None:
+    """Make a complete folder incomplete again by the shards that are missing or cut short."""
+    bad = {problem.split(":")[0] for problem in damaged(folder)}
+    record = json.loads((folder / RECORD).read_text())
+    for shard in finished(folder).values():
+        if shard.file not in bad:
+            _write_json(folder / f"{_stem(shard.number)}.json", asdict(shard))
+    _write_json(folder / _SOURCE_ROWS, record["source_rows"])
+    (folder / RECORD).unlink()
 
 
 def join(folder: Path, others: Iterable[Path]) -> bool:
@@ -264,6 +317,7 @@ def join(folder: Path, others: Iterable[Path]) -> bool:
     Raises:
         FileNotFoundError: no feature dataset in one of them.
         SettingsError: a folder of other settings.
+        ValueError: a shard that is not as it was written.
     """
     for other in others:
         if not (other / SETTINGS).exists():
@@ -275,14 +329,23 @@ def join(folder: Path, others: Iterable[Path]) -> bool:
                 continue
             copied = _temporary(folder / shard.file)
             shutil.copyfile(other / shard.file, copied)
+            if sha256_of(copied) != shard.sha256:
+                copied.unlink()
+                raise ValueError(
+                    f"{other / shard.file} is not as it was written; delete it and run its "
+                    "extraction again"
+                )
             os.replace(copied, folder / shard.file)
             _write_json(folder / f"{_stem(number)}.json", asdict(shard))
-        if (other / _SOURCE_ROWS).exists():
-            note_source_rows(folder, json.loads((other / _SOURCE_ROWS).read_text()))
+        rows = source_rows(other)
+        if rows is not None:
+            note_source_rows(folder, rows)
     return complete(folder)
 
 
-def verify(folder: Path, advance: Callable[[int], Any] = lambda _: None) -> list[str]:
+def verify(
+    folder: str | os.PathLike[str], advance: Callable[[int], Any] = lambda _: None
+) -> list[str]:
     """Compare a folder's finished shards with their checksums.
 
     Args:
@@ -295,18 +358,17 @@ def verify(folder: Path, advance: Callable[[int], Any] = lambda _: None) -> list
     Raises:
         FileNotFoundError: no feature dataset there.
     """
+    folder = Path(folder)
     if not (folder / SETTINGS).exists():
         raise FileNotFoundError(f"no feature dataset in {folder}: it has no {SETTINGS}")
-    problems = []
+    problems = damaged(folder)
+    if not is_complete(folder):  # what is written last may be missing
+        problems = [problem for problem in problems if problem.startswith("data-")]
+    bad = {problem.split(":")[0] for problem in problems}
     for _, shard in sorted(finished(folder).items()):
-        path = folder / shard.file
-        if not path.exists():
-            problems.append(f"{shard.file}: missing")
-        elif path.stat().st_size != shard.bytes:
-            problems.append(f"{shard.file}: {path.stat().st_size} bytes instead of {shard.bytes}")
-        elif sha256_of(path, advance) != shard.sha256:
+        if shard.file not in bad and sha256_of(folder / shard.file, advance) != shard.sha256:
             problems.append(f"{shard.file}: altered, its checksum differs")
-    return problems
+    return sorted(problems)
 
 
 def sha256_of(path: Path, advance: Callable[[int], Any] = lambda _: None) -> str:
@@ -328,7 +390,8 @@ def _stem(number: int) -> str:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}")
+    # Not the process's number alone: machines that share a folder may have the same.
+    return path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}")
 
 
 def _to_disk(path: Path) -> None:

@@ -5,7 +5,9 @@ Every source is read through ``datasets``: rows of an undecoded image, its label
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import itertools
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -16,6 +18,7 @@ from typing import Any, NamedTuple
 from monoloss_plugin._optional import missing_extra
 
 try:
+    import numpy as np
     import pyarrow as pa
     import pyarrow.csv
     from datasets import (
@@ -36,6 +39,9 @@ except ModuleNotFoundError as error:
 
 logger = logging.getLogger(__name__)
 
+_SUFFIXES = {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm"}
+_SUFFIXES |= {".tif", ".tiff", ".webp"}
+"""Files of these names are images; others in a folder are left alone."""
 OPEN_IMAGES, FOLDER, HUB = "open-images:", "folder:", "hub:"
 OPEN_IMAGES_SPLITS = ("train", "validation", "test")
 HUB_NAMES = {
@@ -45,6 +51,8 @@ HUB_NAMES = {
 }
 """Datasets of the paper by short names."""
 
+_SAMPLE, _HEAD = 256, 16
+"""Rows of a dataset, and of a stream's beginning, that identify it."""
 _LABELS = ("label", "fine_label", "labels")
 _IDS = ("image_id", "id", "file_name", "filename")
 
@@ -97,9 +105,11 @@ class Source:
         image = row[self.image] or {"bytes": None, "path": None}
         label = None if self.label is None else row[self.label]
         named = row[self.image_id] if self.image_id is not None else None
-        if named is None and image["path"]:
-            named = os.path.basename(image["path"])
-        return Row(image, label, str(number if named is None else named))
+        if named is None:
+            # Names of files may repeat where datasets keeps them without their folders.
+            file = os.path.basename(image["path"] or "")
+            named = f"{number}:{file}" if file else number
+        return Row(image, label, str(named))
 
 
 def open_source(
@@ -125,10 +135,10 @@ def open_source(
         revision: a commit, tag or branch of a Hub dataset.
         streaming: read a Hub dataset as it comes instead of downloading it first.
         image: the image column; by default the only one of that type.
-        label: the label column; by default one named ``label`` or ``fine_label``, or the only one
-            that holds classes.
+        label: the label column, of classes or integers (or strings, which become classes); by
+            default one named ``label`` or ``fine_label``, or the only one that holds classes.
         image_id: the column of ids; by default ``image_id``, ``id`` or ``file_name``, else the
-            images' file names, else their numbers.
+            images' numbers and file names.
 
     Raises:
         ValueError: no images there, or a column or split that is not there.
@@ -153,9 +163,15 @@ def open_source(
     if Path(name).is_absolute() or name.startswith((".", "~")):
         raise FileNotFoundError(f"source: no such folder: {name}")
     repository = HUB_NAMES.get(name, name.removeprefix(HUB))
-    rows = _one_split(
-        load_dataset(repository, config, split=split, revision=revision, streaming=streaming), split
-    )
+    try:
+        loaded = load_dataset(
+            repository, config, split=split, revision=revision, streaming=streaming
+        )
+    except OSError as error:  # not there, or the Hub cannot be reached
+        raise FileNotFoundError(
+            f"source: no folder {name!r} here, and no dataset {repository!r} from the Hub: {error}"
+        ) from error
+    rows = _one_split(loaded, split)
     record = {
         "kind": "hub",
         "name": repository,
@@ -175,6 +191,12 @@ def decode(row: Row, mode: str) -> PILImage.Image:
     if row.image["bytes"] is None and row.image["path"] is None:
         raise ValueError("no image in this row")
     image: PILImage.Image = Image().decode_example(row.image)
+    if image.mode.startswith("I"):  # 16 bits, which PIL would cut off at 255
+        if image.getextrema()[1] > 65535:  # type: ignore[operator]
+            raise ValueError(f"grey values above 65535 in a {image.mode} image")
+        image = PILImage.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("floating-point grey values, whose range is not known")
     return image.convert(mode)
 
 
@@ -213,18 +235,49 @@ def _of_dataset(
         (image,) = images
     if label is None:
         classes = [name for name, kind in features.items() if isinstance(kind, ClassLabel)]
-        named = [name for name in _LABELS if name in classes]
+        named = [name for name in _LABELS if name in features and _are_labels(features[name])]
         label = named[0] if named else classes[0] if len(classes) == 1 else None
     if image_id is None:
         image_id = next((name for name in _IDS if name in features), None)
     columns = [image, *(name for name in (label, image_id) if name is not None)]
-    rows = rows.select_columns(list(dict.fromkeys(columns))).cast_column(image, Image(decode=False))
+    rows = rows.with_format(None).select_columns(list(dict.fromkeys(columns)))
+    rows = rows.cast_column(image, Image(decode=False))
+    if label is not None and not _are_labels(features[label]):
+        if not isinstance(rows, Dataset) or features[label] != Value("string"):
+            raise ValueError(
+                f"label: expected classes or integers in column {label!r}, got {features[label]}"
+            )
+        rows = rows.class_encode_column(label)
     record = {**record, "image": image, "label": label, "image_id": image_id}
     if isinstance(rows, Dataset):
         record["images"] = len(rows)
         if len(rows) == 0:
             raise ValueError("source: expected at least one image, got an empty dataset")
-    return Source(rows, image, label, image_id, record)
+    source = Source(rows, image, label, image_id, record)
+    record["sample_sha256"] = _sample_sha256(source)
+    return source
+
+
+def _are_labels(kind: Any) -> bool:
+    return isinstance(kind, ClassLabel) or (
+        isinstance(kind, Value) and kind.dtype.startswith(("int", "uint"))
+    )
+
+
+def _sample_sha256(source: Source) -> str:
+    """Return a checksum of some rows: other images, or the same in another order, have another."""
+    if isinstance(source.rows, Dataset):
+        count = len(source.rows)
+        numbers = sorted({i * (count - 1) // _SAMPLE for i in range(_SAMPLE + 1)})
+        rows: Iterator[Row] = (source[number] for number in numbers)
+    else:
+        rows = (row for _, row in itertools.islice(source.stream(0), _HEAD))
+    digest = hashlib.sha256()
+    for row in rows:
+        content = row.image["bytes"] or os.path.basename(row.image["path"] or "").encode()
+        digest.update(hashlib.sha256(content).digest())
+        digest.update(f"{row.label} {row.image_id}".encode())
+    return digest.hexdigest()
 
 
 def _image_folder(folder: Path, split: str | None) -> Source:
@@ -243,12 +296,16 @@ def _image_folder(folder: Path, split: str | None) -> Source:
 
 def _image_files(root: Path) -> Iterator[str]:
     """Yield the paths of image files under a folder, relative to it."""
-    PILImage.init()
-    suffixes = {s for s, kind in PILImage.registered_extensions().items() if kind in PILImage.OPEN}
-    for directory, _, files in os.walk(root, followlinks=True):
+    seen = {os.path.realpath(root)}
+    for directory, folders, files in os.walk(root, followlinks=True):
         inside = Path(directory).relative_to(root).as_posix()
+        for name in sorted(folders):
+            real = os.path.realpath(os.path.join(directory, name))
+            if real in seen:  # a link that leads in a circle, or to what is here already
+                folders.remove(name)
+            seen.add(real)
         for name in files:
-            if os.path.splitext(name)[1].lower() in suffixes and not name.startswith("."):
+            if os.path.splitext(name)[1].lower() in _SUFFIXES and not name.startswith("."):
                 yield name if inside == "." else f"{inside}/{name}"
 
 
@@ -271,7 +328,8 @@ def _open_images(root: Path, split: str | None) -> Source:
         text = {"ImageID": pa.string(), "Subset": pa.string()}  # an id may look like a number
         columns = pyarrow.csv.ConvertOptions(include_columns=list(text), column_types=text)
         table = pyarrow.csv.read_csv(listing, convert_options=columns)
-        listed = table.filter(pa.compute.equal(table["Subset"], split))["ImageID"].to_pylist()
+        listed = table.filter(pa.compute.equal(table["Subset"], split))["ImageID"].unique()
+        listed = listed.to_pylist()
         ids = [image_id for image_id in listed if image_id in files]
         logger.info(
             "Open Images %s: %d images of the %d in %s are there",
@@ -296,8 +354,8 @@ def _open_images_listing(root: Path, split: str) -> Path | None:
     places = [root, root / "metadata", root / split, root / split / "metadata"]
     found = [path for place in places for path in sorted(place.glob("*.csv"))]
     for path in sorted(found, key=lambda path: split not in path.name):
-        with path.open() as lines:
-            columns = lines.readline().strip().split(",")
+        with path.open(newline="") as lines:
+            columns = next(csv.reader(lines), [])
         if {"ImageID", "Subset"} <= set(columns):
             return path
     return None

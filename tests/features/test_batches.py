@@ -8,10 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset, Features, Sequence, Value, concatenate_datasets, load_dataset
-from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, SAETrainer
+from sae_lens import (
+    BatchTopKTrainingSAE,
+    BatchTopKTrainingSAEConfig,
+    SAETrainer,
+    StandardSAE,
+    StandardSAEConfig,
+)
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sklearn.datasets import load_digits
 from torch import Tensor
@@ -23,6 +30,7 @@ from monoloss_plugin import MonoLoss, functional
 from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.features import Batch, FeatureBatches, FeatureSet
 from monoloss_plugin.features.order import Order
+from monoloss_plugin.features.rows import Rows
 
 DIGITS = load_digits()
 PIXELS = torch.tensor(DIGITS.data, dtype=torch.float32)
@@ -143,7 +151,7 @@ def test_an_empty_set_can_be_opened_but_not_batched(digits: FeatureSet) -> None:
     empty = FeatureSet(digits.dataset.select([]))
     assert (len(empty), empty.width) == (0, 64)
     assert empty.tensor().shape == (0, 64)
-    with pytest.raises(ValueError, match="expected at most 0 of 0 images"):
+    with pytest.raises(ValueError, match="got an empty set"):
         FeatureBatches(empty)
 
 
@@ -255,6 +263,11 @@ def test_a_state_of_other_settings_is_refused(digits: FeatureSet) -> None:
     state = FeatureBatches(digits, batch_size=256, seed=5).state_dict()
     with pytest.raises(ValueError, match="seed was 5 when it was taken, is 6 here"):
         FeatureBatches(digits, batch_size=256, seed=6).load_state_dict(state)
+    other = FeatureSet(dataset_of(PIXELS.flip(0)))
+    with pytest.raises(ValueError, match="features was "):
+        FeatureBatches(other, batch_size=256, seed=5).load_state_dict(state)
+    with pytest.raises(ValueError, match="normalize was True"):
+        FeatureBatches(digits, batch_size=256, seed=5, normalize=False).load_state_dict(state)
     with pytest.raises(ValueError, match="batch_rows was 256"):
         FeatureBatches(digits, batch_size=128, seed=5).load_state_dict(state)
 
@@ -509,3 +522,69 @@ def test_evaluate_takes_batches_with_their_labels_and_embeddings(digits: Feature
         evaluate(sae, batches, labels)
     with pytest.raises(ValueError, match="at least one sample"):
         evaluate(sae, [])
+    with pytest.raises(ValueError, match="num_classes: needed"):
+        evaluate(sae, list(batches))
+    loaded = DataLoader(batches, batch_size=None)
+    assert evaluate(sae, loaded, num_classes=10).summary() == pytest.approx(found.summary())
+    with pytest.raises(TypeError, match="expected a tensor or batches of samples, got float64s"):
+        evaluate(sae, DIGITS.data[0])
+
+
+def test_samples_without_a_label_do_not_count_for_purity(digits: FeatureSet) -> None:
+    labels = torch.tensor(DIGITS.target)
+    partly = labels.clone()
+    partly[::3] = -1
+    named = digits.dataset.remove_columns("label").add_column("label", partly.tolist())
+    batches = FeatureBatches(FeatureSet(named), batch_size=500, shuffle="none", drop_last=False)
+    unit, known = normalize(PIXELS, dim=1), partly >= 0
+    sae = StandardSAE(StandardSAEConfig(d_in=64, d_sae=128))
+    expected = evaluate(sae, unit[known], labels[known], batch_size=2000).purity
+    for found in (evaluate(sae, batches), evaluate(sae, unit, partly)):
+        torch.testing.assert_close(found.purity.binary, expected.binary, equal_nan=True)
+        torch.testing.assert_close(
+            found.purity.weighted, expected.weighted, equal_nan=True, rtol=1e-6, atol=1e-6
+        )
+
+
+def test_row_numbers_of_different_sources_match_nothing(digits: FeatureSet) -> None:
+    def named(name: str) -> FeatureSet:
+        source = {"kind": "dataset", "name": name, "image_id": None}
+        return FeatureSet(digits.dataset, {"source": source})
+
+    FeatureBatches(named("cifar10"), embeddings=named("cifar10"), batch_size=9)
+    with pytest.raises(ValueError, match=r"row numbers of different sources \(cifar10 and mnist"):
+        FeatureBatches(named("cifar10"), embeddings=named("mnist"), batch_size=9)
+
+
+def test_sets_without_ids_are_matched_row_by_row_and_that_is_said(digits, caplog) -> None:
+    unnamed = FeatureSet(dataset_of(PIXELS + 1).remove_columns("image_id"))
+    batch = next(iter(FeatureBatches(digits, embeddings=unnamed, batch_size=10)))
+    torch.testing.assert_close(batch.embeddings, normalize(PIXELS[batch.rows] + 1, dim=1))
+    assert "taken to hold the same images in the same order" in caplog.text
+
+
+def test_columns_of_other_types_are_taken_or_named() -> None:
+    plain = dataset_of(PIXELS[:3])
+    columns = plain.remove_columns(["label", "image_id"])
+    small = columns.add_column("label", [1, 2, 3]).cast_column("label", Value("uint8"))
+    numbered = small.add_column("image_id", [7, 8, 9])
+    opened = FeatureSet(numbered)
+    assert opened.labels.tolist() == [1, 2, 3]
+    assert opened.image_ids(torch.tensor([2, 0])) == ["9", "7"]
+    with pytest.raises(TypeError, match="label: expected integers, got string"):
+        FeatureSet(columns.add_column("label", ["a", "b", "c"]))
+    data = {"features": [[1.0, None], [2.0, 3.0]]}
+    kind = Features({"features": Sequence(Value("float32"), length=2)})
+    with pytest.raises(ValueError, match="1 values are missing within rows"):
+        FeatureSet(Dataset.from_dict(data, features=kind))
+
+
+def test_pieces_at_odd_addresses_are_read_right() -> None:
+    memory = np.zeros(4 * 12 + 2, np.uint8)
+    values = PIXELS[:3, 20:24].contiguous().numpy()
+    memory[2:] = values.view(np.uint8).reshape(-1)
+    odd = pa.Array.from_buffers(pa.float32(), 12, [None, pa.py_buffer(memory).slice(2)])
+    pieces = [pa.FixedSizeListArray.from_arrays(piece, 4) for piece in (odd, pa.array(values[0]))]
+    rows = Rows(pa.chunked_array(pieces))
+    expected = np.concatenate((values, values[:1]))
+    assert np.array_equal(rows.take(torch.arange(4)).numpy(), expected)

@@ -82,6 +82,11 @@ def test_the_encoders_with_short_names_are_listed() -> None:
         (["extract", "{images}", "-e", "resnet", "-o", "x"], "expected one of clip-vit-l14"),
         (["extract", "{images}", "-e", "{vit}", "-o", "x", "--shard", "3"], "expected I/N"),
         (["extract", "{images}", "-e", "{vit}", "-o", "x", "--dtype", "int8"], "dtype: expected"),
+        (
+            ["extract", "no-such-folder", "-e", "{vit}", "-o", "x"],
+            "no folder 'no-such-folder' here",
+        ),
+        (["extract", "{images}", "-e", "{vit}", "-o", "{images}/digit-4/004.png"], "File exists"),
         (["features", "verify", "{images}"], "no feature dataset in"),
         (["features", "info", "/no/such/folder"], "no feature dataset in"),
         (["features", "join", "x", "/no/such/folder"], "no feature dataset in /no/such/folder"),

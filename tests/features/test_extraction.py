@@ -81,7 +81,9 @@ def test_a_folder_of_images_becomes_their_features(
     assert ids == sorted(expected)
     torch.testing.assert_close(features.tensor(), torch.stack([expected[i] for i in ids]))
     assert [features.classes[y] for y in features.labels] == [i.split("/")[0] for i in ids]
-    assert features.record["encoder"] == json.loads(json.dumps(load_encoder(name).record))
+    assert features.record["encoder"] == json.loads(json.dumps(load_encoder(name).record)) | {
+        "mode": "RGB"
+    }
     # Every batch of a shard is in one piece.
     assert features.dataset.data.column("features").num_chunks == 4
 
@@ -307,12 +309,159 @@ def test_too_many_unreadable_images_stop_the_run_and_it_can_go_on(
     vit, image_folder, tmp_path
 ) -> None:
     with pytest.raises(
-        TooManyUnreadableError, match=r"3 images .* max_unreadable=2: digit-4/trunc"
+        TooManyUnreadableError,
+        match=r"3 images .* max_unreadable=2, the last of them digit-4/trunc",
     ):
         extract(image_folder, vit, tmp_path / "out", max_unreadable=2, batch_size=8, **QUIET)
     done = extract(image_folder, vit, tmp_path / "out", max_unreadable=3, batch_size=8, **QUIET)
     assert done.complete
     assert 0 < done.images < 150
+
+
+def test_the_limit_holds_when_the_run_is_started_again(vit, image_folder, tmp_path) -> None:
+    options = {"max_unreadable": 2, "batch_size": 8, **QUIET}
+    for _ in range(5):
+        with pytest.raises(TooManyUnreadableError):
+            extract(image_folder, vit, tmp_path / "out", **options)
+    assert not shards.is_complete(tmp_path / "out")
+
+
+def test_an_image_whose_features_are_not_finite_is_left_out(vit, image_folder, tmp_path) -> None:
+    named = load_encoder(vit)
+
+    def sometimes(inputs: Tensor) -> Tensor:
+        features = named.forward(inputs)
+        features[2::7] = float("nan")
+        return features
+
+    own = Encoder(named.model, named.preprocess, sometimes, {"name": "sometimes"})
+    done = extract(image_folder, own, tmp_path / "out", batch_size=150, shard_size=200, **QUIET)
+    extract(image_folder, vit, tmp_path / "whole", batch_size=150, shard_size=200, **QUIET)
+    listed = [bad for bad in done.unreadable if "not finite" in bad["error"]]
+    whole = FeatureSet.open(tmp_path / "whole")
+    ids = whole.ids.to_pylist()
+    source = open_source(image_folder)
+    assert len(listed) > 15
+    assert all(source[bad["row"]].image_id == bad["image_id"] for bad in listed)
+    kept = [i for i, name in enumerate(ids) if name not in {bad["image_id"] for bad in listed}]
+    found = FeatureSet.open(tmp_path / "out")
+    assert found.ids.to_pylist() == [ids[i] for i in kept]
+    torch.testing.assert_close(found.tensor(), whole.tensor()[kept])
+
+
+def test_a_split_of_any_name_can_be_opened(vit, image_folder, tmp_path) -> None:
+    (image_folder / "digit-3").rename(image_folder / "train-clean")
+    extract(image_folder, vit, tmp_path / "out", split="train-clean", **QUIET)
+    assert FeatureSet.open(tmp_path / "out").record["source"]["split"] == "train-clean"
+
+
+def test_another_dataset_of_the_same_length_is_refused(vit, digit_images, tmp_path) -> None:
+    dataset = digits_dataset(digit_images)
+    extract(dataset, vit, tmp_path / "out", shard=(0, 2), shard_size=20, **QUIET)
+    with pytest.raises(SettingsError, match="sample_sha256"):
+        extract(dataset.shuffle(seed=1), vit, tmp_path / "out", shard_size=20, **QUIET)
+
+
+@pytest.mark.parametrize("rows", [40, 45])
+def test_a_stream_may_be_shared_by_more_processes_than_it_has_shards(
+    rows, vit, digit_images, tmp_path
+) -> None:
+    stream = digits_dataset(digit_images[:rows]).to_iterable_dataset()
+    options = {"shard_size": 20, "batch_size": 7, **QUIET}
+    for part in (5, 4, 3, 2, 1, 0):
+        done = extract(stream, vit, tmp_path / "out", shard=(part, 6), **options)
+    assert done.complete
+    record = json.loads((tmp_path / "out" / "features.json").read_text())
+    assert (record["rows"], record["source_rows"]) == (rows, rows)
+
+
+def test_a_stream_killed_at_its_end_is_completed_by_other_shares(
+    vit, digit_images, tmp_path, monkeypatch
+) -> None:
+    stream = digits_dataset(digit_images[:40]).to_iterable_dataset()
+    options = {"shard_size": 20, "batch_size": 20, **QUIET}
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shards, "note_source_rows", killed)
+        for part in (0, 1):
+            with pytest.raises(KeyboardInterrupt):
+                extract(stream, vit, tmp_path / "out", shard=(part, 2), **options)
+    assert sorted(shards.finished(tmp_path / "out")) == [0, 1]
+    done = [extract(stream, vit, tmp_path / "out", shard=(i, 3), **options) for i in range(3)]
+    assert done[-1].complete
+    assert (done[-1].rows, sum(one.images for one in done)) == (40, 0)
+
+
+def test_a_run_that_another_one_overtakes_leaves_its_result_alone(
+    vit, image_folder, tmp_path
+) -> None:
+    named, out = load_encoder(vit), tmp_path / "out"
+    options = {"batch_size": 16, "shard_size": 40, **QUIET}
+    calls = []
+
+    def overtaken(inputs: Tensor) -> Tensor:
+        calls.append(len(inputs))
+        if len(calls) == 3:
+            extract(image_folder, vit, out, **options)
+            before.update({path.name: path.stat().st_mtime_ns for path in out.iterdir()})
+        return named.forward(inputs)
+
+    before: dict[str, int] = {}
+    slow = Encoder(named.model, named.preprocess, overtaken, named.record)
+    done = extract(image_folder, slow, out, **options)
+    assert done.complete
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    assert shards.verify(out) == []
+
+
+def test_what_killed_runs_left_is_swept_up(vit, image_folder, tmp_path) -> None:
+    out = tmp_path / "out"
+    extract(image_folder, vit, out, shard=(0, 2), shard_size=40, **QUIET)
+    (out / "data-00000.journal").write_bytes(b"")
+    (out / ".data-00001.arrow.99-abc").write_bytes(b"half a shard")
+    extract(image_folder, vit, out, shard_size=40, **QUIET)
+    assert {path.suffix for path in out.iterdir()} == {".arrow", ".json"}
+
+
+@pytest.mark.parametrize("lost", ["data-00001.arrow", "state.json", "dataset_info.json"])
+def test_a_damaged_set_is_repaired_by_running_again(lost, vit, image_folder, tmp_path) -> None:
+    out = tmp_path / "out"
+    extract(image_folder, vit, out, shard_size=40, **QUIET)
+    whole = FeatureSet.open(out).tensor().clone()
+    (out / lost).unlink()
+    assert shards.verify(str(out)) == [f"{lost}: missing"]
+    with pytest.raises(ValueError, match=f"is damaged .{lost}: missing.; run its extraction again"):
+        FeatureSet.open(out)
+    repaired = extract(image_folder, vit, out, shard_size=40, **QUIET)
+    assert repaired.complete
+    # One of the shard's 40 images cannot be read.
+    assert repaired.images == (39 if lost.startswith("data-0") else 0)
+    assert shards.verify(out) == []
+    torch.testing.assert_close(FeatureSet.open(out).tensor(), whole, rtol=2e-3, atol=2e-3)
+
+
+def test_joining_takes_complete_sets_and_refuses_damaged_shards(
+    vit, image_folder, tmp_path
+) -> None:
+    extract(image_folder, vit, tmp_path / "a", shard_size=40, **QUIET)
+    assert shards.join(tmp_path / "b", [tmp_path / "a"])
+    assert same_rows(tmp_path / "a", tmp_path / "b")
+    shard = tmp_path / "a" / "data-00001.arrow"
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(ValueError, match="is not as it was written"):
+        shards.join(tmp_path / "c", [tmp_path / "a"])
+
+
+def test_other_versions_are_said_and_not_refused(vit, image_folder, tmp_path, caplog) -> None:
+    extract(image_folder, vit, tmp_path / "out", shard=(0, 2), shard_size=40, **QUIET)
+    settings = json.loads((tmp_path / "out" / "extraction.json").read_text())
+    settings["versions"]["torch"] = "2.3.0"
+    (tmp_path / "out" / "extraction.json").write_text(json.dumps(settings))
+    assert extract(image_folder, vit, tmp_path / "out", shard_size=40, **QUIET).complete
+    assert "was begun with {" in caplog.text
 
 
 def test_a_folder_of_nothing_readable_is_an_error(vit, tmp_path) -> None:
@@ -336,14 +485,12 @@ def test_an_encoder_of_your_own_need_not_resize(image_folder, tmp_path) -> None:
     assert FeatureSet.open(done.folder).width == 20 * 24
 
 
-def test_features_that_overflow_are_refused(vit, image_folder, tmp_path) -> None:
+def test_features_that_overflow_are_left_out_and_listed(vit, image_folder, tmp_path) -> None:
     encoder = load_encoder(vit)
     huge = Encoder(
         encoder.model, encoder.preprocess, lambda x: encoder.forward(x) * 1e6, {"name": "huge"}
     )
-    with pytest.raises(
-        ValueError, match=r"digit-0/000.png are not finite as torch.float16; dtype="
-    ):
+    with pytest.raises(TooManyUnreadableError, match=r"features not finite as torch\.float16; fl"):
         extract(image_folder, huge, tmp_path / "out", **QUIET)
     assert extract(image_folder, huge, tmp_path / "wide", dtype="float32", **QUIET).complete
 
@@ -384,6 +531,7 @@ def test_autocast_is_close_to_full_precision(vit, image_folder, tmp_path) -> Non
         ({"autocast": "float8"}, "autocast: "),
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
         ({"workers": -1}, "workers: expected at least 0"),
+        ({"max_unreadable": -1}, "max_unreadable: expected at least 0"),
         ({"shard": (2, 2)}, "shard: expected"),
     ],
 )

@@ -8,7 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, Value
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDataset,
+    Value,
+    load_dataset,
+)
 from PIL import Image as PILImage
 
 from monoloss_plugin.features.sources import HUB_NAMES, Source, decode, open_source
@@ -87,6 +96,58 @@ def test_columns_can_be_given(digit_images) -> None:
         open_source(dataset.remove_columns("img"))
 
 
+def test_labels_of_integers_and_of_strings(digit_images) -> None:
+    images = digits_dataset(digit_images).remove_columns("fine_label")
+    numbered = images.add_column("label", list(range(60)))
+    assert open_source(numbered)[41].label == 41
+    assert open_source(numbered).classes is None
+    worded = images.add_column("kind", ["dog", "cat", "emu"] * 20)
+    assert open_source(worded).label is None
+    source = open_source(worded, label="kind")
+    assert source.classes == ["cat", "dog", "emu"]
+    assert [source[i].label for i in range(3)] == [1, 0, 2]
+    for wrong in ([0.5] * 60, [[1]] * 60):
+        with pytest.raises(ValueError, match="expected classes or integers in column 'x'"):
+            open_source(images.add_column("x", wrong), label="x")
+
+
+def test_a_format_of_the_dataset_is_left_aside(digit_images) -> None:
+    dataset = digits_dataset(digit_images)
+    plain = open_source(dataset)
+    for formatted in (
+        dataset.with_format("torch"),
+        dataset.with_transform(lambda row: {"other": row["img"]}),
+    ):
+        source = open_source(formatted)
+        assert source[3] == plain[3]
+        assert source.record == plain.record
+
+
+def test_the_record_tells_other_images_and_orders_of_equal_number(digit_images) -> None:
+    dataset = digits_dataset(digit_images)
+    records = [
+        open_source(one).record["sample_sha256"]
+        for one in (dataset, dataset.shuffle(seed=0), digits_dataset(digit_images[::-1]))
+    ]
+    assert len(set(records)) == 3
+    assert open_source(digits_dataset(digit_images)).record["sample_sha256"] == records[0]
+    streams = [open_source(one.to_iterable_dataset()) for one in (dataset, dataset.shuffle(seed=0))]
+    assert streams[0].record["sample_sha256"] != streams[1].record["sample_sha256"]
+
+
+def test_files_of_the_same_name_have_ids_of_their_own(image_folder: Path) -> None:
+    (image_folder / "digit-0" / "x.png").write_bytes(
+        (image_folder / "digit-4/004.png").read_bytes()
+    )
+    (image_folder / "digit-1" / "x.png").write_bytes(
+        (image_folder / "digit-4/004.png").read_bytes()
+    )
+    loaded = load_dataset("imagefolder", data_dir=str(image_folder), split="train")
+    ids = ids_of(open_source(loaded))
+    assert len(set(ids)) == len(ids)
+    assert sum(name.endswith(":x.png") for name in ids) == 2
+
+
 def test_a_saved_dataset_and_its_splits(digit_images, tmp_path: Path) -> None:
     dataset = digits_dataset(digit_images)
     DatasetDict(train=dataset.select(range(50)), test=dataset.select(range(50, 60))).save_to_disk(
@@ -139,6 +200,33 @@ def test_open_images_without_and_with_its_listing(tmp_path: Path) -> None:
     assert ids_of(source) == [f"{i:016x}" for i in (8, 2, 5)]
     assert source.record["listing"] == listing.name
     assert decode(source[1], "RGB").size == (9, 9)
+
+
+def test_open_images_listings_may_be_quoted_and_name_an_image_twice(tmp_path: Path) -> None:
+    open_images_folder(tmp_path)
+    rows = "".join(f'"{i:016x}","train"\n' for i in (2, 2, 5))
+    (tmp_path / "train.csv").write_text('"ImageID","Subset"\n' + rows)
+    source = open_source(f"open-images:{tmp_path}", split="train")
+    assert ids_of(source) == [f"{i:016x}" for i in (2, 5)]
+
+
+def test_grey_values_of_16_bits_keep_their_shades(tmp_path: Path) -> None:
+    ramp = (np.arange(256, dtype=np.uint16) * 257)[None].repeat(2, 0)
+    PILImage.fromarray(ramp).save(tmp_path / "a.png")
+    PILImage.fromarray(ramp.astype(np.int32)).save(tmp_path / "b.tiff")
+    PILImage.fromarray(ramp.astype(np.float32)).save(tmp_path / "c.tiff")
+    source = open_source(tmp_path)
+    for number in (0, 1):
+        assert np.array_equal(np.asarray(decode(source[number], "L"))[0], np.arange(256))
+    with pytest.raises(ValueError, match="floating-point grey values"):
+        decode(source[2], "RGB")
+
+
+def test_links_that_lead_in_a_circle_and_other_files_are_left_alone(image_folder: Path) -> None:
+    before = ids_of(open_source(image_folder))
+    (image_folder / "digit-3" / "up").symlink_to("..")
+    (image_folder / "digit-3" / "data.h5").write_bytes(b"")
+    assert ids_of(open_source(image_folder)) == before
 
 
 def test_an_image_is_turned_upright(tmp_path: Path) -> None:

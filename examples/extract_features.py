@@ -2,7 +2,7 @@
 
 python examples/extract_features.py [FOLDER ENCODER]     # such as: photos clip-vit-l14
 
-Without arguments: handwritten digits, whose features are their pixels.
+Without arguments: handwritten digits, with their pixels as features.
 """
 
 import sys
@@ -30,8 +30,9 @@ else:
         path = folder / str(digits.target[number]) / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((image * 15).astype("uint8")).save(path)
-    pixels = torch.nn.Flatten()  # a model of your own: here the pixels themselves
-    encoder = Encoder(pixels, lambda i: pil_to_tensor(i) / 255, pixels, {"name": "pixels"}, "L")
+    # A model of your own: here pixels, less their mean over the image.
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LayerNorm(64))
+    encoder = Encoder(model, lambda i: pil_to_tensor(i) / 255, model, {"name": "pixels"}, "L")
 
 extract(folder, encoder, work / "features")  # <- images to features, once
 features = FeatureSet.open(work / "features")

@@ -28,7 +28,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 from benchmarks.data import features
 from benchmarks.setting import Found, Setting
 from benchmarks.timing import alternate, ratio, spread
-from monoloss_plugin.features import FeatureBatches, FeatureSet, shards
+from monoloss_plugin.features import FeatureBatches, FeatureSet, shards, whole
 from monoloss_plugin.features.encoders import Encoder
 from monoloss_plugin.features.extraction import extract
 
@@ -264,7 +264,7 @@ def _write_set(folder: Path, x: Tensor) -> None:
         ids = [f"{row:08d}.jpg" for row in range(first, first + len(part))]
         writer.add(part.numpy(), [0] * len(part), ids, len(part))
         writer.finish()
-    shards.complete(folder)
+    whole.complete(folder)
 
 
 def _write_photos(folder: Path, count: int) -> None:

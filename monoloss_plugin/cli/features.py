@@ -122,11 +122,11 @@ def verify(folder: Annotated[Path, typer.Argument(help="A feature dataset.")]) -
     with _readable_errors():
         from tqdm.auto import tqdm
 
-        from monoloss_plugin.features import shards
+        from monoloss_plugin.features import shards, whole
 
         size = sum(path.stat().st_size for path in folder.glob("data-*.arrow"))
         with tqdm(total=size, unit="B", unit_scale=True, desc="Verifying", disable=not size) as bar:
-            problems = shards.verify(folder, bar.update)
+            problems = whole.verify(folder, bar.update)
         count, complete = len(shards.finished(folder)), shards.is_complete(folder)
     for problem in problems:
         print(problem)
@@ -166,9 +166,9 @@ def join(
 ) -> None:
     """Copy the shards that other machines made of the same source into one folder."""
     with _readable_errors():
-        from monoloss_plugin.features import shards
+        from monoloss_plugin.features import shards, whole
 
-        complete = shards.join(folder, others)
+        complete = whole.join(folder, others)
     print(
         f"{len(shards.finished(folder))} shards in {folder}, {'' if complete else 'not '}complete"
     )

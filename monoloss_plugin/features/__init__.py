@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from monoloss_plugin.features.batches import Batch, FeatureBatches
 from monoloss_plugin.features.feature_set import FeatureSet, Sample
-from monoloss_plugin.features.shards import SettingsError, verify
+from monoloss_plugin.features.shards import SettingsError
+from monoloss_plugin.features.whole import verify
 
 if TYPE_CHECKING:
     from monoloss_plugin.features.encoders import Encoder, load_encoder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -14,35 +13,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
 
 from monoloss_plugin._checks import require_choice
 from monoloss_plugin._optional import missing_extra
-from monoloss_plugin.features import shards
+from monoloss_plugin.features import shards, whole
 from monoloss_plugin.features.encoders import Encoder, Output, load_encoder
 from monoloss_plugin.features.encoders.encoder import weights_sha256
-from monoloss_plugin.features.images import (
-    Loaded,
-    Preparation,
-    batches_by_number,
-    batches_of_stream,
-    in_batches,
-    said,
-    to_device,
-    without_infinite,
-)
+from monoloss_plugin.features.forward import Forward, Precision, batch_of, fitting_batch_size
+from monoloss_plugin.features.images import Loaded, Preparation, batches_by_number, said
+from monoloss_plugin.features.share import Share, TooManyUnreadableError
 from monoloss_plugin.features.sources import Row, Source, open_source
 
 try:
-    import datasets
-    import psutil
     from tqdm.auto import tqdm
 except ModuleNotFoundError as error:
     raise missing_extra(error, "vision") from error
 
-logger = logging.getLogger(__name__)
-
-Precision = Literal["bfloat16", "float16"]
+__all__ = ["Extraction", "TooManyUnreadableError", "extract"]
 
 _STREAM_SHARD = 16_384
 _SHARDS = 32
@@ -52,14 +39,6 @@ _ROUND = 1024
 _TRIED = 1000
 """So many images may be unreadable before the first that is."""
 _VERSIONS = ("monoloss_plugin", "torch", "datasets", "pillow")
-_SECONDS = 5.0
-"""About as long as a batch may take: what a kill can lose."""
-_LARGEST_BATCH = {"cuda": 1024}
-_LARGEST_BATCH_ELSEWHERE = 256
-
-
-class TooManyUnreadableError(RuntimeError):
-    """More images could not be read than the run may leave out."""
 
 
 @dataclass(frozen=True)
@@ -166,10 +145,10 @@ def extract(
     elif (output, layer, revision) != (None, None, None):
         raise ValueError("output, layer, revision: these choose of an encoder given by name")
     place = _device(device)
-    forward = _Forward(encoder, place, autocast)
+    forward = Forward(encoder, place, autocast)
     prepare = Preparation(encoder.preprocess, encoder.mode)
     probe = _first_readable(images, prepare)
-    width = forward(_batch_of(probe, 1)).shape[1]
+    width = forward(batch_of(probe, 1)).shape[1]
 
     size = shard_size or _shard_size(images.num_images)
     folder = Path(out)
@@ -184,14 +163,14 @@ def extract(
         "versions": {name: version(name) for name in _VERSIONS},
     }
     shards.begin(folder, settings)
-    if shards.is_complete(folder) and shards.damaged(folder):
-        shards.reopen(folder)
+    if shards.is_complete(folder) and whole.damaged(folder):
+        whole.reopen(folder)
     if images.num_images is not None:
         shards.note_source_rows(folder, images.num_images)
     schema = shards.features_schema(width, dtype, images.label is not None, images.classes)
     started, encoded = time.perf_counter(), 0
     if not shards.is_complete(folder):
-        run = _Run(
+        run = Share(
             folder,
             images,
             schema,
@@ -216,7 +195,7 @@ def extract(
                 encoded = run.encode(forward, shown(batches), getattr(torch, dtype))
         finally:
             run.close()
-        shards.complete(folder)
+        whole.complete(folder)
     done = shards.finished(folder)
     return Extraction(
         folder=folder,
@@ -226,214 +205,6 @@ def extract(
         complete=shards.is_complete(folder),
         seconds=time.perf_counter() - started,
     )
-
-
-class _Forward:
-    """An encoder on its device: from a batch of inputs to features on the CPU."""
-
-    def __init__(
-        self,
-        encoder: Encoder,
-        device: torch.device,
-        autocast: Literal["bfloat16", "float16"] | None,
-    ) -> None:
-        self.encoder, self.device = encoder, device
-        self.model: nn.Module = encoder.model.to(device).eval()
-        self.precision = None if autocast is None else getattr(torch, autocast)
-
-    @torch.inference_mode()
-    def __call__(self, inputs: Any) -> Tensor:
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
-            features = self.encoder.forward(to_device(inputs, self.device))
-        if features.ndim != 2:
-            raise ValueError(f"encoder: expected features (B, d), got {tuple(features.shape)}")
-        return features.float()
-
-    def in_parts(self, inputs: Any, size: int) -> Tensor:
-        """Encode a batch, in halves where the device's memory is too small for all of it."""
-        try:
-            return self(inputs)
-        except torch.cuda.OutOfMemoryError:
-            if size == 1:
-                raise
-            torch.cuda.empty_cache()
-            logger.warning("encoding %d images at once does not fit; encoding halves", size)
-        half = size // 2
-        return torch.cat(
-            (
-                self.in_parts(_part_of(inputs, slice(0, half)), half),
-                self.in_parts(_part_of(inputs, slice(half, size)), size - half),
-            )
-        )
-
-
-class _Run:
-    """This process's share of an extraction."""
-
-    def __init__(
-        self,
-        folder: Path,
-        source: Source,
-        schema: datasets.Features,
-        *,
-        shard_size: int,
-        share: tuple[int, int],
-        max_unreadable: int,
-    ) -> None:
-        self.folder, self.source, self.schema = folder, source, schema
-        self.shard_size, self.max_unreadable = shard_size, max_unreadable
-        self.part, self.parts = share
-        self.source_rows = source.num_images or shards.source_rows(folder)
-        self.finished = shards.finished(folder)
-        self.writers = {
-            number: shards.ShardWriter(folder, number, schema)
-            for number in shards.begun(folder)
-            if self._is_mine(number)
-        }
-        self.unreadable = [one for record in self.finished.values() for one in record.unreadable]
-        self.unreadable += [one for writer in self.writers.values() for one in writer.unreadable]
-        self.before = sum(writer.done for writer in self.writers.values()) + sum(
-            record.source_rows for n, record in self.finished.items() if n % self.parts == self.part
-        )
-        """Rows of this share that earlier runs have done."""
-
-    @property
-    def rows_of_share(self) -> int:
-        """Rows of the source in this share, for a source of known size."""
-        assert self.source_rows is not None
-        starts = range(self.part * self.shard_size, self.source_rows, self.parts * self.shard_size)
-        return sum(min(self.shard_size, self.source_rows - start) for start in starts)
-
-    def encode(self, forward: _Forward, batches: Iterator[Loaded], stored: torch.dtype) -> int:
-        """Encode and write what is missing, and return how many images that was."""
-        encoded = 0
-        width = self.schema["features"].length
-        self._check_unreadable()
-        self._finish_whole()
-        for loaded in batches:
-            if not self._is_mine(loaded.numbers[0] // self.shard_size):
-                continue  # read ahead, before another process finished it
-            features = torch.empty((0, width), dtype=stored)
-            if loaded.inputs is not None:
-                features = forward.in_parts(loaded.inputs, len(loaded.ids)).to(stored).cpu()
-                encoded += len(features)
-                loaded, features = without_infinite(loaded, features)
-            self._write(loaded, features)
-        self._finish_whole()
-        return encoded
-
-    def by_number(self, batch_size: int) -> Iterator[list[int]]:
-        """Yield batches of this share's rows that are not done, each within a shard."""
-        assert self.source_rows is not None
-        resumed = {number: writer.done for number, writer in self.writers.items()}
-        for number in range(self.part, -(-self.source_rows // self.shard_size), self.parts):
-            if self._is_mine(number) and not shards.is_finished(self.folder, number):
-                start = number * self.shard_size
-                end = min(start + self.shard_size, self.source_rows)
-                yield from in_batches(range(start + resumed.get(number, 0), end), batch_size)
-
-    def of_stream(self, prepare: Preparation, batch_size: int, workers: int) -> Iterator[Loaded]:
-        """Yield batches of a stream's rows that are this share's and not done."""
-        resumed = {number: writer.done for number, writer in self.writers.items()}
-
-        def wanted(row: int) -> bool:
-            number, within = divmod(row, self.shard_size)
-            return self._is_mine(number) and within >= resumed.get(number, 0)
-
-        first = next(n for n in itertools.count(self.part, self.parts) if self._is_mine(n))
-        if self.source_rows is not None and first * self.shard_size >= self.source_rows:
-            return iter(())
-        return batches_of_stream(
-            self.source,
-            prepare,
-            wanted,
-            start=first * self.shard_size + resumed.get(first, 0),
-            batch_size=batch_size,
-            shard_size=self.shard_size,
-            workers=workers,
-            ended=self._stream_ended,
-        )
-
-    def close(self) -> None:
-        """Leave unfinished shards for another run."""
-        for writer in self.writers.values():
-            writer.close()
-
-    def _is_mine(self, number: int) -> bool:
-        return number % self.parts == self.part and number not in self.finished
-
-    def _write(self, loaded: Loaded, features: Tensor) -> None:
-        number = loaded.numbers[0] // self.shard_size
-        if number not in self.writers:
-            writer = shards.ShardWriter(self.folder, number, self.schema)
-            if shards.is_finished(self.folder, number):  # looked for under the writer's lock
-                writer.discard()
-                self.finished = shards.finished(self.folder)
-                return
-            self.writers[number] = writer
-        writer = self.writers[number]
-        writer.add(
-            features.numpy(), loaded.labels, loaded.ids, len(loaded.numbers), loaded.unreadable
-        )
-        self.unreadable += loaded.unreadable
-        self._check_unreadable()
-        self._finish_if_whole(writer)
-
-    def _check_unreadable(self) -> None:
-        if len(self.unreadable) > self.max_unreadable:
-            last = "; ".join(f"{bad['image_id']} ({bad['error']})" for bad in self.unreadable[-3:])
-            raise TooManyUnreadableError(
-                f"{len(self.unreadable)} images left out, more than max_unreadable="
-                f"{self.max_unreadable}, the last of them {last}. Features so far are kept."
-            )
-
-    def _finish_whole(self) -> None:
-        for writer in list(self.writers.values()):
-            self._finish_if_whole(writer)
-
-    def _finish_if_whole(self, writer: shards.ShardWriter) -> None:
-        whole = self.shard_size
-        if self.source_rows is not None:
-            whole = min(whole, self.source_rows - writer.number * self.shard_size)
-        if writer.done == whole:
-            self.finished[writer.number] = writer.finish()
-            del self.writers[writer.number]
-
-    def _stream_ended(self, rows: int) -> None:
-        self.source_rows = rows
-        shards.note_source_rows(self.folder, rows)
-
-
-def fitting_batch_size(forward: _Forward, probe: Any) -> int:
-    """Return a power of two of images that fit the free memory and take a few seconds at most.
-
-    On a GPU a small batch's peak is measured. Elsewhere the peak is taken to be four times the
-    largest output of any module: without gradients, little more is alive at once.
-    """
-    outputs = [0]
-
-    def note(_module: nn.Module, _args: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            outputs.append(output.nbytes)
-
-    forward(_batch_of(probe, 2))
-    handles = [m.register_forward_hook(note) for m in forward.model.modules()]
-    if forward.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(forward.device)
-        held = torch.cuda.memory_allocated(forward.device)
-    started = time.perf_counter()
-    forward(_batch_of(probe, 2))
-    seconds = (time.perf_counter() - started) / 2
-    for handle in handles:
-        handle.remove()
-    if forward.device.type == "cuda":
-        image_bytes = (torch.cuda.max_memory_allocated(forward.device) - held) / 2
-        free, _ = torch.cuda.mem_get_info(forward.device)
-    else:
-        image_bytes, free = 4 * max(outputs) / 2, psutil.virtual_memory().available
-    largest = _LARGEST_BATCH.get(forward.device.type, _LARGEST_BATCH_ELSEWHERE)
-    fits = min(largest, _SECONDS / seconds, 0.5 * free / max(image_bytes, 1))
-    return 1 << max(0, int(fits).bit_length() - 1)
 
 
 def _first_readable(source: Source, prepare: Preparation) -> Any:
@@ -495,21 +266,8 @@ def _shard_size(num_images: int | None) -> int:
     return min(_LARGEST_SHARD, max(1, -(-num_images // (_SHARDS * _ROUND))) * _ROUND)
 
 
-def _batch_of(probe: Any, count: int) -> Any:
-    """Return a batch of the same input over and over."""
-    if isinstance(probe, dict):
-        return {name: _batch_of(one, count) for name, one in probe.items()}
-    return torch.stack([torch.as_tensor(probe)] * count)
-
-
-def _part_of(inputs: Any, rows: slice) -> Any:
-    if isinstance(inputs, dict):
-        return {name: one[rows] for name, one in inputs.items()}
-    return inputs[rows]
-
-
 @contextmanager
-def _bar(run: _Run, shown: bool) -> Iterator[Callable[[Iterator[Loaded]], Iterator[Loaded]]]:
+def _bar(run: Share, shown: bool) -> Iterator[Callable[[Iterator[Loaded]], Iterator[Loaded]]]:
     """Yield what passes batches on and shows how far they are, once each is written."""
     total = None
     if run.source_rows is not None:

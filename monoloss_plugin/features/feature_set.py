@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from monoloss_plugin._optional import missing_extra
-from monoloss_plugin.features import shards
+from monoloss_plugin.features import shards, whole
 from monoloss_plugin.features.rows import Rows
 
 try:
@@ -96,7 +96,7 @@ class FeatureSet(torch.utils.data.Dataset[Sample]):
             raise ValueError(
                 f"folder: the extraction into {path} is not complete; run it again to go on"
             )
-        if shards.is_complete(path) and (problems := shards.damaged(path)):
+        if shards.is_complete(path) and (problems := whole.damaged(path)):
             raise ValueError(
                 f"folder: {path} is damaged ({problems[0]}); run its extraction again to repair it"
             )

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
@@ -164,13 +163,6 @@ def in_batches(numbers: Iterable[int], batch_size: int) -> Iterator[list[int]]:
     remaining = iter(numbers)
     while run := list(islice(remaining, batch_size)):
         yield run
-
-
-def to_device(inputs: Any, device: torch.device) -> Any:
-    """Move a tensor, or a dict of tensors."""
-    if isinstance(inputs, dict):
-        return {name: to_device(one, device) for name, one in inputs.items()}
-    return inputs.to(device, non_blocking=True)
 
 
 def without_infinite(loaded: Loaded, features: Tensor) -> tuple[Loaded, Tensor]:

@@ -22,9 +22,6 @@ import hashlib
 import json
 import logging
 import os
-import re
-import shutil
-import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -37,16 +34,14 @@ from monoloss_plugin.features.journal import Journal
 try:
     import numpy as np
     import pyarrow as pa
-    from datasets import ClassLabel, DatasetInfo, Features, Value
+    from datasets import ClassLabel, Features, Value
     from datasets import Sequence as Rows
 except ModuleNotFoundError as error:
     raise missing_extra(error, "hub") from error
 
 SETTINGS, RECORD = "extraction.json", "features.json"
-_STATE, _INFO = "state.json", "dataset_info.json"
-_SOURCE_ROWS = "source_rows.json"
-_SPLIT = r"\w+(\.\w+)*"
-"""What datasets takes for the name of a split."""
+STATE, INFO = "state.json", "dataset_info.json"
+SOURCE_ROWS = "source_rows.json"
 _READ = 1 << 20
 
 logger = logging.getLogger(__name__)
@@ -75,6 +70,11 @@ class ShardRecord:
         """Name of its file."""
         return f"{_stem(self.number)}.arrow"
 
+    @property
+    def record_file(self) -> str:
+        """Name of the file that this record is kept in until the folder is complete."""
+        return f"{_stem(self.number)}.json"
+
 
 def features_schema(width: int, dtype: str, labelled: bool, classes: list[str] | None) -> Features:
     """Return the columns of a feature dataset: features, label where there is one, image_id."""
@@ -96,7 +96,7 @@ def begin(folder: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
         if others:
             raise SettingsError(f"out: {folder} holds something else; give an empty or new folder")
-        _write_json(path, settings)
+        write_json(path, settings)
     there = json.loads(path.read_text())
     given = json.loads(json.dumps(settings))
     versions = there.pop("versions", None), given.pop("versions", None)
@@ -187,7 +187,7 @@ class ShardWriter:
             pa.RecordBatch.from_pylist([], schema=self.schema)
         ]
         path = self.folder / f"{_stem(self.number)}.arrow"
-        unfinished = _temporary(path)
+        unfinished = temporary(path)
         with (
             pa.OSFile(str(unfinished), "wb") as sink,
             pa.ipc.new_stream(sink, self.schema) as writer,
@@ -207,7 +207,7 @@ class ShardWriter:
             unfinished.unlink()
         else:
             os.replace(unfinished, path)
-            _write_json(self.folder / f"{_stem(self.number)}.json", asdict(record))
+            write_json(self.folder / f"{_stem(self.number)}.json", asdict(record))
         self._journal.remove()
         return record
 
@@ -228,147 +228,16 @@ class ShardWriter:
 def note_source_rows(folder: Path, rows: int) -> None:
     """Write down how many rows the whole source has, once that is known."""
     if not is_complete(folder) and source_rows(folder) is None:
-        _write_json(folder / _SOURCE_ROWS, rows)
+        write_json(folder / SOURCE_ROWS, rows)
 
 
 def source_rows(folder: Path) -> int | None:
     """Return how many rows the whole source has; None where no process has seen its end."""
-    for name in (_SOURCE_ROWS, RECORD):
+    for name in (SOURCE_ROWS, RECORD):
         with contextlib.suppress(FileNotFoundError):
             noted = json.loads((folder / name).read_text())
-            return int(noted if name == _SOURCE_ROWS else noted["source_rows"])
+            return int(noted if name == SOURCE_ROWS else noted["source_rows"])
     return None
-
-
-def complete(folder: Path) -> bool:
-    """Complete a folder if every shard is there, and say whether it is complete.
-
-    Raises:
-        ValueError: there is not one row in it.
-    """
-    if is_complete(folder):
-        return True
-    settings = json.loads((folder / SETTINGS).read_text())
-    shards = finished(folder)
-    rows = source_rows(folder)
-    if rows is None or len(shards) < -(-rows // settings["shard_size"]):
-        return is_complete(folder)
-    ordered = [shards[number] for number in sorted(shards)]
-    if not any(shard.rows for shard in ordered):
-        raise ValueError("source: not one of its images could be read")
-    with pa.memory_map(str(folder / ordered[0].file)) as first:
-        schema = Features.from_arrow_schema(pa.ipc.open_stream(first).schema)
-    record = {**settings, "rows": sum(s.rows for s in ordered), "source_rows": rows}
-    record["unreadable"] = sum(len(s.unreadable) for s in ordered)
-    fingerprint = hashlib.sha256("".join(shard.sha256 for shard in ordered).encode())
-    split = settings.get("source", {}).get("split")
-    # What datasets itself writes in save_to_disk, for its load_from_disk.
-    state: dict[str, Any] = {
-        "_data_files": [{"filename": shard.file} for shard in ordered if shard.rows],
-        "_fingerprint": fingerprint.hexdigest()[:16],
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
-        "_split": split if split and re.fullmatch(_SPLIT, split) else None,
-    }
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as beside:
-        info = DatasetInfo(description=json.dumps(record), features=schema)
-        info.write_to_directory(beside)
-        os.replace(Path(beside) / _INFO, folder / _INFO)
-    _write_json(folder / _STATE, state)
-    _write_json(folder / RECORD, {**record, "shards": [asdict(shard) for shard in ordered]})
-    # What the shards' making has left, in this run and in killed ones.
-    for pattern in ("data-*.json", "data-*.journal", ".data-*.arrow.*", _SOURCE_ROWS):
-        for path in folder.glob(pattern):
-            path.unlink(missing_ok=True)
-    return True
-
-
-def damaged(folder: Path) -> list[str]:
-    """Return what is missing or cut short in a complete folder, by a look at the files' sizes."""
-    problems = [f"{name}: missing" for name in (_STATE, _INFO) if not (folder / name).exists()]
-    for _, shard in sorted(finished(folder).items()):
-        path = folder / shard.file
-        if not path.exists():
-            problems.append(f"{shard.file}: missing")
-        elif path.stat().st_size != shard.bytes:
-            problems.append(f"{shard.file}: {path.stat().st_size} bytes instead of {shard.bytes}")
-    return problems
-
-
-def reopen(folder: Path) -> None:
-    """Make a complete folder incomplete again by the shards that are missing or cut short."""
-    bad = {problem.split(":")[0] for problem in damaged(folder)}
-    record = json.loads((folder / RECORD).read_text())
-    for shard in finished(folder).values():
-        if shard.file not in bad:
-            _write_json(folder / f"{_stem(shard.number)}.json", asdict(shard))
-    _write_json(folder / _SOURCE_ROWS, record["source_rows"])
-    (folder / RECORD).unlink()
-
-
-def join(folder: Path, others: Iterable[Path]) -> bool:
-    """Copy the finished shards of other folders of the same settings into one.
-
-    Returns:
-        Whether the folder is complete with them.
-
-    Raises:
-        FileNotFoundError: no feature dataset in one of them.
-        SettingsError: a folder of other settings.
-        ValueError: a shard that is not as it was written.
-    """
-    for other in others:
-        if not (other / SETTINGS).exists():
-            raise FileNotFoundError(f"no feature dataset in {other}: it has no {SETTINGS}")
-        begin(folder, json.loads((other / SETTINGS).read_text()))
-        there = finished(folder)
-        for number, shard in finished(other).items():
-            if number in there:
-                continue
-            copied = _temporary(folder / shard.file)
-            shutil.copyfile(other / shard.file, copied)
-            if sha256_of(copied) != shard.sha256:
-                copied.unlink()
-                raise ValueError(
-                    f"{other / shard.file} is not as it was written; delete it and run its "
-                    "extraction again"
-                )
-            os.replace(copied, folder / shard.file)
-            _write_json(folder / f"{_stem(number)}.json", asdict(shard))
-        rows = source_rows(other)
-        if rows is not None:
-            note_source_rows(folder, rows)
-    return complete(folder)
-
-
-def verify(
-    folder: str | os.PathLike[str], advance: Callable[[int], Any] = lambda _: None
-) -> list[str]:
-    """Compare a folder's finished shards with their checksums.
-
-    Args:
-        folder: a feature dataset, complete or in the making.
-        advance: called with the number of bytes read.
-
-    Returns:
-        What is wrong, a line for each shard; nothing where all is well.
-
-    Raises:
-        FileNotFoundError: no feature dataset there.
-    """
-    folder = Path(folder)
-    if not (folder / SETTINGS).exists():
-        raise FileNotFoundError(f"no feature dataset in {folder}: it has no {SETTINGS}")
-    problems = damaged(folder)
-    if not is_complete(folder):  # what is written last may be missing
-        problems = [problem for problem in problems if problem.startswith("data-")]
-    bad = {problem.split(":")[0] for problem in problems}
-    for _, shard in sorted(finished(folder).items()):
-        if shard.file not in bad and sha256_of(folder / shard.file, advance) != shard.sha256:
-            problems.append(f"{shard.file}: altered, its checksum differs")
-    return sorted(problems)
 
 
 def sha256_of(path: Path, advance: Callable[[int], Any] = lambda _: None) -> str:
@@ -389,7 +258,7 @@ def _stem(number: int) -> str:
     return f"data-{number:05d}"
 
 
-def _temporary(path: Path) -> Path:
+def temporary(path: Path) -> Path:
     # Not the process's number alone: machines that share a folder may have the same.
     return path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}")
 
@@ -399,9 +268,9 @@ def _to_disk(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
     """Write a file that is there whole or not at all."""
-    unfinished = _temporary(path)
+    unfinished = temporary(path)
     unfinished.write_text(json.dumps(content, indent=1) + "\n")
     _to_disk(unfinished)
     os.replace(unfinished, path)

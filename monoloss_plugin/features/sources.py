@@ -5,27 +5,23 @@ Every source is read through ``datasets``: rows of an undecoded image, its label
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import itertools
-import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from monoloss_plugin._optional import missing_extra
+from monoloss_plugin.features.files import image_folder, open_images
 
 try:
     import numpy as np
-    import pyarrow as pa
-    import pyarrow.csv
     from datasets import (
         ClassLabel,
         Dataset,
         DatasetDict,
-        Features,
         Image,
         IterableDataset,
         IterableDatasetDict,
@@ -37,13 +33,7 @@ try:
 except ModuleNotFoundError as error:
     raise missing_extra(error, "vision") from error
 
-logger = logging.getLogger(__name__)
-
-_SUFFIXES = {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm"}
-_SUFFIXES |= {".tif", ".tiff", ".webp"}
-"""Files of these names are images; others in a folder are left alone."""
 OPEN_IMAGES, FOLDER, HUB = "open-images:", "folder:", "hub:"
-OPEN_IMAGES_SPLITS = ("train", "validation", "test")
 HUB_NAMES = {
     "imagenet-1k": "ILSVRC/imagenet-1k",
     "cifar10": "uoft-cs/cifar10",
@@ -149,7 +139,7 @@ def open_source(
         return _of_dataset(source, record, image, label, image_id)
     name = os.fspath(source)
     if name.startswith(OPEN_IMAGES):
-        return _open_images(Path(name.removeprefix(OPEN_IMAGES)), split)
+        return _of_files(*open_images(Path(name.removeprefix(OPEN_IMAGES)), split))
     is_folder = name.startswith(FOLDER) or (not name.startswith(HUB) and Path(name).is_dir())
     if is_folder:
         folder = Path(name.removeprefix(FOLDER))
@@ -159,7 +149,7 @@ def open_source(
             rows = _one_split(load_from_disk(str(folder)), split)
             record = {"kind": "dataset", "name": folder.name, "split": split}
             return _of_dataset(rows, record, image, label, image_id)
-        return _image_folder(folder, split)
+        return _of_files(*image_folder(folder, split))
     if Path(name).is_absolute() or name.startswith((".", "~")):
         raise FileNotFoundError(f"source: no such folder: {name}")
     repository = HUB_NAMES.get(name, name.removeprefix(HUB))
@@ -280,107 +270,6 @@ def _sample_sha256(source: Source) -> str:
     return digest.hexdigest()
 
 
-def _image_folder(folder: Path, split: str | None) -> Source:
-    root = folder if split is None else folder / split
-    if not root.is_dir():
-        raise ValueError(f"split: no folder {split!r} in {folder}")
-    names = sorted(_image_files(root))
-    if not names:
-        raise ValueError(f"source: no image files in {root}")
-    classes = None
-    if all("/" in name for name in names):
-        classes = sorted({name.split("/", 1)[0] for name in names})
-    record = {"kind": "folder", "name": folder.resolve().name, "split": split}
-    return _of_files(root, names, names, classes, record)
-
-
-def _image_files(root: Path) -> Iterator[str]:
-    """Yield the paths of image files under a folder, relative to it."""
-    seen = {os.path.realpath(root)}
-    for directory, folders, files in os.walk(root, followlinks=True):
-        inside = Path(directory).relative_to(root).as_posix()
-        for name in sorted(folders):
-            real = os.path.realpath(os.path.join(directory, name))
-            if real in seen:  # a link that leads in a circle, or to what is here already
-                folders.remove(name)
-            seen.add(real)
-        for name in files:
-            if os.path.splitext(name)[1].lower() in _SUFFIXES and not name.startswith("."):
-                yield name if inside == "." else f"{inside}/{name}"
-
-
-def _open_images(root: Path, split: str | None) -> Source:
-    if split not in OPEN_IMAGES_SPLITS:
-        raise ValueError(f"split: expected one of {', '.join(OPEN_IMAGES_SPLITS)}, got {split!r}")
-    if not root.is_dir():
-        raise FileNotFoundError(f"source: no such folder: {root}")
-    # CVDF's archives unpack to train_0 ... train_f; FiftyOne puts images into train/data.
-    folders = [root / split, *sorted(root.glob(f"{split}_?"))]
-    files = {
-        os.path.splitext(os.path.basename(name))[0]: (folder / name).relative_to(root).as_posix()
-        for folder in folders
-        if folder.is_dir()
-        for name in _image_files(folder)
-    }
-    listing = _open_images_listing(root, split)
-    ids = sorted(files)
-    if listing is not None:
-        text = {"ImageID": pa.string(), "Subset": pa.string()}  # an id may look like a number
-        columns = pyarrow.csv.ConvertOptions(include_columns=list(text), column_types=text)
-        table = pyarrow.csv.read_csv(listing, convert_options=columns)
-        listed = table.filter(pa.compute.equal(table["Subset"], split))["ImageID"].unique()
-        listed = listed.to_pylist()
-        ids = [image_id for image_id in listed if image_id in files]
-        logger.info(
-            "Open Images %s: %d images of the %d in %s are there",
-            split,
-            len(ids),
-            len(listed),
-            listing.name,
-        )
-    if not ids:
-        raise ValueError(f"source: no images of split {split!r} in {root}")
-    record = {
-        "kind": "open-images",
-        "name": "Open Images V7",
-        "split": split,
-        "listing": None if listing is None else listing.name,
-    }
-    return _of_files(root, [files[image_id] for image_id in ids], ids, None, record)
-
-
-def _open_images_listing(root: Path, split: str) -> Path | None:
-    """Return the CSV that lists a split's images: the one with ImageID and Subset columns."""
-    places = [root, root / "metadata", root / split, root / split / "metadata"]
-    found = [path for place in places for path in sorted(place.glob("*.csv"))]
-    for path in sorted(found, key=lambda path: split not in path.name):
-        with path.open(newline="") as lines:
-            columns = next(csv.reader(lines), [])
-        if {"ImageID", "Subset"} <= set(columns):
-            return path
-    return None
-
-
-def _of_files(
-    root: Path,
-    names: Sequence[str],
-    ids: Sequence[str],
-    classes: list[str] | None,
-    record: dict[str, Any],
-) -> Source:
-    """Return files as a dataset; only their names are held, in Arrow's compact form."""
-    paths = pa.array((str(root / name) for name in names), pa.string())
-    nothing = pa.nulls(len(names), pa.binary())
-    columns: dict[str, Any] = {
-        "image": pa.StructArray.from_arrays([nothing, paths], names=["bytes", "path"]),
-        "image_id": pa.array(ids, pa.string()),
-    }
-    features = {"image": Image(decode=False), "image_id": Value("string")}
-    if classes is not None:
-        number = {name: i for i, name in enumerate(classes)}
-        columns["label"] = pa.array((number[n.split("/", 1)[0]] for n in names), pa.int64())
-        features["label"] = ClassLabel(names=classes)
-    rows = Dataset(pa.table(columns).cast(Features(features).arrow_schema))
-    digest = hashlib.sha256("\n".join(ids).encode())
-    record = {**record, "images": len(names), "ids_sha256": digest.hexdigest()}
-    return Source(rows, "image", None if classes is None else "label", "image_id", record)
+def _of_files(rows: Dataset, record: dict[str, Any]) -> Source:
+    label = "label" if "label" in rows.features else None
+    return Source(rows, "image", label, "image_id", record)

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from monoloss_plugin.features import FeatureSet, extraction, shards
+from monoloss_plugin.features import FeatureSet, forward, shards, whole
 from monoloss_plugin.features.encoders import Encoder, load_encoder
 from monoloss_plugin.features.extraction import TooManyUnreadableError, extract
 from monoloss_plugin.features.shards import SettingsError
@@ -266,12 +266,12 @@ def test_shares_of_separate_machines_join(streaming, vit, image_folder, tmp_path
     shares = [extract(source, vit, tmp_path / f"{i}", shard=(i, 3), **options) for i in range(3)]
     assert not any(share.complete for share in shares)
     assert sum(share.images for share in shares) == 150
-    shards.join(tmp_path / "0", [tmp_path / "1", tmp_path / "2"])
+    whole.join(tmp_path / "0", [tmp_path / "1", tmp_path / "2"])
     extract(source, vit, tmp_path / "whole", **options)
     assert same_rows(tmp_path / "0", tmp_path / "whole")
     extract(image_folder, vit, tmp_path / "other", batch_size=8, shard_size=30, **QUIET)
     with pytest.raises(SettingsError, match="begun with other settings"):
-        shards.join(tmp_path / "other", [tmp_path / "1"])
+        whole.join(tmp_path / "other", [tmp_path / "1"])
 
 
 def test_a_stream_gives_what_the_files_give(vit, digit_images, tmp_path) -> None:
@@ -414,7 +414,7 @@ def test_a_run_that_another_one_overtakes_leaves_its_result_alone(
     done = extract(image_folder, slow, out, **options)
     assert done.complete
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
-    assert shards.verify(out) == []
+    assert whole.verify(out) == []
 
 
 def test_what_killed_runs_left_is_swept_up(vit, image_folder, tmp_path) -> None:
@@ -432,14 +432,14 @@ def test_a_damaged_set_is_repaired_by_running_again(lost, vit, image_folder, tmp
     extract(image_folder, vit, out, shard_size=40, **QUIET)
     whole = FeatureSet.open(out).tensor().clone()
     (out / lost).unlink()
-    assert shards.verify(str(out)) == [f"{lost}: missing"]
+    assert whole.verify(str(out)) == [f"{lost}: missing"]
     with pytest.raises(ValueError, match=f"is damaged .{lost}: missing.; run its extraction again"):
         FeatureSet.open(out)
     repaired = extract(image_folder, vit, out, shard_size=40, **QUIET)
     assert repaired.complete
     # One of the shard's 40 images cannot be read.
     assert repaired.images == (39 if lost.startswith("data-0") else 0)
-    assert shards.verify(out) == []
+    assert whole.verify(out) == []
     torch.testing.assert_close(FeatureSet.open(out).tensor(), whole, rtol=2e-3, atol=2e-3)
 
 
@@ -447,12 +447,12 @@ def test_joining_takes_complete_sets_and_refuses_damaged_shards(
     vit, image_folder, tmp_path
 ) -> None:
     extract(image_folder, vit, tmp_path / "a", shard_size=40, **QUIET)
-    assert shards.join(tmp_path / "b", [tmp_path / "a"])
+    assert whole.join(tmp_path / "b", [tmp_path / "a"])
     assert same_rows(tmp_path / "a", tmp_path / "b")
     shard = tmp_path / "a" / "data-00001.arrow"
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(ValueError, match="is not as it was written"):
-        shards.join(tmp_path / "c", [tmp_path / "a"])
+        whole.join(tmp_path / "c", [tmp_path / "a"])
 
 
 def test_other_versions_are_said_and_not_refused(vit, image_folder, tmp_path, caplog) -> None:
@@ -499,7 +499,7 @@ def test_verify_finds_what_was_cut_altered_or_lost(vit, image_folder, tmp_path) 
     out = tmp_path / "out"
     extract(image_folder, vit, out, shard_size=30, **QUIET)
     read: list[int] = []
-    assert shards.verify(out, read.append) == []
+    assert whole.verify(out, read.append) == []
     assert sum(read) == sum(path.stat().st_size for path in out.glob("*.arrow"))
     content = bytearray((out / "data-00001.arrow").read_bytes())
     content[len(content) // 2] ^= 1
@@ -507,13 +507,13 @@ def test_verify_finds_what_was_cut_altered_or_lost(vit, image_folder, tmp_path) 
     size = (out / "data-00002.arrow").stat().st_size
     (out / "data-00002.arrow").write_bytes((out / "data-00002.arrow").read_bytes()[:-100])
     (out / "data-00004.arrow").unlink()
-    assert shards.verify(out) == [
+    assert whole.verify(out) == [
         "data-00001.arrow: altered, its checksum differs",
         f"data-00002.arrow: {size - 100} bytes instead of {size}",
         "data-00004.arrow: missing",
     ]
     with pytest.raises(FileNotFoundError, match="no feature dataset in"):
-        shards.verify(image_folder)
+        whole.verify(image_folder)
 
 
 def test_autocast_is_close_to_full_precision(vit, image_folder, tmp_path) -> None:
@@ -578,15 +578,15 @@ def test_a_batch_too_large_for_the_device_is_encoded_in_halves(
 
 def test_the_batch_size_follows_the_free_memory(vit, monkeypatch) -> None:
     encoder = load_encoder(vit)
-    forward = extraction._Forward(encoder, torch.device("cpu"), None)
+    encode = forward.Forward(encoder, torch.device("cpu"), None)
     probe = encoder.preprocess(Image.new("RGB", (256, 256)))
-    assert extraction.fitting_batch_size(forward, probe) == 256
+    assert forward.fitting_batch_size(encode, probe) == 256
     largest = 4 * 17 * 128 * 4  # bytes: four times the hidden layer's 17 tokens of 128 floats
 
     class Memory:
         available = 2 * 20 * largest
 
-    monkeypatch.setattr(extraction.psutil, "virtual_memory", lambda: Memory)
-    assert extraction.fitting_batch_size(forward, probe) == 16
-    monkeypatch.setattr(extraction, "_SECONDS", 0.0)
-    assert extraction.fitting_batch_size(forward, probe) == 1
+    monkeypatch.setattr(forward.psutil, "virtual_memory", lambda: Memory)
+    assert forward.fitting_batch_size(encode, probe) == 16
+    monkeypatch.setattr(forward, "_SECONDS", 0.0)
+    assert forward.fitting_batch_size(encode, probe) == 1

@@ -1,0 +1,118 @@
+"""An encoder at work: on its device, in its precision, as many images at once as fit."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from monoloss_plugin._optional import missing_extra
+from monoloss_plugin.features.encoders import Encoder
+
+try:
+    import psutil
+except ModuleNotFoundError as error:
+    raise missing_extra(error, "vision") from error
+
+logger = logging.getLogger(__name__)
+
+Precision = Literal["bfloat16", "float16"]
+
+_SECONDS = 5.0
+"""About as long as a batch may take: what a kill can lose."""
+_LARGEST_BATCH = {"cuda": 1024}
+_LARGEST_BATCH_ELSEWHERE = 256
+
+
+class Forward:
+    """An encoder on its device: from a batch of inputs to features on the CPU."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        device: torch.device,
+        autocast: Literal["bfloat16", "float16"] | None,
+    ) -> None:
+        self.encoder, self.device = encoder, device
+        self.model: nn.Module = encoder.model.to(device).eval()
+        self.precision = None if autocast is None else getattr(torch, autocast)
+
+    @torch.inference_mode()
+    def __call__(self, inputs: Any) -> Tensor:
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
+            features = self.encoder.forward(to_device(inputs, self.device))
+        if features.ndim != 2:
+            raise ValueError(f"encoder: expected features (B, d), got {tuple(features.shape)}")
+        return features.float()
+
+    def in_parts(self, inputs: Any, size: int) -> Tensor:
+        """Encode a batch, in halves where the device's memory is too small for all of it."""
+        try:
+            return self(inputs)
+        except torch.cuda.OutOfMemoryError:
+            if size == 1:
+                raise
+            torch.cuda.empty_cache()
+            logger.warning("encoding %d images at once does not fit; encoding halves", size)
+        half = size // 2
+        return torch.cat(
+            (
+                self.in_parts(part_of(inputs, slice(0, half)), half),
+                self.in_parts(part_of(inputs, slice(half, size)), size - half),
+            )
+        )
+
+
+def fitting_batch_size(forward: Forward, probe: Any) -> int:
+    """Return a power of two of images that fit the free memory and take a few seconds at most.
+
+    On a GPU a small batch's peak is measured. Elsewhere the peak is taken to be four times the
+    largest output of any module: without gradients, little more is alive at once.
+    """
+    outputs = [0]
+
+    def note(_module: nn.Module, _args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            outputs.append(output.nbytes)
+
+    forward(batch_of(probe, 2))
+    handles = [m.register_forward_hook(note) for m in forward.model.modules()]
+    if forward.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(forward.device)
+        held = torch.cuda.memory_allocated(forward.device)
+    started = time.perf_counter()
+    forward(batch_of(probe, 2))
+    seconds = (time.perf_counter() - started) / 2
+    for handle in handles:
+        handle.remove()
+    if forward.device.type == "cuda":
+        image_bytes = (torch.cuda.max_memory_allocated(forward.device) - held) / 2
+        free, _ = torch.cuda.mem_get_info(forward.device)
+    else:
+        image_bytes, free = 4 * max(outputs) / 2, psutil.virtual_memory().available
+    largest = _LARGEST_BATCH.get(forward.device.type, _LARGEST_BATCH_ELSEWHERE)
+    fits = min(largest, _SECONDS / seconds, 0.5 * free / max(image_bytes, 1))
+    return 1 << max(0, int(fits).bit_length() - 1)
+
+
+def batch_of(probe: Any, count: int) -> Any:
+    """Return a batch of the same input over and over."""
+    if isinstance(probe, dict):
+        return {name: batch_of(one, count) for name, one in probe.items()}
+    return torch.stack([torch.as_tensor(probe)] * count)
+
+
+def part_of(inputs: Any, rows: slice) -> Any:
+    if isinstance(inputs, dict):
+        return {name: one[rows] for name, one in inputs.items()}
+    return inputs[rows]
+
+
+def to_device(inputs: Any, device: torch.device) -> Any:
+    """Move a tensor, or a dict of tensors."""
+    if isinstance(inputs, dict):
+        return {name: to_device(one, device) for name, one in inputs.items()}
+    return inputs.to(device, non_blocking=True)

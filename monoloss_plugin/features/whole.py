@@ -105,7 +105,7 @@ def reopen(folder: Path) -> None:
         if shard.file not in bad:
             write_json(folder / shard.record_file, asdict(shard))
     write_json(folder / SOURCE_ROWS, record["source_rows"])
-    (folder / RECORD).unlink()
+    (folder / RECORD).unlink(missing_ok=True)
 
 
 def join(folder: Path, others: Iterable[Path]) -> bool:

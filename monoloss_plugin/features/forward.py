@@ -34,7 +34,7 @@ class Forward:
         self,
         encoder: Encoder,
         device: torch.device,
-        autocast: Literal["bfloat16", "float16"] | None,
+        autocast: Precision | None,
     ) -> None:
         self.encoder, self.device = encoder, device
         self.model: nn.Module = encoder.model.to(device).eval()

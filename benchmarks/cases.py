@@ -10,19 +10,17 @@ from typing import Any, Literal
 
 import torch
 from sae_lens import (
-    BatchTopKTrainingSAE,
-    BatchTopKTrainingSAEConfig,
     JumpReLUSAE,
     JumpReLUSAEConfig,
     SAETrainer,
 )
-from sae_lens.config import LoggingConfig, SAETrainerConfig
 from torch import Tensor
 
 from benchmarks import baselines
 from benchmarks.data import Shape, activations, features
 from benchmarks.setting import Found, Setting
 from benchmarks.timing import alternate, peak_memory, ratio, spread
+from benchmarks.trainer import batchtopk_trainer
 from monoloss_plugin import MonoLoss, MonoScore, functional
 from monoloss_plugin.adapters.sae_lens import add_loss
 from monoloss_plugin.evaluation import evaluate
@@ -56,7 +54,9 @@ def loss(setting: Setting) -> Found:
 def step(setting: Setting) -> Found:
     """A SAELens BatchTopK training step with MonoLoss against one without."""
     x = features(setting.shape.batch, setting.shape, setting.device)
-    trainers = {name: _trainer(setting, x) for name in ("without", "with MonoLoss")}
+    trainers = {
+        name: batchtopk_trainer(setting, repeat(x)) for name in ("without", "with MonoLoss")
+    }
     add_loss(trainers["with MonoLoss"], MonoLoss(lam=3e-4))
     if setting.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -76,24 +76,6 @@ def step(setting: Setting) -> Found:
 
 def _percent(ratio: float) -> str:
     return f"{100 * (ratio - 1):+.1f} %"
-
-
-def _trainer(setting: Setting, x: Tensor) -> SAETrainer[Any, Any]:
-    torch.manual_seed(0)
-    shape = setting.shape
-    sae = BatchTopKTrainingSAE(
-        BatchTopKTrainingSAEConfig(
-            d_in=shape.width, d_sae=shape.latents, k=shape.k, device=str(setting.device)
-        )
-    )
-    config = SAETrainerConfig(
-        total_training_samples=10**9,
-        train_batch_size_samples=shape.batch,
-        lr_end=3e-4,
-        device=str(setting.device),
-        logger=LoggingConfig(log_to_wandb=False),
-    )
-    return SAETrainer(cfg=config, sae=sae, data_provider=repeat(x))
 
 
 def _stepper(trainer: SAETrainer[Any, Any], x: Tensor) -> Callable[[], Any]:
@@ -236,7 +218,7 @@ def memory(setting: Setting) -> Found:
         found[name] = peak_memory(run, setting.device) / gradient
     peaks = []
     for terms in ([], [MonoLoss(lam=3e-4)]):
-        trainer = _trainer(setting, x)
+        trainer = batchtopk_trainer(setting, repeat(x))
         for term in terms:
             add_loss(trainer, term)
         trainer.step(x)

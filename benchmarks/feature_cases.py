@@ -17,8 +17,6 @@ import lmdb
 import numpy as np
 import torch
 from PIL import Image
-from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, SAETrainer
-from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -28,6 +26,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 from benchmarks.data import features
 from benchmarks.setting import Found, Setting
 from benchmarks.timing import alternate, ratio, spread
+from benchmarks.trainer import batchtopk_trainer
 from monoloss_plugin.features import FeatureBatches, FeatureSet, shards, whole
 from monoloss_plugin.features.encoders import Encoder
 from monoloss_plugin.features.extraction import extract
@@ -110,23 +109,7 @@ def feeding(setting: Setting) -> Found:
         batches = FeatureBatches(
             FeatureSet.open(Path(folder) / "set"), batch_size=shape.batch, device=setting.device
         )
-        torch.manual_seed(0)
-        trainer = SAETrainer(
-            cfg=SAETrainerConfig(
-                total_training_samples=steps * shape.batch,
-                train_batch_size_samples=shape.batch,
-                device=str(setting.device),
-                lr=1e-4,
-                lr_end=1e-4,
-                logger=LoggingConfig(log_to_wandb=False),
-            ),
-            sae=BatchTopKTrainingSAE(
-                BatchTopKTrainingSAEConfig(
-                    d_in=shape.width, d_sae=shape.latents, k=shape.k, device=str(setting.device)
-                )
-            ),
-            data_provider=batches.tensors(),
-        )
+        trainer = batchtopk_trainer(setting, batches.tensors(), steps * shape.batch)
         profile = cProfile.Profile()
         profile.runcall(trainer.fit)
     of = {name: taken for (_, _, name), (_, _, _, taken, _) in pstats.Stats(profile).stats.items()}  # type: ignore[attr-defined]

@@ -85,3 +85,16 @@ def require_choice(value: str, name: str, allowed: tuple[str, ...]) -> None:
     """Raise ValueError where an option is not one of the allowed words."""
     if value not in allowed:
         raise ValueError(f"{name}: expected one of {list(allowed)}, got {value!r}")
+
+
+def require_at_least(least: int, given: int, name: str) -> None:
+    """Raise ValueError for a number below the least that makes sense."""
+    if given < least:
+        raise ValueError(f"{name}: expected at least {least}, got {given}")
+
+
+def require_share(shard: tuple[int, int]) -> tuple[int, int]:
+    """Return ``(i, n)``, the i-th of n processes; raise ValueError where there is no such one."""
+    if not 0 <= shard[0] < shard[1]:
+        raise ValueError(f"shard: expected (i, n) with 0 <= i < n, got {shard}")
+    return shard

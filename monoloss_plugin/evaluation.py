@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from monoloss_plugin._checks import as_rows
+from monoloss_plugin._checks import as_rows, require_at_least
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.kernels.support import Support, is_sparse, support_of
 from monoloss_plugin.metrics import R2, ClassPurity, MonoScore, MonoScoreResult
@@ -210,8 +210,7 @@ def _batches_of(
     for name, given in (("labels", labels), ("embeddings", embeddings)):
         if given is not None and len(given) != len(x):
             raise ValueError(f"{name}: expected {len(x)} rows to match features, got {len(given)}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    require_at_least(1, batch_size, "batch_size")
     return (
         _Part(x[rows], embeddings[rows], None if labels is None else labels[rows])
         for rows in (slice(start, start + batch_size) for start in range(0, len(x), batch_size))

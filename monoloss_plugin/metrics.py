@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from monoloss_plugin._checks import as_rows, paired_rows, require_finite
+from monoloss_plugin._checks import as_rows, paired_rows, require_at_least, require_finite
 from monoloss_plugin._chunks import row_chunks
 from monoloss_plugin.kernels.support import Support
 from monoloss_plugin.moments import Moments
@@ -184,8 +184,7 @@ class ClassPurity:
     """
 
     def __init__(self, num_classes: int) -> None:
-        if num_classes < 1:
-            raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
+        require_at_least(1, num_classes, "num_classes")
         self.num_classes = num_classes
         self.sums: ClassSums | None = None
 

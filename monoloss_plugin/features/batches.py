@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from monoloss_plugin._checks import require_choice
+from monoloss_plugin._checks import require_at_least, require_choice, require_share
 from monoloss_plugin.embeddings import unit_rows
 from monoloss_plugin.features.buffers import Buffers
 from monoloss_plugin.features.feature_set import FeatureSet, rows_in_common
@@ -99,14 +99,12 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
                 raise TypeError(f"{name}: expected a FeatureSet, got {type(given).__name__}")
         require_choice(shuffle, "shuffle", ("all", "buffer", "none"))
         for name, number in (("batch_size", batch_size), ("buffer_rows", buffer_rows)):
-            if number < 1:
-                raise ValueError(f"{name}: expected at least 1, got {number}")
+            require_at_least(1, number, name)
         if resident and shuffle == "buffer":
             raise ValueError("resident: a set that is held in memory needs no shuffle buffer")
-        if not 0 <= shard[0] < shard[1]:
-            raise ValueError(f"shard: expected (i, n) with 0 <= i < n, got {shard}")
         self.features, self.batch_size, self.normalize = features, batch_size, normalize
-        self.image_ids, self.device, self.shard = image_ids, torch.device(device), shard
+        self.image_ids, self.device = image_ids, torch.device(device)
+        self.shard = require_share(shard)
         matched = rows_in_common(features, others)
         self.num_rows = len(features) if matched is None else len(matched[0])
         """Images that every set has."""

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from monoloss_plugin._checks import require_choice
+from monoloss_plugin._checks import require_at_least, require_choice, require_share
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.features import shards, whole
 from monoloss_plugin.features.encoders import Encoder, Output, load_encoder
@@ -127,8 +127,8 @@ def extract(
         ("workers", workers, 0),
         ("max_unreadable", max_unreadable, 0),
     ):
-        if given is not None and given < least:
-            raise ValueError(f"{name}: expected at least {least}, got {given}")
+        if given is not None:
+            require_at_least(least, given, name)
     share = _share(shard)
     images = open_source(
         source,
@@ -240,10 +240,7 @@ def _described(encoder: Encoder) -> dict[str, Any]:
 def _share(shard: tuple[int, int] | None) -> tuple[int, int]:
     if shard is None:
         shard = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    part, parts = shard
-    if not 0 <= part < parts:
-        raise ValueError(f"shard: expected (i, n) with 0 <= i < n, got {shard}")
-    return part, parts
+    return require_share(shard)
 
 
 def _device(device: torch.device | str | None) -> torch.device:

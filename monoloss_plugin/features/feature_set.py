@@ -68,9 +68,10 @@ class FeatureSet(torch.utils.data.Dataset[Sample]):
         self.dataset = dataset.flatten_indices() if selected else dataset
         table = self.dataset.data
         self._rows = Rows(table.column("features"))
-        self._ids: pa.ChunkedArray | None = None
+        self.ids: pa.ChunkedArray | None = None
+        """(N,) ids of the images as an Arrow column; None where the set has none."""
         if "image_id" in dataset.column_names:
-            self._ids = table.column("image_id").cast(pa.string())
+            self.ids = table.column("image_id").cast(pa.string())
         self.labels: Tensor | None = None
         """(N,) int64, -1 where an image has none; None where no image has one."""
         if "label" in dataset.column_names:
@@ -100,7 +101,7 @@ class FeatureSet(torch.utils.data.Dataset[Sample]):
             raise ValueError(
                 f"folder: {path} is damaged ({problems[0]}); run its extraction again to repair it"
             )
-        if not (path / "state.json").exists():
+        if not (path / shards.STATE).exists():
             raise FileNotFoundError(f"folder: no feature dataset in {path}")
         return cls(load_from_disk(str(path)))
 
@@ -123,11 +124,6 @@ class FeatureSet(torch.utils.data.Dataset[Sample]):
         feature = self.dataset.features.get("label")
         return list(feature.names) if isinstance(feature, ClassLabel) else None
 
-    @property
-    def ids(self) -> pa.ChunkedArray | None:
-        """(N,) ids of the images as an Arrow column; None where the set has none."""
-        return self._ids
-
     def take(self, numbers: Tensor, out: Tensor | None = None) -> Tensor:
         """Return the features (B, d) of some rows (B,), in the stored type; in ``out`` if given.
 
@@ -142,9 +138,9 @@ class FeatureSet(torch.utils.data.Dataset[Sample]):
 
     def image_ids(self, numbers: Tensor) -> list[str] | None:
         """Return the ids of some rows (B,)."""
-        if self._ids is None:
+        if self.ids is None:
             return None
-        found: list[str] = self._ids.take(pa.array(numbers.numpy())).to_pylist()
+        found: list[str] = self.ids.take(pa.array(numbers.numpy())).to_pylist()
         return found
 
     def __getitem__(self, number: int) -> Sample:

@@ -23,8 +23,7 @@ Precision = Literal["bfloat16", "float16"]
 
 _SECONDS = 5.0
 """About as long as a batch may take: what a kill can lose."""
-_LARGEST_BATCH = {"cuda": 1024}
-_LARGEST_BATCH_ELSEWHERE = 256
+_LARGEST_BATCH, _LARGEST_ON_A_GPU = 256, 1024
 
 
 class Forward:
@@ -91,9 +90,10 @@ def fitting_batch_size(forward: Forward, probe: Any) -> int:
     if forward.device.type == "cuda":
         image_bytes = (torch.cuda.max_memory_allocated(forward.device) - held) / 2
         free, _ = torch.cuda.mem_get_info(forward.device)
+        largest = _LARGEST_ON_A_GPU
     else:
         image_bytes, free = 4 * max(outputs) / 2, psutil.virtual_memory().available
-    largest = _LARGEST_BATCH.get(forward.device.type, _LARGEST_BATCH_ELSEWHERE)
+        largest = _LARGEST_BATCH
     fits = min(largest, _SECONDS / seconds, 0.5 * free / max(image_bytes, 1))
     return 1 << max(0, int(fits).bit_length() - 1)
 

@@ -43,17 +43,16 @@ class Preparation:
 
     def batch(self, numbers: list[int], rows: Sequence[Row], prepared: Sequence[Any]) -> Loaded:
         """Put a batch together, with the unreadable apart."""
-        bad = [isinstance(one, Exception) for one in prepared]
-        unreadable = [
-            {"row": number, "image_id": row.image_id, "error": said(e, row)}
-            for number, row, e, is_bad in zip(numbers, rows, prepared, bad, strict=True)
-            if is_bad
-        ]
-        good = [one for one, is_bad in zip(prepared, bad, strict=True) if not is_bad]
-        kept = [i for i, is_bad in enumerate(bad) if not is_bad]
+        kept, unreadable = [], []
+        for place, (row, one) in enumerate(zip(rows, prepared, strict=True)):
+            if isinstance(one, Exception):
+                bad = {"row": numbers[place], "image_id": row.image_id, "error": said(one, row)}
+                unreadable.append(bad)
+            else:
+                kept.append(place)
         return Loaded(
             numbers,
-            default_collate(good) if good else None,
+            default_collate([prepared[i] for i in kept]) if kept else None,
             [numbers[i] for i in kept],
             [rows[i].label for i in kept],
             [rows[i].image_id for i in kept],

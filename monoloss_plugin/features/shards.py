@@ -207,7 +207,7 @@ class ShardWriter:
             unfinished.unlink()
         else:
             os.replace(unfinished, path)
-            write_json(self.folder / f"{_stem(self.number)}.json", asdict(record))
+            write_json(self.folder / record.record_file, asdict(record))
         self._journal.remove()
         return record
 

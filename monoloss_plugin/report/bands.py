@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from monoloss_plugin._checks import require_at_least
+
 
 class ActivationBands(NamedTuple):
     """Samples that activate a latent, strongest first within each band."""
@@ -42,8 +44,7 @@ def activation_bands(activations: Tensor, count: int = 5) -> ActivationBands:
         raise ValueError(
             f"activations: expected (N,) of one latent, got shape {tuple(activations.shape)}"
         )
-    if count < 1:
-        raise ValueError(f"count: expected at least 1, got {count}")
+    require_at_least(1, count, "count")
     num_active = int((activations > 0).sum())
     order = activations.argsort(descending=True, stable=True)[:num_active]
     start = max(0, (num_active - count) // 2)

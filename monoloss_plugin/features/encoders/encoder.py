@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -151,6 +152,17 @@ def _tapped(tower: Tower, layer: str) -> Callable[[Inputs], Tensor]:
         raise ValueError(f"layer: the encoder's forward pass never reaches {layer!r}")
 
     return states
+
+
+def name_of(name: str) -> str:
+    """Return a library's name of an encoder; of a local folder, the folder's own name alone."""
+    folder = name.removeprefix("local-dir:")
+    return Path(folder).name if folder != name or Path(name).is_dir() else name
+
+
+def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with lists for tuples, as JSON gives them back."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
 
 
 def weights_sha256(model: nn.Module) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from monoloss_plugin._optional import missing_extra
-from monoloss_plugin.features.encoders.encoder import Tower
+from monoloss_plugin.features.encoders.encoder import Tower, name_of, plain
 
 try:
     import open_clip
@@ -53,9 +53,9 @@ def load(name: str, revision: str | None) -> Tower:
         record={
             "library": "open_clip",
             "library_version": open_clip.__version__,
-            "name": Path(name).name if name.startswith(_FOLDER) else name,
+            "name": name_of(name),
             "revision": revision,
-            "preprocessing": _plain(open_clip.get_model_preprocess_cfg(model)),
+            "preprocessing": plain(open_clip.get_model_preprocess_cfg(model)),
         },
     )
 
@@ -109,7 +109,3 @@ class _LastTokens:
         )
         prefix = found["image_intermediates_prefix"][-1]
         return torch.cat((prefix, found["image_intermediates"][-1]), dim=1)
-
-
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
 from monoloss_plugin._optional import missing_extra
-from monoloss_plugin.features.encoders.encoder import Tower
+from monoloss_plugin.features.encoders.encoder import Tower, name_of, plain
 
 try:
     import timm
@@ -44,10 +43,8 @@ def load(name: str, revision: str | None) -> Tower:
         record={
             "library": "timm",
             "library_version": timm.__version__,
-            "name": name.removeprefix("local-dir:").rstrip("/").rsplit("/", 1)[-1]
-            if name.startswith("local-dir:")
-            else name,
-            "preprocessing": {key: _plain(value) for key, value in data.items()},
+            "name": name_of(name),
+            "preprocessing": plain(data),
         },
     )
 
@@ -58,7 +55,3 @@ class _Tokens:
 
     def __call__(self, inputs: Tensor) -> Tensor:
         return self.model.forward_features(inputs)  # type: ignore[no-any-return, operator]
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from monoloss_plugin._optional import missing_extra
-from monoloss_plugin.features.encoders.encoder import Inputs, Tower
+from monoloss_plugin.features.encoders.encoder import Inputs, Tower, name_of
 
 try:
     import transformers
@@ -96,10 +95,10 @@ def load(name: str, revision: str | None) -> Tower:
         record={
             "library": "transformers",
             "library_version": transformers.__version__,
-            "name": Path(name).name if Path(name).is_dir() else name,
+            "name": name_of(name),
             "revision": getattr(config, "_commit_hash", None) or revision,
             "pooling": "class token" if no_pooler else "the model's own",
-            "preprocessing": _plain(processor.to_dict()),
+            "preprocessing": _json_only(processor.to_dict()),
         },
     )
 
@@ -149,6 +148,6 @@ class _LastHiddenState:
         return self.model(**inputs).last_hidden_state  # type: ignore[no-any-return]
 
 
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+def _json_only(settings: dict[str, Any]) -> dict[str, Any]:
     """Keep what JSON can hold of a processor's settings."""
     return {k: v for k, v in settings.items() if isinstance(v, (str, int, float, list, dict))}

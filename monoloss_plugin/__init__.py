@@ -1,8 +1,20 @@
 """MonoScore, MonoLoss and Top-k sparsity regularizers for existing SAE trainers."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from monoloss_plugin import functional
+from monoloss_plugin._later import later
 from monoloss_plugin.losses import L1L2Ratio, LossTerm, MonoLoss, OffSupportL1
 from monoloss_plugin.metrics import ClassPurity, MonoScore
+
+if TYPE_CHECKING:
+    from monoloss_plugin.hub import list_pretrained as list_pretrained
+    from monoloss_plugin.hub import load_features as load_features
+    from monoloss_plugin.hub import load_pretrained as load_pretrained
+    from monoloss_plugin.hub import publish_dictionary as publish_dictionary
+    from monoloss_plugin.hub import publish_features as publish_features
 
 __version__ = "0.1.0"
 
@@ -16,3 +28,15 @@ __all__ = [
     "__version__",
     "functional",
 ]
+
+# The Hub's libraries are imported by who asks for them; a star import does with torch alone.
+__getattr__ = later(
+    __name__,
+    {
+        "list_pretrained": "hub",
+        "load_features": "hub",
+        "load_pretrained": "hub",
+        "publish_dictionary": "hub",
+        "publish_features": "hub",
+    },
+)

@@ -16,6 +16,18 @@ from monoloss_plugin.kernels.support import Support, is_sparse, support_of
 from monoloss_plugin.metrics import R2, ClassPurity, MonoScore, MonoScoreResult
 from monoloss_plugin.purity import Purity
 
+MEASURES: dict[str, str] = {
+    "r2": "R²",
+    "monoscore": "MonoScore, undefined counting 0",
+    "monoscore_defined": "MonoScore, defined latents",
+    "defined_share": "share of latents defined",
+    "purity_binary": "class purity, binary",
+    "purity_weighted": "class purity, weighted",
+    "l0": "L0",
+    "dead_latents": "dead latents",
+}
+"""What :meth:`Evaluation.summary` holds, and how a table calls it."""
+
 
 class Dictionary(Protocol):
     """What is asked of an SAE: SAELens's classes have it."""

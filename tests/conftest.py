@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
-import pytest
-from torch import Tensor
+import os
+import tempfile
 
-from monoloss_plugin.kernels import support
-from tests import oracle
+from tests.hub.server import LoopbackHub
+
+# The Hub's clients read these when they are imported: every test sees a Hub on loopback alone, and
+# a cache of its own.
+_HUB = LoopbackHub()
+_HUB.start()
+os.environ["HF_ENDPOINT"] = _HUB.url
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="monoloss-tests-")
+os.environ["HF_HUB_DISABLE_XET"] = "1"  # its storage speaks a protocol of its own
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ.pop("HF_TOKEN", None)
+
+import pytest  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from monoloss_plugin.kernels import support  # noqa: E402
+from tests import oracle  # noqa: E402
+
+
+@pytest.fixture
+def hub() -> LoopbackHub:
+    """The Hub on loopback, with nothing in it."""
+    _HUB.reset()
+    return _HUB
 
 
 @pytest.fixture

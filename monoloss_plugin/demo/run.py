@@ -19,6 +19,7 @@ from monoloss_plugin.demo.pictures import (
     pairs_of_the_same_latent,
     pairs_of_the_same_rank,
 )
+from monoloss_plugin.evaluation import MEASURES as EVALUATED
 from monoloss_plugin.evaluation import Evaluation, evaluate
 from monoloss_plugin.features import FeatureBatches
 from monoloss_plugin.losses import LossTerm
@@ -29,13 +30,7 @@ from sae_lens import SAE  # isort: skip  # after the adapter, whose error names 
 RUNS = ("without", "with")
 
 MEASURES: dict[str, str] = {
-    "r2": "R²",
-    "monoscore": "MonoScore, undefined counting 0",
-    "monoscore_defined": "MonoScore, defined latents",
-    "defined_share": "share of latents defined",
-    "purity_binary": "class purity, binary",
-    "purity_weighted": "class purity, weighted",
-    "l0": "L0",
+    **EVALUATED,
     "dead_latents": f"dead latents of {NUM_LATENTS}",
     "seconds": "training, seconds",
 }

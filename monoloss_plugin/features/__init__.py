@@ -6,8 +6,9 @@ asked for, needs ``vision``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from monoloss_plugin._later import later
 from monoloss_plugin.features.batches import Batch, FeatureBatches
 from monoloss_plugin.features.feature_set import FeatureSet, Sample
 from monoloss_plugin.features.shards import SettingsError
@@ -31,18 +32,13 @@ __all__ = [
     "verify",
 ]
 
-_LATER = {
-    "Encoder": "encoders",
-    "load_encoder": "encoders",
-    "Extraction": "extraction",
-    "TooManyUnreadableError": "extraction",
-    "extract": "extraction",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
+__getattr__ = later(
+    __name__,
+    {
+        "Encoder": "encoders",
+        "load_encoder": "encoders",
+        "Extraction": "extraction",
+        "TooManyUnreadableError": "extraction",
+        "extract": "extraction",
+    },
+)

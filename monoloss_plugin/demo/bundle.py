@@ -1,0 +1,72 @@
+"""Make what is bundled as ``"digits"``: the demo's features, and two dictionaries of them.
+
+``python -m monoloss_plugin.demo.bundle`` writes it into the package anew; a maintainer's job.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from monoloss_plugin.demo.dictionaries import train_dictionary
+from monoloss_plugin.demo.digits import digit_features
+from monoloss_plugin.evaluation import evaluate
+from monoloss_plugin.features import FeatureBatches, FeatureSet
+from monoloss_plugin.hub.bundled import BUNDLED, folder_of
+from monoloss_plugin.hub.feature_repository import DEFAULT
+from monoloss_plugin.hub.publishing_dictionaries import stage_dictionary
+from monoloss_plugin.hub.publishing_features import stage_features
+from monoloss_plugin.losses import MonoLoss
+
+from sae_lens import SAE  # isort: skip  # after the demo, whose error names the extra
+
+_NAME = "digits"
+_IMAGES = "scikit-learn's copy of the UCI handwritten digits"
+
+
+def write_bundle(root: Path) -> None:
+    """Write the bundled repositories, ``models`` and ``datasets``, below a folder."""
+    with tempfile.TemporaryDirectory() as scratch:
+        data = digit_features(Path(scratch))
+        splits = {
+            "train": _described(data.train, "train"),
+            "held_out": _described(data.held_out, "held_out"),
+        }
+        for split, features in splits.items():
+            stage_features(features, root / "datasets", config=DEFAULT, split=split)
+        batches = FeatureBatches(data.held_out, shuffle="none", drop_last=False)
+        baseline = None
+        for terms in ((), (MonoLoss(lam=3e-3),)):
+            folder = Path(scratch) / f"{len(terms)}-terms"
+            train_dictionary(data.train, "batchtopk", terms, seed=0, folder=folder)
+            evaluation = evaluate(SAE.load_from_disk(folder), batches)
+            stage_dictionary(
+                folder,
+                root / "models",
+                sae_id=None,
+                evaluation=evaluation,
+                baseline=baseline,
+                features=splits["held_out"],
+                unit_norm=True,
+                take_any_norm=False,
+            )
+            baseline = evaluation
+
+
+def _described(features: FeatureSet, split: str) -> FeatureSet:
+    """Say what the demo's folders are, instead of their names."""
+    record = dict(features.record)
+    record["source"] = {"kind": "folder", "name": _IMAGES, "split": split}
+    record["encoder"] = {**record["encoder"], "name": "the demo's vision transformer, 3 blocks"}
+    return FeatureSet(features.dataset, record)
+
+
+if __name__ == "__main__":
+    place = folder_of(_NAME)
+    shutil.rmtree(place, ignore_errors=True)
+    for kind in ("models", "datasets"):
+        (place / kind).mkdir(parents=True)
+    write_bundle(place)
+    total = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+    print(f"{place}: {total / 1e6:.2f} MB; by default {BUNDLED[_NAME]}")

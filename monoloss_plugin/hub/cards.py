@@ -1,0 +1,80 @@
+"""The cards of repositories: our part of ``README.md``, beside what the owner has written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from monoloss_plugin._optional import missing_extra
+
+try:
+    from huggingface_hub import RepoCard
+except ModuleNotFoundError as error:
+    raise missing_extra(error, "hub") from error
+
+_BEGIN, _END = "<!-- monoloss_plugin writes from here -->", "<!-- to here -->"
+_OURS = re.compile(re.escape(_BEGIN) + ".*?" + re.escape(_END), re.DOTALL)
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~>-])")
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def escaped(text: object) -> str:
+    """Return a text that a card shows as it is: no markup, links, tags or lines of its own."""
+    shown = "".join(c if c.isprintable() else " " for c in str(text))
+    shown = shown.replace("&", "&amp;").replace("<", "&lt;")
+    # Bare addresses become links by their colon or their www.
+    shown = _MARKDOWN.sub(r"\\\1", shown).replace("://", "&#58;//").replace("www.", "www&#46;")
+    return shown.replace("@", "&#64;")
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a Markdown table; cells are shown as they are."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def merged(existing: str, title: str, ours: str, metadata: Mapping[str, Any]) -> str:
+    """Return a card with our part in it, what the owner has written around it unchanged.
+
+    Args:
+        existing: the card that is there, or nothing.
+        title: of a new card.
+        ours: the part between our marks.
+        metadata: of the card. Lists are added to what is there, ``model-index`` and ``configs``
+            replace it, and of the rest what is there counts.
+
+    Raises:
+        ValueError: the existing card's metadata is not YAML.
+    """
+    card = RepoCard(existing or f"---\n{{}}\n---\n\n# {escaped(title)}\n")
+    part = f"{_BEGIN}\n\n{ours.strip()}\n\n{_END}"
+    text = card.text
+    if _OURS.search(text):
+        text = _OURS.sub(lambda _: part, text, count=1)
+    else:
+        text = f"{text.rstrip()}\n\n{part}\n"
+    for key, value in metadata.items():
+        there = card.data.get(key)
+        if key in ("model-index", "configs") or there is None:
+            card.data[key] = value
+        elif isinstance(value, list):
+            before = there if isinstance(there, list) else [there]
+            card.data[key] = [*before, *(one for one in value if one not in before)]
+    return f"---\n{card.data.to_yaml()}\n---\n{text}"
+
+
+def hub_id(name: object) -> str | None:
+    """Return a name if it looks like a repository of the Hub."""
+    return name if isinstance(name, str) and _HUB_ID.fullmatch(name) else None
+
+
+def settings_table(settings: Mapping[str, Any]) -> str:
+    """Return a table of a record's plain values; what is nested is left to the JSON file."""
+    rows = [
+        (escaped(key.replace("_", " ")), escaped(value))
+        for key, value in settings.items()
+        if isinstance(value, (str, int, float, bool)) and value != ""
+    ]
+    return table(("", ""), rows)

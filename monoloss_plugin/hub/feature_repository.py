@@ -1,0 +1,163 @@
+"""Features in a repository: Parquet files and a record for each split, and how they are loaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from monoloss_plugin._optional import missing_extra
+from monoloss_plugin.features import FeatureSet
+from monoloss_plugin.hub.bundled import BUNDLED, bundled
+from monoloss_plugin.hub.names import is_inside
+from monoloss_plugin.hub.repository import Repository, of_folder, of_hub
+
+try:
+    from datasets import Dataset, NamedSplit
+except ModuleNotFoundError as error:
+    raise missing_extra(error, "hub") from error
+
+DEFAULT = "default"
+_DATA = "data"
+_PARQUET = re.compile(r"(.+)/(\w+(?:\.\w+)*)-(\d{5})-of-(\d{5})\.parquet")
+
+
+def load_features(
+    repo_id: str | Path,
+    split: str | None = None,
+    *,
+    config: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> FeatureSet:
+    """Load a published split of features.
+
+    Only JSON and Parquet are read. What was loaded once is loaded from the cache where the Hub
+    cannot be reached.
+
+    Args:
+        repo_id: ``user/name`` on the Hub; ``"digits"``, which is bundled; or a ``Path`` of a folder
+            that is laid out like a repository.
+        split: such as ``"train"``; may be left out where there is only one.
+        config: which of the repository's feature sets, where there are several.
+        revision: a branch, tag or commit.
+        token: to read a private repository; by default the one the machine is logged in with.
+        cache_dir: by default the Hub's own cache and that of ``datasets``.
+        local_files_only: do not ask the Hub.
+
+    Returns:
+        The features, memory-mapped, for :class:`~monoloss_plugin.features.FeatureBatches` and
+        :func:`~monoloss_plugin.evaluation.evaluate`.
+
+    Raises:
+        FileNotFoundError: no such repository, split or configuration.
+        ValueError: several of them and none is chosen, or Parquet files without features.
+        PermissionError: the Hub asks for a token, or for its conditions to be accepted.
+        ConnectionError: the Hub cannot be reached, and the features are not in the cache.
+
+    Example:
+        >>> load_features("digits", "train")
+        FeatureSet(1198 x 64, torch.float16)
+    """
+    repository = _open(repo_id, revision, token, cache_dir, local_files_only)
+    config, split = _chosen(repository, config, split)
+    paths = shards(repository)[config, split]
+    record_path = record_file(config, split)
+    has_record = record_path in repository
+    folder = repository.fetch([*paths, record_path] if has_record else paths)
+    dataset = Dataset.from_parquet(
+        [str(folder / path) for path in paths],
+        split=NamedSplit(split),
+        cache_dir=None if cache_dir is None else str(cache_dir),
+    )
+    return FeatureSet(dataset, repository.json(record_path) if has_record else None)
+
+
+def folder_of(config: str) -> str:
+    """Return the folder of a configuration's files."""
+    return _DATA if config == DEFAULT else config
+
+
+def record_file(config: str, split: str) -> str:
+    """Return the path of a split's record."""
+    return f"{folder_of(config)}/{split}.json"
+
+
+def shard_file(config: str, split: str, number: int, count: int) -> str:
+    """Return the path of one of a split's Parquet files."""
+    return f"{folder_of(config)}/{split}-{number:05d}-of-{count:05d}.parquet"
+
+
+def shards(repository: Repository) -> dict[tuple[str, str], list[str]]:
+    """Return the Parquet files of each configuration and split that is there completely."""
+    found: dict[tuple[str, str, int], list[str]] = {}
+    for path in sorted(repository.sizes):
+        match = _PARQUET.fullmatch(path)
+        if match and is_inside(path):
+            config = DEFAULT if match[1] == _DATA else match[1]
+            found.setdefault((config, match[2], int(match[4])), []).append(path)
+    return {
+        (config, split): paths
+        for (config, split, count), paths in found.items()
+        if len(paths) == count
+    }
+
+
+def is_of(path: str, config: str, split: str) -> bool:
+    """Say whether a file belongs to a configuration's split."""
+    match = _PARQUET.fullmatch(path)
+    if match:
+        return (match[1], match[2]) == (folder_of(config), split)
+    return path == record_file(config, split)
+
+
+def _open(
+    repo_id: str | Path,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | Path | None,
+    local_files_only: bool,
+) -> Repository:
+    if isinstance(repo_id, Path):
+        return of_folder(repo_id)
+    if repo_id in BUNDLED:
+        return bundled(repo_id, "dataset")
+    return of_hub(
+        repo_id,
+        "dataset",
+        revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+
+
+def _chosen(repository: Repository, config: str | None, split: str | None) -> tuple[str, str]:
+    there = list(shards(repository))
+    if not there:
+        raise FileNotFoundError(
+            f"repo_id: {repository.name} holds no features as Parquet files of this layout; open "
+            "another dataset with datasets.load_dataset and FeatureSet"
+        )
+    fitting = [one for one in there if config in (None, one[0]) and split in (None, one[1])]
+    said = ", ".join(s if c == DEFAULT else f"{s} of {c}" for c, s in there)
+    if not fitting:
+        wanted = " of ".join(part for part in (split, config) if part)
+        raise FileNotFoundError(f"split: {repository.name} has no {wanted}; it has {said}")
+    if len(fitting) > 1:
+        argument = "config" if len({c for c, _ in fitting}) > 1 else "split"
+        raise ValueError(f"{argument}: {repository.name} has several: {said}")
+    return fitting[0]
+
+
+def features_in(repository: Repository) -> list[tuple[str, str, dict[str, Any]]]:
+    """Return configuration, split and record of all features of a repository."""
+    found = list(shards(repository))
+    paths = [record_file(*one) for one in found]
+    repository.fetch(path for path in paths if path in repository)
+    return [
+        (config, split, repository.json(path) if path in repository else {})
+        for (config, split), path in zip(found, paths, strict=True)
+    ]

@@ -1,0 +1,77 @@
+"""Names that may become paths or links: of repositories, dictionaries and files."""
+
+from __future__ import annotations
+
+import re
+
+from monoloss_plugin._optional import missing_extra
+
+try:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+except ModuleNotFoundError as error:
+    raise missing_extra(error, "hub") from error
+
+PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
+"""Endings of files that may hold pickled objects, which run code when they are opened."""
+
+# Without what a shell, a glob or another system's path would read as more than a name.
+_PART = re.compile(r"[A-Za-z0-9_=+][A-Za-z0-9_=+.,@-]*")
+_SPLIT = re.compile(r"\w+(\.\w+)*")
+_LONGEST = 200
+
+
+def require_repo_id(repo_id: str) -> str:
+    """Return the name of a repository, ``user/name``.
+
+    Raises:
+        TypeError: not a string.
+        ValueError: not such a name.
+    """
+    if not isinstance(repo_id, str):
+        raise TypeError(f"repo_id: expected 'user/name', got {type(repo_id).__name__}")
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"repo_id: expected 'user/name', got {repo_id!r}: {error}") from None
+    if repo_id.count("/") != 1:
+        raise ValueError(f"repo_id: expected 'user/name', got {repo_id!r}")
+    return repo_id
+
+
+def require_inside(name: str, argument: str) -> str:
+    """Return a path below a repository's root, of plain names and ``/``.
+
+    Raises:
+        TypeError: not a string.
+        ValueError: it could leave its folder, or holds what a path should not.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"{argument}: expected a string, got {type(name).__name__}")
+    if not is_inside(name):
+        raise ValueError(
+            f"{argument}: expected names of letters, digits and _=+.,@- with / between them, and "
+            f"none that starts with a dot, got {name[:_LONGEST]!r}"
+        )
+    return name
+
+
+def is_inside(path: str) -> bool:
+    """Say whether a path is made of plain names, and so stays below its root."""
+    return len(path) <= _LONGEST and all(_PART.fullmatch(part) for part in path.split("/"))
+
+
+def require_split(split: str) -> str:
+    """Return the name of a split as ``datasets`` takes it.
+
+    Raises:
+        ValueError: other signs than letters, digits and underscores.
+    """
+    if not isinstance(split, str) or not _SPLIT.fullmatch(split):
+        raise ValueError(f"split: expected letters, digits and underscores, got {split!r}")
+    return split
+
+
+def is_pickle(path: str) -> bool:
+    """Say whether a file's name is one under which pickled objects are kept."""
+    return path.lower().endswith(PICKLES)

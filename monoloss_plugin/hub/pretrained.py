@@ -1,0 +1,240 @@
+"""Load dictionaries that others have published."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from monoloss_plugin._optional import missing_extra
+from monoloss_plugin.hub import dictionary
+from monoloss_plugin.hub.bundled import BUNDLED, bundled
+from monoloss_plugin.hub.dictionary import CONFIG, SPARSITY, WEIGHTS, refused
+from monoloss_plugin.hub.names import is_inside, is_pickle, require_inside
+from monoloss_plugin.hub.record import RECORD, DictionaryRecord, record_from
+from monoloss_plugin.hub.repository import Repository, of_folder, of_hub
+
+try:
+    from sae_lens import SAE
+except ModuleNotFoundError as error:
+    raise missing_extra(error, "sae-lens") from error
+
+ROOT = "."
+"""The ``sae_id`` of a dictionary that lies at the root of its repository."""
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A dictionary, loaded."""
+
+    sae: SAE[Any]
+    """SAELens's own SAE, for inference."""
+    record: DictionaryRecord
+    """What it was trained with, on what, and what it scored; empty where nothing was published."""
+    repo_id: str
+    sae_id: str
+    revision: str | None
+    """The commit it comes from; None where it does not come from the Hub."""
+    sparsity: Tensor | None
+    """(M,) log10 of the share of samples on which each latent is active, where published."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A dictionary of a repository, not loaded."""
+
+    sae_id: str
+    architecture: str
+    """What it was trained as; a ``batchtopk`` is a ``jumprelu`` when it is loaded."""
+    d_in: int
+    d_sae: int
+    record: DictionaryRecord
+    size: int
+    """Bytes to download."""
+
+
+def load_pretrained(
+    repo_id: str | Path,
+    sae_id: str | None = None,
+    revision: str | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Pretrained:
+    """Load a published dictionary.
+
+    Only JSON and safetensors are read, and its settings are compared with the weights before memory
+    is taken. What was loaded once is loaded from the cache where the Hub cannot be reached.
+
+    Args:
+        repo_id: ``user/name`` on the Hub; ``"digits"``, which is bundled; or a ``Path`` of a folder
+            that is laid out like a repository.
+        sae_id: which of its dictionaries; may be left out where there is only one.
+        revision: a branch, tag or commit of the repository.
+        device: where to load it.
+        dtype: of the parameters, such as ``"float32"``; as stored by default.
+        token: to read a private repository; by default the one the machine is logged in with.
+        cache_dir: by default the Hub's own cache.
+        local_files_only: do not ask the Hub.
+
+    Raises:
+        FileNotFoundError: no such repository, dictionary or bundled name.
+        ValueError: several dictionaries and no ``sae_id``, no such revision, or a dictionary that
+            is not what it says.
+        PermissionError: the Hub asks for a token, or for its conditions to be accepted.
+        ConnectionError: the Hub cannot be reached, and the dictionary is not in the cache.
+
+    Example:
+        >>> loaded = load_pretrained("digits")
+        >>> loaded.record.lam, loaded.sae.cfg.d_sae
+        (0.003, 256)
+    """
+    repository = _open(repo_id, revision, token, cache_dir, local_files_only)
+    sae_id = _chosen(repository, str(repo_id), sae_id)
+    folder = repository.fetch(p for p in _paths(sae_id) if p in repository) / sae_id
+    name = repository.name if sae_id == ROOT else f"{repository.name}/{sae_id}"
+    sae = dictionary.load(folder, name, device=str(device), dtype=dtype)
+    return Pretrained(
+        sae=sae,
+        record=_record(repository, sae_id),
+        repo_id=str(repo_id),
+        sae_id=sae_id,
+        revision=repository.commit,
+        sparsity=dictionary.sparsity_of(folder),
+    )
+
+
+def list_pretrained(
+    repo_id: str | Path,
+    revision: str | None = None,
+    *,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> list[Listed]:
+    """List the dictionaries of a repository, by name, without their weights.
+
+    Args:
+        repo_id, revision, token, cache_dir, local_files_only: as for :func:`load_pretrained`.
+
+    Raises:
+        FileNotFoundError, ValueError, PermissionError, ConnectionError: as there.
+
+    Example:
+        >>> for one in list_pretrained("digits"):
+        ...     print(one.sae_id, one.record.lam)
+        batchtopk-256 0.0
+        batchtopk-256-monoloss-0.003 0.003
+    """
+    repository = _open(repo_id, revision, token, cache_dir, local_files_only)
+    return listed(repository)
+
+
+def listed(repository: Repository) -> list[Listed]:
+    """List the dictionaries of a repository that is open."""
+    found = []
+    ids = sae_ids(repository)
+    repository.fetch(p for i in ids for p in (_at(i, CONFIG), _at(i, RECORD)) if p in repository)
+    for sae_id in ids:
+        config = repository.json(_at(sae_id, CONFIG))
+        size = sum(repository.sizes.get(path, 0) for path in _paths(sae_id))
+        found.append(
+            Listed(
+                sae_id=sae_id,
+                architecture=dictionary.trained_as(config),
+                d_in=config.get("d_in", 0),
+                d_sae=config.get("d_sae", 0),
+                record=_record(repository, sae_id),
+                size=size,
+            )
+        )
+    return found
+
+
+def sae_ids(repository: Repository) -> list[str]:
+    """Return the names of the dictionaries of a repository: folders with settings and weights."""
+    files = (PurePosixPath(path) for path in repository.sizes)
+    ids = (str(file.parent) for file in files if file.name == CONFIG)
+    whole = (i for i in ids if all(_at(i, file) in repository for file in (CONFIG, WEIGHTS)))
+    return sorted(sae_id for sae_id in whole if sae_id == ROOT or is_inside(sae_id))
+
+
+def _open(
+    repo_id: str | Path,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | Path | None,
+    local_files_only: bool,
+) -> Repository:
+    if isinstance(repo_id, Path):
+        return of_folder(repo_id)
+    if repo_id in BUNDLED:
+        return bundled(repo_id, "model")
+    if isinstance(repo_id, str) and "/" not in repo_id:
+        raise FileNotFoundError(
+            f"repo_id: expected 'user/name', a Path, or one of {', '.join(BUNDLED)}, which are "
+            f"bundled; got {repo_id!r}"
+        )
+    return of_hub(
+        repo_id,
+        "model",
+        revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+
+
+def _chosen(repository: Repository, repo_id: str, sae_id: str | None) -> str:
+    """Return the name of the dictionary to load, which is there."""
+    there = sae_ids(repository)
+    has = f"it has {_some(there)}" if there else "it has none"
+    if sae_id is None:
+        sae_id = BUNDLED.get(repo_id)
+        if sae_id is None and len(there) == 1:
+            return there[0]
+        if sae_id is None and there:
+            raise ValueError(f"sae_id: {repository.name} has several dictionaries: {_some(there)}")
+        if sae_id is None:
+            raise FileNotFoundError(
+                f"repo_id: {repository.name} holds no dictionary{_pickles(repository, '')}"
+            )
+    if sae_id != ROOT:
+        require_inside(sae_id, "sae_id")
+    if sae_id not in there:
+        raise FileNotFoundError(
+            f"sae_id: {repository.name} has no dictionary {sae_id!r}; {has}"
+            f"{_pickles(repository, sae_id + '/')}"
+        )
+    return sae_id
+
+
+def _pickles(repository: Repository, prefix: str) -> str:
+    return refused(sorted(p for p in repository.sizes if p.startswith(prefix) and is_pickle(p)))
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more
+
+
+def _at(sae_id: str, file: str) -> str:
+    return file if sae_id == ROOT else f"{sae_id}/{file}"
+
+
+def _paths(sae_id: str) -> list[str]:
+    """Return what is read of a dictionary, and nothing else is."""
+    return [_at(sae_id, file) for file in (CONFIG, WEIGHTS, SPARSITY, RECORD)]
+
+
+def _record(repository: Repository, sae_id: str) -> DictionaryRecord:
+    path = _at(sae_id, RECORD)
+    if path not in repository:
+        return DictionaryRecord()
+    return record_from(repository.json(path), f"{repository.name}/{path}")

@@ -1,0 +1,319 @@
+"""Publish a trained dictionary."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from monoloss_plugin import __version__
+from monoloss_plugin._optional import missing_extra
+from monoloss_plugin.evaluation import Evaluation
+from monoloss_plugin.hub import dictionary
+from monoloss_plugin.hub.cards import hub_id
+from monoloss_plugin.hub.model_card import CURVES, model_card
+from monoloss_plugin.hub.names import require_inside, require_repo_id
+from monoloss_plugin.hub.pretrained import listed
+from monoloss_plugin.hub.publication import Existing, Publication, Staged, publish
+from monoloss_plugin.hub.record import (
+    RECORD,
+    DictionaryRecord,
+    Inputs,
+    finite,
+    record_from,
+    write_record,
+)
+from monoloss_plugin.hub.repository import of_folder, of_hub, read_json
+
+try:
+    from sae_lens import SAE
+    from safetensors.torch import save_file
+except ModuleNotFoundError as error:
+    raise missing_extra(error, "sae-lens") from error
+
+Metrics = Evaluation | Mapping[str, float]
+
+_NEVER = 1e-10
+"""What SAELens adds to the share of samples before it takes the logarithm."""
+
+
+def publish_dictionary(
+    sae: SAE[Any] | str | Path,
+    repo_id: str,
+    *,
+    sae_id: str | None = None,
+    evaluation: Metrics | None = None,
+    baseline: Metrics | None = None,
+    features: Any | None = None,
+    unit_norm: bool = True,
+    take_any_norm: bool = False,
+    license: str | None = None,
+    base_model: str | None = None,
+    dataset: str | None = None,
+    tags: Sequence[str] = (),
+    private: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    token: str | bool | None = None,
+) -> Publication:
+    """Publish a dictionary to a repository of the Hub, beside those that are there.
+
+    ``SAE.from_pretrained(repo_id, sae_id)`` of plain SAELens loads it. The loss terms are read from
+    the SAE, where the adapter has written them in training. All files arrive in one commit; a
+    repository is made if there is none, and nothing in one is overwritten unless asked. Run again
+    after an interruption, it sends what has not arrived.
+
+    Args:
+        sae: a SAELens SAE, in training or for inference; or a folder that one was saved to.
+        repo_id: ``user/name``.
+        sae_id: its folder in the repository, by default made of architecture, size and losses, such
+            as ``batchtopk-8192-monoloss-0.0003``.
+        evaluation: what :func:`~monoloss_plugin.evaluation.evaluate` found, or such numbers by
+            name.
+        baseline: the same of a dictionary trained without the losses, to compare with.
+        features: the :class:`~monoloss_plugin.features.FeatureSet` it was evaluated on; encoder
+            and images are taken from its record.
+        unit_norm: whether the SAE was trained on features of unit norm, as ``FeatureBatches`` gives
+            them; what is published says so.
+        take_any_norm: fold the scaling into the SAE, so that it takes the encoder's features as
+            they are. Reconstructions come at the scale of the input. Latents keep their support and
+            ratios; where SAELens rescales them by decoder norms, they grow by the square root of
+            d_in.
+        license: such as ``"mit"``, for the card.
+        base_model: the encoder's repository on the Hub, for the card; by default the encoder's name
+            if it looks like one.
+        dataset: the images' repository on the Hub, in the same way.
+        tags: more tags for the card.
+        private: make a new repository private.
+        overwrite: replace a dictionary of this name.
+        dry_run: upload nothing, and say what would be.
+        token: by default the one that the machine is logged in with.
+
+    Returns:
+        The files with their sizes, and the commit.
+
+    Raises:
+        TypeError: an SAE or metrics of another kind.
+        ValueError: not a repository's or folder's name, or an SAE that cannot be published as it
+            is: a training checkpoint's folder, or inputs whose scale is not folded in.
+        FileExistsError: another dictionary of that name is there.
+        FileNotFoundError: no such folder, or no dictionary in it.
+        PermissionError: no token, or one that may not write there; or a private repository is asked
+            for, and it is public.
+        ConnectionError: the Hub cannot be reached.
+    """
+    require_repo_id(repo_id)
+    if sae_id is not None:
+        require_inside(sae_id, "sae_id")
+    with tempfile.TemporaryDirectory() as folder:
+        staged = Path(folder)
+        sae_id = stage_dictionary(
+            sae,
+            staged,
+            sae_id=sae_id,
+            evaluation=evaluation,
+            baseline=baseline,
+            features=features,
+            unit_norm=unit_norm,
+            take_any_norm=take_any_norm,
+        )
+        metadata = {"license": license, "tags": list(tags)}
+        record = of_record(staged / sae_id)
+        metadata["base_model"] = _listed(base_model or hub_id(record.encoder.get("name")))
+        metadata["datasets"] = _listed(dataset or hub_id(record.dataset.get("name")))
+        done = publish(
+            Staged(staged, _owns(sae_id), _Card(staged, repo_id, metadata, token)),
+            repo_id,
+            "model",
+            message=f"Publish {sae_id}",
+            private=private,
+            token=token,
+            overwrite=overwrite,
+            dry_run=dry_run,
+        )
+        return replace(done, name=sae_id)
+
+
+def stage_dictionary(
+    sae: SAE[Any] | str | Path,
+    root: Path,
+    *,
+    sae_id: str | None,
+    evaluation: Metrics | None,
+    baseline: Metrics | None,
+    features: Any | None,
+    unit_norm: bool,
+    take_any_norm: bool,
+) -> str:
+    """Write all that is published of a dictionary into ``root/sae_id``, and return the ``sae_id``.
+
+    Args and errors: as for :func:`publish_dictionary`.
+    """
+    with tempfile.TemporaryDirectory(dir=root, prefix=".") as beside:
+        folder = Path(beside) / "dictionary"
+        sparsity = None
+        if isinstance(sae, (str, Path)):
+            source = Path(sae)
+            if not source.is_dir():
+                raise FileNotFoundError(f"sae: no such folder: {source}")
+            loaded = dictionary.load(source, str(source))
+            sparsity = dictionary.sparsity_of(source)
+            known = of_record(source)
+        elif isinstance(sae, SAE):
+            loaded, known = sae, DictionaryRecord()
+        else:
+            got = f"the class {sae.__name__}" if isinstance(sae, type) else type(sae).__name__
+            raise TypeError(f"sae: expected a SAELens SAE or a folder, got {got}")
+        # Written and loaded again: what is published is what others will load.
+        dictionary.write(loaded, folder)
+        plain = dictionary.load(folder, "sae")
+        inputs: Inputs = known.inputs or ("unit norm" if unit_norm else "as they are")
+        if take_any_norm:
+            plain = _taking_any_norm(plain, inputs)
+            inputs = "as they are"
+            dictionary.write(plain, folder)
+        record = replace(_record(known, plain, evaluation, baseline, features), inputs=inputs)
+        write_record(record, folder)
+        if isinstance(evaluation, Evaluation):
+            sparsity = torch.log10(evaluation.frequency.float() + _NEVER)
+            _draw(folder / CURVES, record, evaluation, baseline)
+        if sparsity is not None:
+            save_file({"sparsity": _of_width(sparsity, plain)}, folder / dictionary.SPARSITY)
+        sae_id = sae_id or _named(folder, plain, record)
+        target = root / require_inside(sae_id, "sae_id")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(target)
+    return sae_id
+
+
+def of_record(folder: Path) -> DictionaryRecord:
+    """Return the record in a dictionary's folder; an empty one where there is none."""
+    path = folder / RECORD
+    return record_from(read_json(path), str(path)) if path.is_file() else DictionaryRecord()
+
+
+@dataclass(frozen=True)
+class _Card:
+    """Makes the card of a repository from what it holds and what is added."""
+
+    staged: Path
+    repo_id: str
+    metadata: Mapping[str, Any]
+    token: str | bool | None
+
+    def __call__(self, existing: Existing) -> str:
+        added = listed(of_folder(self.staged))
+        there = []
+        curves = {path.parent.name for path in self.staged.rglob(CURVES)}
+        if existing.commit is not None:
+            repository = of_hub(self.repo_id, "model", existing.commit, token=self.token)
+            there = listed(repository)
+            curves |= {p.removesuffix(f"/{CURVES}") for p in existing.hashes if p.endswith(CURVES)}
+        every = {one.sae_id: one for one in (*there, *added)}
+        ordered = [every[sae_id] for sae_id in sorted(every)]
+        return model_card(existing.card, self.repo_id, ordered, sorted(curves), self.metadata)
+
+
+def _owns(sae_id: str) -> Callable[[str], bool]:
+    # Not what lies deeper: a dictionary "a/b" may lie in the folder of a dictionary "a".
+    return lambda path: path.rpartition("/")[0] == sae_id
+
+
+def _taking_any_norm(plain: SAE[Any], inputs: Inputs) -> SAE[Any]:
+    """Return an SAE of unit-norm inputs as one that scales its inputs itself."""
+    if inputs != "unit norm" or plain.cfg.normalize_activations != "none":
+        raise ValueError(
+            "take_any_norm: only for an SAE that was trained on features of unit norm and does not "
+            f"scale them itself (normalize_activations={plain.cfg.normalize_activations!r})"
+        )
+    # SAELens scales to the square root of d_in; folding its inverse brings that back to 1.
+    plain.fold_activation_norm_scaling_factor(plain.cfg.d_in**-0.5)
+    plain.cfg.normalize_activations = "constant_norm_rescale"
+    return plain
+
+
+def _record(
+    known: DictionaryRecord,
+    sae: SAE[Any],
+    evaluation: Metrics | None,
+    baseline: Metrics | None,
+    features: Any | None,
+) -> DictionaryRecord:
+    """Return what is known of a dictionary: from the SAE, the features and the measurements."""
+    of_adapter = sae.cfg.metadata["monoloss"] or {}
+    record = replace(
+        known,
+        losses=list(of_adapter.get("terms", {}).values()) or known.losses,
+        converted_from=of_adapter.get("converted_from") or known.converted_from,
+        versions={
+            "monoloss_plugin": __version__,
+            "sae_lens": version("sae-lens"),
+            "torch": torch.__version__,
+        },
+    )
+    if features is not None:
+        described = features.record
+        record = replace(
+            record,
+            encoder=described.get("encoder", {}),
+            dataset=described.get("source", {}),
+            evaluated_on={"samples": len(features), "split": described_split(described)},
+        )
+    if evaluation is not None:
+        record = replace(record, metrics=_numbers(evaluation, "evaluation"))
+    if baseline is not None:
+        record = replace(record, baseline=_numbers(baseline, "baseline"))
+    return record
+
+
+def described_split(record: Mapping[str, Any]) -> str:
+    """Return the split that a feature set's record says it is of, or what it is called."""
+    source = record.get("source", {})
+    return str(source.get("split") or source.get("name") or "not named")
+
+
+def _numbers(metrics: Metrics, name: str) -> dict[str, float]:
+    if isinstance(metrics, Evaluation):
+        return finite(metrics.summary())
+    if not isinstance(metrics, Mapping) or not all(isinstance(v, Real) for v in metrics.values()):
+        raise TypeError(f"{name}: expected an Evaluation or numbers by name, got {metrics!r}")
+    return finite({str(key): float(value) for key, value in metrics.items()})
+
+
+def _draw(
+    path: Path, record: DictionaryRecord, evaluation: Evaluation, baseline: Metrics | None
+) -> None:
+    from monoloss_plugin.report import curves_figure
+
+    added = " + ".join(str(term["name"]) for term in record.losses)
+    curves = {f"with {added}" if added else "MonoScore": [evaluation.monoscore.curve()]}
+    if isinstance(baseline, Evaluation):
+        curves = {f"without {added or 'the losses'}": [baseline.monoscore.curve()], **curves}
+    # No time or version in it, so that the same curves make the same file.
+    curves_figure(curves).savefig(path, dpi=110, metadata={"Software": None})
+
+
+def _of_width(sparsity: Tensor, sae: SAE[Any]) -> Tensor:
+    if sparsity.shape != (sae.cfg.d_sae,):
+        raise ValueError(
+            f"evaluation: of {len(sparsity)} latents, but this dictionary has {sae.cfg.d_sae}"
+        )
+    return sparsity.float().contiguous()
+
+
+def _named(folder: Path, sae: SAE[Any], record: DictionaryRecord) -> str:
+    config = json.loads((folder / dictionary.CONFIG).read_text())
+    losses = [f"-{term['name']}-{term['lam']:g}" for term in record.losses]
+    return f"{dictionary.trained_as(config)}-{sae.cfg.d_sae}{''.join(losses)}"
+
+
+def _listed(name: str | None) -> list[str]:
+    return [] if name is None else [name]

@@ -1,0 +1,102 @@
+"""``monoloss.json``: what a dictionary was trained with, on what, and what it scored."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+RECORD = "monoloss.json"
+FORMAT = 1
+
+Inputs = Literal["unit norm", "as they are"]
+
+
+@dataclass(frozen=True)
+class DictionaryRecord:
+    """What is known of a dictionary beside its weights; empty where nothing was said."""
+
+    losses: list[dict[str, Any]] = field(default_factory=list)
+    """Terms added to the host's loss, each with its name, kind, lam and units; none: a baseline."""
+    inputs: Inputs | None = None
+    """What the SAE takes: features scaled to unit norm, or as the encoder gives them."""
+    encoder: dict[str, Any] = field(default_factory=dict)
+    """What the features come from."""
+    dataset: dict[str, Any] = field(default_factory=dict)
+    """What images they are features of."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """By the names of :meth:`~monoloss_plugin.evaluation.Evaluation.summary`."""
+    baseline: dict[str, float] = field(default_factory=dict)
+    """The same of a dictionary that was trained without the terms."""
+    evaluated_on: dict[str, Any] = field(default_factory=dict)
+    """Which samples the metrics are of."""
+    converted_from: str | None = None
+    """The library whose checkpoint it was converted from."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Of the libraries that published it."""
+
+    @property
+    def lam(self) -> float:
+        """MonoLoss's weight, in its units; 0 where the dictionary was trained without it."""
+        ours = (term for term in self.losses if term.get("term") == "MonoLoss")
+        return sum((float(term.get("lam", 0)) for term in ours), 0.0)
+
+    def to_json(self) -> str:
+        """Return the file's content."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, sort_keys=True) + "\n"
+
+
+def record_from(content: Mapping[str, Any], name: str) -> DictionaryRecord:
+    """Read a record; what a later version may have added is left out.
+
+    Args:
+        content: of the file.
+        name: of the file, for the error.
+
+    Raises:
+        ValueError: a part that is not of its type, or a later format.
+    """
+    made = content.get("format", FORMAT)
+    if not isinstance(made, int) or made > FORMAT:
+        raise ValueError(
+            f"{name}: format {made!r}, and this version of monoloss_plugin reads up to {FORMAT}; "
+            "update it"
+        )
+    known: dict[str, Any] = {}
+    for part in fields(DictionaryRecord):
+        given = content.get(part.name)
+        if given is None:
+            continue
+        expected = _TYPES.get(part.name, dict)
+        if not isinstance(given, expected) or not _fits(part.name, given):
+            raise ValueError(f"{name}: {part.name} is not what a record holds there: {given!r}")
+        known[part.name] = given
+    return DictionaryRecord(**known)
+
+
+def finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics that are numbers, which is what JSON and YAML can hold."""
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+
+def write_record(record: DictionaryRecord, folder: Path) -> None:
+    """Write a record into a dictionary's folder."""
+    (folder / RECORD).write_text(record.to_json(), encoding="utf-8")
+
+
+_TYPES: dict[str, type] = {"losses": list, "inputs": str, "converted_from": str}
+
+
+def _fits(part: str, given: Any) -> bool:
+    if part == "losses":
+        return all(isinstance(term, dict) and _is_number(term.get("lam", 0)) for term in given)
+    if part in ("metrics", "baseline"):
+        return all(_is_number(value) for value in given.values())
+    return True
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -33,8 +33,9 @@ clean:
 	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # constraints.txt pins the versions that CI installs; pyproject.toml keeps the honest ranges.
-$(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.%: pyproject.toml constraints.txt tests/no-deps.txt | $(BIN)/python
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[$*]"
+	$(if $(filter dev,$*),$(PIP) install --quiet --no-deps --requirement tests/no-deps.txt)
 	@touch $@
 
 $(BIN)/python:

@@ -14,6 +14,7 @@ try:
 
     from monoloss_plugin.cli.demo import demo
     from monoloss_plugin.cli.features import extract, features
+    from monoloss_plugin.cli.hub import convert, pretrained, publish
 except ModuleNotFoundError as error:
     sys.exit(f"monoloss: {missing_extra(error, 'cli')}")
 
@@ -26,6 +27,9 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(extract)
 app.add_typer(features, name="features")
+app.add_typer(publish, name="publish")
+app.command()(pretrained)
+app.command()(convert)
 
 
 @app.callback(invoke_without_command=True)

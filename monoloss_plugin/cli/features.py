@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from monoloss_plugin.cli.errors import readable_errors
 
 features = typer.Typer(help="Look at feature datasets and put them together.", no_args_is_help=True)
 
@@ -80,7 +80,7 @@ def extract(
     Killed at any moment, it goes on where it was when it is started again. Several processes may
     write to one folder, each with its --shard I/N.
     """
-    with _readable_errors():
+    with readable_errors():
         from monoloss_plugin.features.extraction import extract as run
 
         done = run(
@@ -119,7 +119,7 @@ def extract(
 @features.command()
 def verify(folder: Annotated[Path, typer.Argument(help="A feature dataset.")]) -> None:
     """Compare every shard with its checksum; exit with 1 if one is missing, cut or altered."""
-    with _readable_errors():
+    with readable_errors():
         from tqdm.auto import tqdm
 
         from monoloss_plugin.features import shards, whole
@@ -139,7 +139,7 @@ def verify(folder: Annotated[Path, typer.Argument(help="A feature dataset.")]) -
 @features.command()
 def info(folder: Annotated[Path, typer.Argument(help="A feature dataset.")]) -> None:
     """Show what a feature dataset holds and what it was made with."""
-    with _readable_errors():
+    with readable_errors():
         from monoloss_plugin.features import FeatureSet
 
         opened = FeatureSet.open(folder)
@@ -165,7 +165,7 @@ def join(
     others: Annotated[list[Path], typer.Argument(help="Folders of other machines' shards.")],
 ) -> None:
     """Copy the shards that other machines made of the same source into one folder."""
-    with _readable_errors():
+    with readable_errors():
         from monoloss_plugin.features import shards, whole
 
         complete = whole.join(folder, others)
@@ -177,7 +177,7 @@ def join(
 @features.command()
 def encoders() -> None:
     """List the encoders that have short names."""
-    with _readable_errors():
+    with readable_errors():
         from monoloss_plugin.features.encoders import SHORT_NAMES
     table = Table("name", "width", "weights", "revision", "what")
     for name, pinned in SHORT_NAMES.items():
@@ -193,18 +193,3 @@ def _share(shard: str | None) -> tuple[int, int] | None:
     if not (part.isdigit() and parts.isdigit()):
         raise typer.BadParameter(f"expected I/N such as 0/4, got {shard!r}", param_hint="--shard")
     return int(part), int(parts)
-
-
-@contextmanager
-def _readable_errors() -> Iterator[None]:
-    """End with a message instead of a traceback where the caller can do something about it."""
-    try:
-        yield
-    except (ModuleNotFoundError, OSError, ValueError) as error:
-        sys.exit(f"monoloss: {error}")
-    except KeyboardInterrupt:
-        sys.exit("monoloss: stopped; start it again to go on")
-    except RuntimeError as error:
-        if type(error).__module__.startswith("monoloss_plugin"):
-            sys.exit(f"monoloss: {error}")
-        raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -159,7 +160,7 @@ def stage_dictionary(
     """
     with tempfile.TemporaryDirectory(dir=root, prefix=".") as beside:
         folder = Path(beside) / "dictionary"
-        sparsity = None
+        sparsity, drawn = None, None
         if isinstance(sae, (str, Path)):
             source = Path(sae)
             if not source.is_dir():
@@ -167,6 +168,7 @@ def stage_dictionary(
             loaded = dictionary.load(source, str(source))
             sparsity = dictionary.sparsity_of(source)
             known = of_record(source)
+            drawn = source / CURVES
         elif isinstance(sae, SAE):
             loaded, known = sae, DictionaryRecord()
         else:
@@ -185,6 +187,8 @@ def stage_dictionary(
         if isinstance(evaluation, Evaluation):
             sparsity = torch.log10(evaluation.frequency.float() + _NEVER)
             _draw(folder / CURVES, record, evaluation, baseline)
+        elif evaluation is None and drawn is not None and drawn.is_file():
+            shutil.copyfile(drawn, folder / CURVES)
         if sparsity is not None:
             save_file({"sparsity": _of_width(sparsity, plain)}, folder / dictionary.SPARSITY)
         sae_id = sae_id or _named(folder, plain, record)

@@ -49,7 +49,8 @@ class Repo:
     refs: dict[str, str] = field(default_factory=dict)
 
     def commit(self, files: dict[str, Blob], message: str) -> str:
-        sha = hashlib.sha1(f"{len(self.messages)}{message}{sorted(files)}".encode()).hexdigest()
+        content = [(name, blob.oid) for name, blob in sorted(files.items())]
+        sha = hashlib.sha1(f"{len(self.messages)}{message}{content}".encode()).hexdigest()
         self.commits[sha] = files
         self.messages.append(message)
         self.refs["main"] = sha
@@ -125,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
         pass
 
-    def do_GET(self) -> None:  # noqa: N802  # the names that http.server calls
+    def do_GET(self) -> None:  # the names that http.server calls
         self._answer()
 
     do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815

@@ -1,0 +1,265 @@
+"""``monoloss publish``, ``monoloss pretrained`` and ``monoloss convert``."""
+
+from __future__ import annotations
+
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.filesize import decimal
+from rich.markup import escape
+from rich.table import Column, Table
+
+from monoloss_plugin.cli.errors import readable_errors
+
+if TYPE_CHECKING:
+    from monoloss_plugin.evaluation import Evaluation
+    from monoloss_plugin.features import FeatureSet
+    from monoloss_plugin.hub import Publication
+
+publish = typer.Typer(
+    help="Publish dictionaries and features to the Hugging Face Hub. Log in first: hf auth login.",
+    no_args_is_help=True,
+)
+
+_BATCHES = 32
+"""Batches that a threshold is the mean of."""
+
+_Repository = Annotated[str, typer.Argument(help="USER/NAME on the Hub; made if it is not there.")]
+_License = Annotated[str | None, typer.Option("--license", help="For the card, such as mit.")]
+_Tag = Annotated[list[str] | None, typer.Option("--tag", help="For the card; may be repeated.")]
+_Private = Annotated[bool, typer.Option("--private", help="Make a new repository private.")]
+_Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what is there under the same name.")
+]
+_DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Upload nothing; list what would be, and its size.")
+]
+_Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.")]
+
+
+@publish.command()
+def sae(
+    folder: Annotated[
+        Path, typer.Argument(help="A dictionary: what SAELens's save_inference_model wrote.")
+    ],
+    repository: _Repository,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            "--name", help="Its sae_id; made of architecture, size and losses by default."
+        ),
+    ] = None,
+    features: Annotated[
+        Path | None,
+        typer.Option(help="Held-out features to measure it on, a folder of monoloss extract."),
+    ] = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(help="A dictionary trained without the losses, to measure beside it."),
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="It was trained on features that are not of unit norm.")
+    ] = False,
+    take_any_norm: Annotated[
+        bool,
+        typer.Option("--take-any-norm", help="Have it scale its inputs to unit norm itself."),
+    ] = False,
+    license: _License = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="The encoder's repository on the Hub, for the card.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="The images' repository on the Hub, for the card.")
+    ] = None,
+    tag: _Tag = None,
+    private: _Private = False,
+    overwrite: _Overwrite = False,
+    dry_run: _DryRun = False,
+) -> None:
+    """Publish a dictionary; with --features, its measurements and their picture too."""
+    with readable_errors():
+        from monoloss_plugin.features import FeatureSet
+        from monoloss_plugin.hub import publish_dictionary
+
+        if baseline is not None and features is None:
+            raise ValueError("--baseline: needs --features to measure it on")
+        opened = None if features is None else FeatureSet.open(features)
+        measured, compared = (
+            None if opened is None or one is None else _measured(one, opened, unit_norm=not raw)
+            for one in (folder, baseline)
+        )
+        done = publish_dictionary(
+            folder,
+            repository,
+            sae_id=name,
+            evaluation=measured,
+            baseline=compared,
+            features=opened,
+            unit_norm=not raw,
+            take_any_norm=take_any_norm,
+            license=license,
+            base_model=base_model,
+            dataset=dataset,
+            tags=tag or (),
+            private=private,
+            overwrite=overwrite,
+            dry_run=dry_run,
+        )
+    _show(done)
+    print(f"load it: SAE.from_pretrained({done.repo_id!r}, {done.name!r})")
+
+
+@publish.command()
+def features(
+    folder: Annotated[Path, typer.Argument(help="A feature dataset, of monoloss extract.")],
+    repository: _Repository,
+    split: Annotated[
+        str | None, typer.Option(help="Its name there; the source's split by default, or train.")
+    ] = None,
+    config: Annotated[
+        str, typer.Option(help="Tells features of several encoders in one repository apart.")
+    ] = "default",
+    license: _License = None,
+    source_dataset: Annotated[
+        str | None, typer.Option(help="The images' repository on the Hub, for the card.")
+    ] = None,
+    tag: _Tag = None,
+    private: _Private = False,
+    overwrite: _Overwrite = False,
+    dry_run: _DryRun = False,
+) -> None:
+    """Publish features as a dataset of Parquet files."""
+    with readable_errors():
+        from monoloss_plugin.hub import publish_features
+
+        done = publish_features(
+            folder,
+            repository,
+            split=split,
+            config=config,
+            license=license,
+            source_dataset=source_dataset,
+            tags=tag or (),
+            private=private,
+            overwrite=overwrite,
+            dry_run=dry_run,
+        )
+    _show(done)
+    print(f"load it: datasets.load_dataset({done.repo_id!r}, {config!r}, split={done.name!r})")
+
+
+def pretrained(
+    repository: Annotated[
+        str,
+        typer.Argument(help="USER/NAME on the Hub, digits (bundled), or a folder from ./ or / on."),
+    ],
+    revision: _Revision = None,
+) -> None:
+    """List the dictionaries of a repository."""
+    with readable_errors():
+        from monoloss_plugin.hub import list_pretrained
+
+        is_folder = repository.startswith((".", "/", "~"))
+        found = list_pretrained(
+            Path(repository).expanduser() if is_folder else repository, revision
+        )
+    if not found:
+        sys.exit(f"monoloss: {repository} holds no dictionary in SAELens's format")
+    table = Table(Column("dictionary", no_wrap=True), "size", "losses", "R²", "MonoScore", "bytes")
+    for one in found:
+        losses = [f"{term.get('name')} {term.get('lam')}" for term in one.record.losses]
+        metrics = (one.record.metrics.get(name) for name in ("r2", "monoscore"))
+        table.add_row(
+            one.sae_id,
+            f"{one.d_in} to {one.d_sae}",
+            escape(", ".join(losses)) or "none",
+            *("" if value is None else f"{value:.3f}" for value in metrics),
+            decimal(one.size),
+        )
+    Console().print(table)
+
+
+def convert(
+    source: Annotated[
+        Path, typer.Argument(help="A checkpoint's file, or the folder of ae.pt and config.json.")
+    ],
+    out: Annotated[Path, typer.Argument(help="A new folder for the dictionary.")],
+    library: Annotated[
+        str,
+        typer.Option("--from", help="Who wrote it: monoloss, dictionary-learning, overcomplete."),
+    ],
+    features: Annotated[
+        Path | None,
+        typer.Option(
+            help=f"For a BatchTopK of monoloss: features, of which {_BATCHES} batches set its "
+            "threshold."
+        ),
+    ] = None,
+    dict_class: Annotated[
+        str | None, typer.Option("--class", help="Its class, where no config.json says it.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Of overcomplete's TopKSAE.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Of overcomplete's BatchTopKSAE: its running_threshold.")
+    ] = None,
+) -> None:
+    """Convert another library's dictionary to SAELens's format, to load or publish it."""
+    with readable_errors():
+        from monoloss_plugin import convert as converters
+
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise FileExistsError(f"out: {out} is there already; give a new folder")
+        if library == "monoloss":
+            batches = None if features is None else _batches(features)
+            converted = converters.from_monoloss(source, features=batches)
+        elif library == "dictionary-learning":
+            converted = converters.from_dictionary_learning(source, dict_class=dict_class)
+        elif library == "overcomplete":
+            converted = converters.from_overcomplete(
+                source, sae_class=dict_class, top_k=top_k, threshold=threshold
+            )
+        else:
+            raise ValueError(
+                f"--from: expected monoloss, dictionary-learning or overcomplete, got {library!r}"
+            )
+        converted.save_model(out)
+    cfg = converted.cfg
+    print(f"{cfg.architecture()}, {cfg.d_in} to {cfg.d_sae} latents: {out}")
+
+
+def _batches(folder: Path) -> Any:
+    from monoloss_plugin.features import FeatureBatches, FeatureSet
+
+    features = FeatureSet.open(folder)
+    batches = FeatureBatches(features, batch_size=min(2048, len(features)))
+    return islice(batches, _BATCHES)
+
+
+def _measured(folder: Path, features: FeatureSet, *, unit_norm: bool) -> Evaluation:
+    """Score a dictionary's folder on features."""
+    from monoloss_plugin.evaluation import evaluate
+    from monoloss_plugin.features import FeatureBatches
+    from monoloss_plugin.hub.dictionary import load
+
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no such folder: {folder}")
+    batches = FeatureBatches(features, shuffle="none", drop_last=False, normalize=unit_norm)
+    return evaluate(load(folder, str(folder)), batches, progress=True)
+
+
+def _show(done: Publication) -> None:
+    table = Table("file", "size", "")
+    for file in done.files:
+        table.add_row(file.path, decimal(file.size), file.change)
+    Console().print(table)
+    size = decimal(done.size)
+    if done.commit is None:
+        print(f"dry run: {size} would be uploaded to {done.url}")
+    elif done.size:
+        print(f"{size} uploaded to {done.url} (commit {done.commit[:8]})")
+    else:
+        print(f"{done.url} has all of it already")

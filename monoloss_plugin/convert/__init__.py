@@ -1,0 +1,27 @@
+"""Dictionaries of other libraries as SAELens's own: same latents, same reconstruction.
+
+Checkpoints are read without unpickling anything but tensors and plain values. Needs the extra
+``sae-lens``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from monoloss_plugin._later import later
+
+if TYPE_CHECKING:
+    from monoloss_plugin.convert.dictionary_learning import from_dictionary_learning
+    from monoloss_plugin.convert.monoloss import from_monoloss
+    from monoloss_plugin.convert.overcomplete import from_overcomplete
+
+__all__ = ["from_dictionary_learning", "from_monoloss", "from_overcomplete"]
+
+__getattr__ = later(
+    __name__,
+    {
+        "from_dictionary_learning": "dictionary_learning",
+        "from_monoloss": "monoloss",
+        "from_overcomplete": "overcomplete",
+    },
+)

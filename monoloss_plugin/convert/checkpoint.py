@@ -1,0 +1,82 @@
+"""Checkpoints that others have written with ``torch.save``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def read_checkpoint(path: Path) -> Any:
+    """Read tensors and plain values; nothing that would run code is unpickled.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a checkpoint, or one that holds objects of other classes.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"source: no such file: {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or foreign file makes torch.load raise all kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"source: {path.name} is no checkpoint of tensors and plain values, and what else it "
+            "may hold is not unpickled, since that could run any code; where it is yours, load it "
+            f"in its own library and save its state_dict ({reason})"
+        ) from error
+
+
+class Weights:
+    """A state dict that is used up tensor by tensor, so that none is overlooked.
+
+    Args:
+        state: by name.
+        name: of the checkpoint, for errors.
+        ignored: names and beginnings of names of tensors that the forward pass does not use.
+    """
+
+    def __init__(self, state: Any, name: str, ignored: tuple[str, ...] = ()) -> None:
+        if not isinstance(state, Mapping) or not state:
+            raise ValueError(f"{name}: expected a state dict, got {type(state).__name__}")
+        self._left = {k: v for k, v in state.items() if not str(k).startswith(ignored or ("\0",))}
+        self._name = name
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._left
+
+    def take(self, key: str, *, shape: tuple[int, ...] | None = None) -> Tensor:
+        """Return a tensor as float32.
+
+        Raises:
+            ValueError: not there, not a tensor of numbers, or of another shape.
+        """
+        if key not in self._left:
+            has = ", ".join(sorted(map(str, self._left))[:12])
+            raise ValueError(f"{self._name}: no {key} in it; it has {has}")
+        tensor = self._left.pop(key)
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{self._name}: {key} is no tensor, but {type(tensor).__name__}")
+        if shape is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{self._name}: {key} is {tuple(tensor.shape)}, expected {shape}")
+        return tensor.detach().float().contiguous()
+
+    def take_matrix(self, key: str) -> Tensor:
+        """Return a tensor of two dimensions as float32.
+
+        Raises:
+            ValueError: as :meth:`take`, or of another number of dimensions.
+        """
+        tensor = self.take(key)
+        if tensor.ndim != 2 or not tensor.numel():
+            raise ValueError(f"{self._name}: {key} is {tuple(tensor.shape)}, expected a matrix")
+        return tensor
+
+    def finish(self) -> None:
+        """Raise ValueError where tensors are left over: this is another format."""
+        if self._left:
+            left = ", ".join(sorted(map(str, self._left))[:12])
+            raise ValueError(f"{self._name}: {left}: tensors that this format does not have")

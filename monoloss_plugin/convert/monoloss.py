@@ -1,0 +1,172 @@
+"""Checkpoints of the MonoLoss authors' training code.
+
+Their layout, from the paper's appendix B and the public SAE implementations that it builds on:
+BatchTopK, vanilla ReLU and JumpReLU after Bussmann et al. 2024, TopK after Gao et al. 2024.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from monoloss_plugin._checks import as_rows
+from monoloss_plugin._optional import missing_extra
+from monoloss_plugin.convert.checkpoint import Weights, read_checkpoint
+from monoloss_plugin.convert.to_sae_lens import sae_of
+from monoloss_plugin.evaluation import Samples
+
+try:
+    from sae_lens import SAE
+except ModuleNotFoundError as error:
+    raise missing_extra(error, "sae-lens") from error
+
+_KINDS = ("batchtopk", "topk", "jumprelu", "vanilla")
+_SOURCE = "the MonoLoss authors' code"
+# Counters of dead latents and the like, which the forward pass does not use.
+_COUNTERS = ("num_batches_not_active", "stats_", "latents_", "activation")
+_BATCH = 2048
+"""Samples of a batch in the paper; BatchTopK chooses among a batch's activations."""
+
+
+def from_monoloss(
+    source: str | os.PathLike[str], *, features: Tensor | Iterable[Samples] | None = None
+) -> SAE[Any]:
+    """Convert a checkpoint of the MonoLoss authors.
+
+    A BatchTopK checkpoint keeps the largest ``topk_k`` times B activations of each batch, and
+    stores no threshold; SAELens applies one to every sample alone. It is set from features: for one
+    batch of them, so that just the same activations are kept; for more, to the mean over batches.
+
+    Args:
+        source: a file with ``model_state_dict`` and ``config``.
+        features: (N, d_in) such as the checkpoint was trained on, or batches of them; only for
+            BatchTopK, which needs them. A tensor is taken in batches of 2,048, the paper's.
+
+    Returns:
+        An SAE with the checkpoint's latents and reconstruction.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a checkpoint, one that holds more than tensors and plain values, or a
+            BatchTopK one and no features.
+
+    Source: Nasiri-Sarvi et al. 2026, appendix B.
+    """
+    checkpoint = read_checkpoint(Path(source))
+    if not isinstance(checkpoint, Mapping) or not {"model_state_dict", "config"} <= set(checkpoint):
+        raise ValueError("source: expected a checkpoint with model_state_dict and config")
+    config = checkpoint["config"]
+    if not isinstance(config, Mapping):
+        raise ValueError(f"source: expected a dict as config, got {type(config).__name__}")
+    kind = str(config.get("model_type")).lower().replace("_", "").replace("-", "")
+    kind = {"relu": "vanilla"}.get(kind.removesuffix("sae"), kind.removesuffix("sae"))
+    if kind not in _KINDS:
+        raise ValueError(f"source: expected a model_type of {', '.join(_KINDS)}, got {kind!r}")
+    weights = Weights(checkpoint["model_state_dict"], "source", _COUNTERS)
+    common: dict[str, Any] = {
+        "converted_from": _SOURCE,
+        "terms": _terms(config, kind),
+        # Zero mean and unit deviation over a sample's dimensions, undone after decoding.
+        "normalize_activations": "layer_norm" if config.get("normalize") else "none",
+    }
+    tensors = _topk(weights) if kind == "topk" else _untied(weights)
+    if kind == "jumprelu":
+        tensors["threshold"] = weights.take("jumprelu.log_threshold").exp()
+        # The one of the four that does not subtract the decoder's bias from its input.
+        common["apply_b_dec_to_input"] = False
+    weights.finish()
+    _require_latents(config, tensors)
+    if kind == "topk":
+        return sae_of("topk", tensors, k=_k(config), **common)
+    if kind == "jumprelu":
+        return sae_of("jumprelu", tensors, **common)
+    plain = sae_of("standard", tensors, **common)
+    if kind == "vanilla":
+        return plain
+    if features is None:
+        raise ValueError(
+            "features: a BatchTopK checkpoint stores no threshold; give features such as it was "
+            "trained on, to set one from"
+        )
+    threshold = _threshold(plain, _k(config), features)
+    tensors["threshold"] = torch.full_like(tensors["b_enc"], threshold)
+    return sae_of("jumprelu", tensors, **common)
+
+
+def _untied(weights: Weights) -> dict[str, Tensor]:
+    encoder = weights.take_matrix("W_enc")
+    d_in, d_sae = encoder.shape
+    return {
+        "W_enc": encoder,
+        "W_dec": weights.take("W_dec", shape=(d_sae, d_in)),
+        "b_enc": weights.take("b_enc", shape=(d_sae,)),
+        "b_dec": weights.take("b_dec", shape=(d_in,)),
+    }
+
+
+def _topk(weights: Weights) -> dict[str, Tensor]:
+    encoder = weights.take_matrix("encoder.weight")
+    d_sae, d_in = encoder.shape
+    decoder = encoder
+    for name in ("decoder.weight", "decoder.linear.weight"):  # the second is the tied one's
+        if name in weights:
+            given = weights.take(name)
+            decoder = given if name.endswith("linear.weight") else given.T
+    return {
+        "W_enc": encoder.T.contiguous(),
+        "W_dec": decoder.contiguous(),
+        "b_enc": weights.take("latent_bias", shape=(d_sae,)),
+        "b_dec": weights.take("pre_bias", shape=(d_in,)),
+    }
+
+
+def _k(config: Mapping[str, Any]) -> int:
+    k = config.get("topk_k")
+    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        raise ValueError(f"source: expected a positive topk_k in its config, got {k!r}")
+    return k
+
+
+def _require_latents(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+    said, there = config.get("n_latents"), len(tensors["W_dec"])
+    if said is not None and said != there:
+        raise ValueError(f"source: its config says n_latents = {said}, its weights have {there}")
+
+
+def _terms(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Return MonoLoss as the adapter would have recorded it; nothing for a baseline."""
+    lam = config.get("mono_coef")
+    if not isinstance(lam, (int, float)) or lam <= 0:
+        return {}
+    # The paper weighs it against another reconstruction term for TopK.
+    units = "nmse" if kind == "topk" else "mse"
+    term = {"term": "MonoLoss", "name": "monoloss", "lam": float(lam), "units": units}
+    return {"monoloss": term}
+
+
+@torch.no_grad()
+def _threshold(sae: SAE[Any], k: int, features: Tensor | Iterable[Samples]) -> float:
+    """Return what divides the activations that a batch keeps from those that it does not."""
+    between = []
+    for batch in _batches(features):
+        activations = sae.encode(batch).flatten()
+        kept = min(k * len(batch), len(activations) - 1)
+        *_, last, first_left_out = activations.topk(kept + 1).values.double().tolist()
+        middle = float(torch.tensor((last + first_left_out) / 2, dtype=torch.float32))
+        between.append(middle if middle < last else first_left_out)
+    if not between:
+        raise ValueError("features: expected at least one sample, got none")
+    return sum(between) / len(between)
+
+
+def _batches(features: Tensor | Iterable[Samples]) -> Iterator[Tensor]:
+    if isinstance(features, Tensor):
+        yield from as_rows(features, "features").float().split(_BATCH)
+        return
+    for batch in features:
+        yield as_rows(batch.features, "features").float()

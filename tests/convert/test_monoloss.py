@@ -1,0 +1,184 @@
+"""The authors' checkpoints, against their forward formulas written down again here."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+
+import pytest
+import torch
+from torch import Tensor
+
+from monoloss_plugin.convert import from_monoloss
+from monoloss_plugin.evaluation import _Part
+from tests.convert.conftest import LATENTS, WIDTH
+
+K = 5
+
+
+def untied(**more: Tensor) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    decoder = torch.nn.functional.normalize(torch.randn(LATENTS, WIDTH, generator=generator), dim=1)
+    return {
+        "W_enc": decoder.T + 0.1 * torch.randn(WIDTH, LATENTS, generator=generator),
+        "W_dec": decoder,
+        "b_enc": 0.1 * torch.randn(LATENTS, generator=generator),
+        "b_dec": 0.05 * torch.randn(WIDTH, generator=generator),
+        **more,
+    }
+
+
+def topk_state(tied: bool) -> dict[str, Tensor]:
+    given = untied()
+    state = {
+        "pre_bias": given["b_dec"],
+        "latent_bias": given["b_enc"],
+        "encoder.weight": given["W_enc"].T.contiguous(),
+        "stats_last_nonzero": torch.zeros(LATENTS, dtype=torch.long),
+    }
+    return state if tied else {**state, "decoder.weight": given["W_dec"].T.contiguous()}
+
+
+def scaled(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Zero mean and unit deviation of each sample, and what undoes it."""
+    if not normalize:
+        return x, torch.zeros(()), torch.ones(())
+    mean = x.mean(1, keepdim=True)
+    deviation = (x - mean).std(1, keepdim=True)
+    return (x - mean) / (deviation + 1e-5), mean, deviation
+
+
+def save(path, state, model_type, **config):
+    config = {"model_type": model_type, "n_latents": LATENTS, "mono_coef": 3e-4, **config}
+    torch.save({"model_state_dict": state, "config": config, "epoch": 50}, path)
+    return path
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_topk(tied, normalize, tmp_path, digits, assert_same) -> None:
+    state = topk_state(tied)
+    path = save(tmp_path / "topk.pt", state, "topk", topk_k=K, normalize=normalize)
+    x, mean, deviation = scaled(digits, normalize)
+    pre_acts = (x - state["pre_bias"]) @ state["encoder.weight"].T + state["latent_bias"]
+    values, kept = pre_acts.topk(K, dim=1)
+    latents = torch.zeros_like(pre_acts).scatter(1, kept, values.relu())
+    decoder = state["encoder.weight"] if tied else state["decoder.weight"].T
+    out = (latents @ decoder + state["pre_bias"]) * deviation + mean
+    sae = from_monoloss(path)
+    assert_same(sae, digits, latents, out)
+    assert sae.cfg.metadata.monoloss["terms"]["monoloss"]["units"] == "nmse"
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_vanilla(normalize, tmp_path, digits, assert_same) -> None:
+    state = untied()
+    path = save(tmp_path / "vanilla.pt", state, "vanilla", normalize=normalize)
+    x, mean, deviation = scaled(digits, normalize)
+    latents = ((x - state["b_dec"]) @ state["W_enc"] + state["b_enc"]).relu()
+    out = (latents @ state["W_dec"] + state["b_dec"]) * deviation + mean
+    assert_same(from_monoloss(path), digits, latents, out)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_jumprelu(normalize, tmp_path, digits, assert_same) -> None:
+    state = untied(**{"jumprelu.log_threshold": torch.linspace(-4, -0.5, LATENTS)})
+    path = save(tmp_path / "jump.pt", state, "jumprelu", normalize=normalize)
+    x, mean, deviation = scaled(digits, normalize)
+    pre_acts = (x @ state["W_enc"] + state["b_enc"]).relu()
+    latents = pre_acts * (pre_acts > state["jumprelu.log_threshold"].exp())
+    out = (latents @ state["W_dec"] + state["b_dec"]) * deviation + mean
+    assert_same(from_monoloss(path), digits, latents, out)
+
+
+def batchtopk(state: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    acts = ((x - state["b_dec"]) @ state["W_enc"] + state["b_enc"]).relu()
+    values, kept = acts.flatten().topk(K * len(x))
+    latents = torch.zeros(acts.numel()).scatter(0, kept, values).reshape(acts.shape)
+    return latents, latents @ state["W_dec"] + state["b_dec"]
+
+
+def test_batchtopk_is_the_same_on_the_batch_that_sets_the_threshold(
+    tmp_path, digits, assert_same
+) -> None:
+    state = untied()
+    path = save(tmp_path / "batch.pt", state, "batch_topk", topk_k=K, normalize=False)
+    latents, out = batchtopk(state, digits)
+    sae = from_monoloss(path, features=digits)
+    assert_same(sae, digits, latents, out)
+    assert sae.cfg.metadata.monoloss["terms"]["monoloss"]["lam"] == 3e-4
+
+
+def test_batchtopk_keeps_k_a_sample_on_average_over_batches(tmp_path, digits) -> None:
+    path = save(tmp_path / "batch.pt", untied(), "BatchTopKSAE", topk_k=K)
+    batches = [_Part(part, part, None) for part in digits.split(256)]
+    few = from_monoloss(path, features=batches)
+    kept = float((few.encode(digits) > 0).sum()) / len(digits)
+    assert abs(kept - K) < 0.1
+    thresholds = [from_monoloss(path, features=b.features).threshold[0].item() for b in batches]
+    assert few.threshold[0].item() == pytest.approx(sum(thresholds) / len(thresholds), rel=1e-6)
+
+
+def test_batchtopk_whose_batches_have_fewer_active_keeps_them_all(tmp_path, digits) -> None:
+    state = untied(b_enc=torch.full((LATENTS,), -0.3))
+    path = save(tmp_path / "batch.pt", state, "batch_topk", topk_k=LATENTS)
+    few = digits[:7]
+    sae = from_monoloss(path, features=few)
+    active = ((few - state["b_dec"]) @ state["W_enc"] + state["b_enc"]) > 0
+    assert 0 < int(active.sum()) < active.numel()
+    assert torch.equal(sae.encode(few) > 0, active)
+
+
+class Stranger:
+    """Something that only a pickle can hold."""
+
+    def __reduce__(self):
+        return print, ("this must never be printed",)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"model_state_dict": {}}, "expected a checkpoint with model_state_dict and config"),
+        ({"model_state_dict": {}, "config": []}, "expected a dict as config"),
+        ({"model_state_dict": {}, "config": {"model_type": "gated"}}, "got 'gated'"),
+        ({"model_state_dict": {}, "config": {"model_type": "topk"}}, "expected a state dict"),
+        ({"model_state_dict": untied(), "config": {"model_type": "topk"}}, "no encoder.weight"),
+        (
+            {"model_state_dict": topk_state(True), "config": {"model_type": "topk"}},
+            "expected a positive topk_k",
+        ),
+        (
+            {"model_state_dict": untied(extra=torch.ones(1)), "config": {"model_type": "vanilla"}},
+            "extra: tensors that this format does not have",
+        ),
+        (
+            {"model_state_dict": untied(W_dec=torch.ones(3, 4)), "config": {"model_type": "relu"}},
+            r"W_dec is \(3, 4\), expected \(48, 64\)",
+        ),
+        (
+            {"model_state_dict": untied(), "config": {"model_type": "relu", "n_latents": 9}},
+            "n_latents = 9",
+        ),
+        (
+            {"model_state_dict": untied(), "config": {"model_type": "batch_topk", "topk_k": 2}},
+            "features: a BatchTopK checkpoint stores no threshold",
+        ),
+        ({"model_state_dict": untied(), "config": argparse.Namespace(a=1)}, "is not unpickled"),
+        ({"model_state_dict": Stranger(), "config": {}}, "is not unpickled"),
+    ],
+)
+def test_other_content_is_named(content, said, tmp_path, capsys) -> None:
+    torch.save(content, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match=said):
+        from_monoloss(tmp_path / "checkpoint.pt")
+    assert "this must never" not in capsys.readouterr().out
+
+
+def test_other_files_are_named(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        from_monoloss(tmp_path / "nothing.pt")
+    for content in (b"", b"text", pickle.dumps(Stranger())):
+        (tmp_path / "file.pt").write_bytes(content)
+        with pytest.raises(ValueError, match="is no checkpoint"):
+            from_monoloss(tmp_path / "file.pt")

@@ -42,6 +42,16 @@ def test_the_wheel_has_every_module_and_the_adapters_once(wheel: Path) -> None:
     assert "monoloss_plugin/py.typed" in names
 
 
+def test_the_wheel_has_what_is_bundled_and_stays_small(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as packed:
+        sizes = {info.filename: info.file_size for info in packed.infolist()}
+    place = ROOT / "monoloss_plugin" / "hub" / "bundled_data"
+    bundled = {str(p.relative_to(ROOT)) for p in place.rglob("*") if p.is_file()}
+    assert len(bundled) > 10
+    assert bundled <= set(sizes)
+    assert sum(sizes[name] for name in bundled) < 2_000_000
+
+
 def test_the_wheel_works_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None:
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
@@ -56,6 +66,7 @@ def test_the_wheel_works_in_a_clean_environment(wheel: Path, tmp_path: Path) -> 
         "import monoloss_plugin, monoloss_plugin.adapters.sae_lens as adapter\n"
         "from sae_lens import SAETrainer\n"
         "assert SAETrainer.add_loss is adapter.add_loss\n"
+        "assert monoloss_plugin.load_pretrained('digits').record.lam == 0.003\n"
         "print(monoloss_plugin.__file__, adapter.__file__)\n"
     )
     result = run(python, "-c", check, cwd=tmp_path)
@@ -86,6 +97,9 @@ def test_the_core_imports_torch_alone_and_little_beside_it() -> None:
         ("monoloss_plugin.report", "matplotlib", "report"),
         ("monoloss_plugin.demo.digits", "timm", "demo"),
         ("monoloss_plugin.features", "datasets", "hub"),
+        ("monoloss_plugin.hub.repository", "huggingface_hub", "hub"),
+        ("monoloss_plugin.hub.pretrained", "sae_lens", "sae-lens"),
+        ("monoloss_plugin.convert.monoloss", "sae_lens", "sae-lens"),
         ("monoloss_plugin.features.extraction", "psutil", "vision"),
         ("monoloss_plugin.features.encoders.from_open_clip", "open_clip", "vision"),
     ],

@@ -80,6 +80,11 @@ def demo(
     for what, path in result.files.items():
         console.print(f"{what}: {path}", soft_wrap=True)
     console.print(f"dictionaries, for SAE.load_from_disk: {out}/seed-*/with", soft_wrap=True)
+    console.print(
+        f"to publish one: monoloss publish sae {out}/seed-0/with USER/NAME --dry-run --features "
+        f"{out}/features/held-out --baseline {out}/seed-0/without",
+        soft_wrap=True,
+    )
 
 
 def _cell(mean: float, spread: float, measure: str) -> str:

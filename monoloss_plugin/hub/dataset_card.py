@@ -47,8 +47,8 @@ def dataset_card(
             {"config_name": config, "data_files": files} for config, files in configs.items()
         ],
         "task_categories": ["image-feature-extraction"],
-        "tags": _TAGS,
         **{key: value for key, value in metadata.items() if value},
+        "tags": [*_TAGS, *metadata.get("tags", ())],
     }
     rows = [
         (

@@ -56,13 +56,15 @@ def explained(repo_id: str, *, writing: bool = False) -> Iterator[None]:
         raise PermissionError(f"token: there is none on this machine; {_LOG_IN}") from error
     except HfHubHTTPError as error:
         raise _of_status(error, repo_id, writing) from error
-    except (OSError, ValueError):
-        raise
     except Exception as error:
-        # Another library's, by the version of huggingface_hub: requests, httpx, ...
-        if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2", "httpcore"):
-            raise
-        raise _unreachable(error, writing) from error
+        # A file's upload that fails is a RuntimeError about what has failed.
+        reason = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+        if isinstance(reason, HfHubHTTPError):
+            raise _of_status(reason, repo_id, writing) from error
+        # The client's HTTP library is one or another by its version.
+        if type(reason).__module__.partition(".")[0] in ("httpx", "httpx2", "requests"):
+            raise _unreachable(reason, writing) from error
+        raise
 
 
 def status_of(error: HfHubHTTPError) -> int:
@@ -98,7 +100,7 @@ def _may_not_write(repo_id: str) -> str:
     )
 
 
-def _unreachable(error: Exception, writing: bool, answered: str = "") -> ConnectionError:
+def _unreachable(error: BaseException, writing: bool, answered: str = "") -> ConnectionError:
     outcome = "; run it again: what has arrived is not sent twice" if writing else ""
     said = answered or f": {type(error).__name__}"
     return ConnectionError(f"the Hub could not be reached{said}{outcome}")

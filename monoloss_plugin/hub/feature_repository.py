@@ -14,6 +14,7 @@ from monoloss_plugin.hub.repository import Repository, of_folder, of_hub
 
 try:
     from datasets import Dataset, NamedSplit
+    from datasets.exceptions import DatasetGenerationError
 except ModuleNotFoundError as error:
     raise missing_extra(error, "hub") from error
 
@@ -67,11 +68,15 @@ def load_features(
     record_path = record_file(config, split)
     has_record = record_path in repository
     folder = repository.fetch([*paths, record_path] if has_record else paths)
-    dataset = Dataset.from_parquet(
-        [str(folder / path) for path in paths],
-        split=NamedSplit(split),
-        cache_dir=None if cache_dir is None else str(cache_dir),
-    )
+    try:
+        dataset = Dataset.from_parquet(
+            [str(folder / path) for path in paths],
+            split=NamedSplit(split),
+            cache_dir=None if cache_dir is None else str(cache_dir),
+        )
+    except (ValueError, DatasetGenerationError) as error:
+        reason = error.__cause__ or error
+        raise ValueError(f"{repository.name}: {paths[0]} is not Parquet: {reason}") from error
     return FeatureSet(dataset, repository.json(record_path) if has_record else None)
 
 

@@ -55,8 +55,8 @@ def model_card(
     ]
     described = {
         "library_name": "saelens",
-        "tags": _TAGS,
         **{key: value for key, value in metadata.items() if value},
+        "tags": [*_TAGS, *metadata.get("tags", ())],
         **({"model-index": index} if index else {}),
     }
     return merged(existing, repo_id.partition("/")[2], "\n\n".join(parts), described)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 RECORD = "monoloss.json"
 FORMAT = 1
@@ -95,6 +95,8 @@ def _fits(part: str, given: Any) -> bool:
         return all(isinstance(term, dict) and _is_number(term.get("lam", 0)) for term in given)
     if part in ("metrics", "baseline"):
         return all(_is_number(value) for value in given.values())
+    if part == "inputs":
+        return given in get_args(Inputs)
     return True
 
 

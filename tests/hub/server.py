@@ -234,13 +234,13 @@ class _Handler(BaseHTTPRequestHandler):
         if refusal := self._refusal(repo_id, writing=True):
             return refusal
         kind = asked.get("type") or "model"
+        url = f"{self.hub.url}/{'' if kind == 'model' else 'datasets/'}{repo_id}"
         if (kind, repo_id) in self.hub.repos:
-            return 409, {"error": "You already created this model repo"}
+            return 409, {"error": "You already created this model repo", "url": url}
         private = asked.get("private") or asked.get("visibility") == "private"
         repo = self.hub.repos[kind, repo_id] = Repo(bool(private))
         repo.commit({".gitattributes": Blob(b"*.safetensors filter=lfs\n", False)}, "initial")
-        prefix = "" if kind == "model" else f"{kind}s/"
-        return 200, {"url": f"{self.hub.url}/{prefix}{repo_id}"}
+        return 200, {"url": url}
 
     def info(self, kind: str, repo_id: str, revision: str | None = None) -> Any:
         repo, refusal = self._found(kind, repo_id)

@@ -1,0 +1,361 @@
+"""Dictionaries, published and loaded by the real clients."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard, RepoCard
+from sae_lens import SAE
+from safetensors.torch import load_file
+
+from monoloss_plugin import (
+    MonoLoss,
+    OffSupportL1,
+    list_pretrained,
+    load_features,
+    load_pretrained,
+    publish_dictionary,
+)
+from monoloss_plugin.evaluation import evaluate
+from monoloss_plugin.features import FeatureBatches
+from monoloss_plugin.hub.bundled import folder_of
+from tests.adapters.conftest import ARCHITECTURES, make_sae, make_trainer, stream
+from tests.hub.server import OWNER_TOKEN, Fault
+
+REPO = "alice/vision-saes"
+DIGITS = folder_of("digits") / "models"
+WITH, WITHOUT = "batchtopk-256-monoloss-0.003", "batchtopk-256"
+
+
+@pytest.fixture(scope="session")
+def images() -> torch.Tensor:
+    """The digits' features, of unit norm."""
+    features = load_features("digits", "train").tensor().float()
+    return torch.nn.functional.normalize(features, dim=1)
+
+
+@pytest.fixture(scope="session")
+def held_out():
+    return load_features("digits", "held_out")
+
+
+def trained(architecture, images, *terms, steps=30):
+    sae = make_sae(architecture)
+    trainer = make_trainer(sae, stream(images), steps=steps)
+    for term in terms:
+        trainer.add_loss(term)
+    trainer.fit()
+    return sae
+
+
+def as_inference(sae, folder) -> SAE:
+    """What SAELens itself makes of a trained SAE."""
+    sae.save_inference_model(folder)
+    return SAE.load_from_disk(folder)
+
+
+def assert_equal(found, expected, x) -> None:
+    latents = expected.encode(x)
+    assert (latents > 0).any()
+    assert torch.equal(found.encode(x), latents)
+    assert torch.equal(found.decode(latents), expected.decode(latents))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sae_lens_alone_loads_every_architecture(architecture, images, tmp_path, hub) -> None:
+    sae = trained(architecture, images, MonoLoss(lam=3e-4))
+    state, config = copy.deepcopy(sae.state_dict()), sae.cfg.to_dict()
+    done = publish_dictionary(sae, REPO)
+    assert all(torch.equal(state[key], value) for key, value in sae.state_dict().items())
+    assert sae.cfg.to_dict() == config
+    assert done.name == f"{architecture.split()[0]}-96-monoloss-0.0003"
+    assert done.url == f"{hub.url}/{REPO}"
+    assert hub.repos["model", REPO].refs["main"] == done.commit
+
+    expected = as_inference(sae, tmp_path / "expected")
+    assert_equal(SAE.from_pretrained(REPO, done.name), expected, images[:200])
+    loaded = load_pretrained(REPO)
+    assert_equal(loaded.sae, expected, images[:200])
+    assert (loaded.sae_id, loaded.revision) == (done.name, done.commit)
+    assert loaded.record.lam == 3e-4
+    assert loaded.record.losses[0]["units"] == "mse"
+    assert loaded.record.inputs == "unit norm"
+    (one,) = list_pretrained(REPO)
+    assert one.architecture == architecture.split()[0]
+    assert (one.d_in, one.d_sae, one.record) == (64, 96, loaded.record)
+
+
+def test_a_process_without_this_package_loads_it(images, tmp_path, hub) -> None:
+    publish_dictionary(DIGITS / WITH, REPO, sae_id="small/batchtopk")
+    torch.save(images[:50], tmp_path / "x.pt")
+    code = (
+        "import sys, torch\n"
+        "from sae_lens import SAE\n"
+        f"sae = SAE.from_pretrained({REPO!r}, 'small/batchtopk')\n"
+        "torch.save(sae.encode(torch.load('x.pt')).detach(), 'latents.pt')\n"
+        "assert not any(name.startswith('monoloss_plugin') for name in sys.modules)\n"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    expected = SAE.load_from_disk(DIGITS / WITH).encode(images[:50])
+    assert torch.equal(torch.load(tmp_path / "latents.pt"), expected)
+
+
+def test_metrics_with_and_without_the_loss(images, held_out, hub) -> None:
+    batches = FeatureBatches(held_out, shuffle="none", drop_last=False)
+    evaluation, baseline = (
+        evaluate(load_pretrained("digits", i).sae, batches) for i in (WITH, WITHOUT)
+    )
+    publish_dictionary(
+        DIGITS / WITH,
+        REPO,
+        sae_id="with",
+        evaluation=evaluation,
+        baseline=baseline,
+        features=held_out,
+        license="mit",
+        base_model="timm/some_encoder",
+        dataset="alice/digit-images",
+        tags=["digits"],
+    )
+    loaded = load_pretrained(REPO, "with")
+    assert loaded.record.metrics == evaluation.summary()
+    assert loaded.record.baseline == baseline.summary()
+    assert loaded.record.encoder == held_out.record["encoder"]
+    assert loaded.record.evaluated_on == {"samples": 599, "split": "held_out"}
+    assert torch.allclose(10**loaded.sparsity, evaluation.frequency.float() + 1e-10)
+
+    files = hub.files(REPO)
+    assert files["with/curves.png"].startswith(b"\x89PNG")
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.library_name == "saelens"
+    assert card.data.license == "mit"
+    assert card.data.base_model == ["timm/some_encoder"]
+    assert card.data.datasets == ["alice/digit-images"]
+    assert {"digits", "monoloss", "sparse-autoencoder"} <= set(card.data.tags)
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert results["monoscore"] == evaluation.summary()["monoscore"]
+    assert results["monoscore_baseline"] == baseline.summary()["monoscore"]
+    row = next(line for line in card.text.splitlines() if line.startswith("| class purity, binary"))
+    shown = [float(cell) for cell in row.split("|")[2:4]]
+    assert shown == [round(e.summary()["purity_binary"], 3) for e in (baseline, evaluation)]
+    assert "![MonoScore of every latent, sorted](with/curves.png)" in card.text
+
+
+def test_the_cards_snippets_run(hub) -> None:
+    publish_dictionary(DIGITS / WITH, REPO)
+    snippets = re.findall(r"```python\n(.*?)```", hub.files(REPO)["README.md"].decode(), re.DOTALL)
+    assert len(snippets) == 2
+    for snippet in snippets:
+        names: dict = {}
+        exec(snippet, names)
+        sae = names["sae"] if "sae" in names else names["loaded"].sae
+        assert sae.cfg.d_sae == 256
+
+
+def test_several_dictionaries_share_a_repository_and_its_card(images, hub) -> None:
+    publish_dictionary(DIGITS / WITHOUT, REPO)
+    regularized = trained("topk", images, OffSupportL1(lam=0.1))
+    publish_dictionary(regularized, REPO)
+    publish_dictionary(DIGITS / WITH, REPO)
+    listed = list_pretrained(REPO)
+    assert [one.sae_id for one in listed] == [WITHOUT, WITH, "topk-96-off_support_l1-0.1"]
+    assert [one.record.lam for one in listed] == [0.0, 0.003, 0.0]
+    for one in listed:
+        assert load_pretrained(REPO, one.sae_id).sae.cfg.d_sae == one.d_sae
+    with pytest.raises(ValueError, match=f"has several dictionaries: {WITHOUT}, {WITH}, topk"):
+        load_pretrained(REPO)
+    card = hub.files(REPO)["README.md"].decode()
+    assert card.count("monoloss_plugin writes from here") == 1
+    for one in listed:
+        assert f"### `{one.sae_id}`" in card
+        assert f"({one.sae_id}/curves.png)" in card or one.sae_id.startswith("topk")
+    index = RepoCard(card).data["model-index"]
+    assert [entry["name"] for entry in index] == [WITHOUT, WITH]
+    assert hub.repos["model", REPO].messages[1:] == [
+        f"Publish {m}" for m in (WITHOUT, "topk-96-off_support_l1-0.1", WITH)
+    ]
+
+
+def test_what_the_owner_wrote_in_the_card_stays(hub) -> None:
+    own = "---\nlicense: apache-2.0\ntags: [mine]\n---\n# My SAEs\n\nTrained with care.\n"
+    hub.put(REPO, {"README.md": own.encode()})
+    publish_dictionary(DIGITS / WITHOUT, REPO, license="mit")
+    first = hub.files(REPO)["README.md"].decode()
+    hub.put(REPO, {"README.md": first.replace("to here -->", "to here -->\n\nThe end.").encode()})
+    publish_dictionary(DIGITS / WITH, REPO)
+    card = ModelCard(hub.files(REPO)["README.md"].decode())
+    assert "# My SAEs\n\nTrained with care.\n" in card.text
+    assert card.text.rstrip().endswith("The end.")
+    assert card.text.count(f"### `{WITH}`") == card.text.count(f"### `{WITHOUT}`") == 1
+    assert card.data.license == "apache-2.0"
+    assert card.data.tags[0] == "mine"
+    assert "monoloss" in card.data.tags
+
+
+def test_publishing_again_sends_nothing_and_overwrites_nothing(images, hub) -> None:
+    first = publish_dictionary(DIGITS / WITH, REPO, sae_id="one")
+    before = hub.files(REPO)
+    again = publish_dictionary(DIGITS / WITH, REPO, sae_id="one")
+    assert {file.change for file in again.files} == {"same"}
+    assert (again.commit, again.size) == (first.commit, 0)
+    with pytest.raises(FileExistsError, match=r"has another one/cfg.json, one/curves.png"):
+        publish_dictionary(DIGITS / WITHOUT, REPO, sae_id="one")
+    assert hub.files(REPO) == before
+    sae = make_sae("standard")
+    done = publish_dictionary(sae, REPO, sae_id="one", overwrite=True)
+    assert {f.path for f in done.files if f.change == "gone"} == {
+        "one/curves.png",
+        "one/sparsity.safetensors",
+    }
+    assert "one/curves.png" not in hub.files(REPO)
+    assert load_pretrained(REPO).sae.cfg.architecture() == "standard"
+    assert load_pretrained(REPO, "one", revision=first.commit).record.lam == 0.003
+
+
+def test_overwriting_leaves_dictionaries_below_alone(hub) -> None:
+    publish_dictionary(DIGITS / WITH, REPO, sae_id="a/b")
+    publish_dictionary(DIGITS / WITHOUT, REPO, sae_id="a")
+    publish_dictionary(DIGITS / WITH, REPO, sae_id="a", overwrite=True)
+    assert [one.sae_id for one in list_pretrained(REPO)] == ["a", "a/b"]
+
+
+def test_a_dry_run_says_what_would_be_uploaded_and_uploads_nothing(hub) -> None:
+    planned = publish_dictionary(DIGITS / WITH, REPO, dry_run=True)
+    assert planned.commit is None
+    assert not hub.repos
+    assert {method for method, _ in hub.requests} <= {"GET", "HEAD"}
+    done = publish_dictionary(DIGITS / WITH, REPO)
+    assert done.files == planned.files
+    files = hub.files(REPO)
+    assert {f.path: f.size for f in planned.files} == {
+        name: len(content) for name, content in files.items() if name != ".gitattributes"
+    }
+    assert planned.size == sum(file.size for file in planned.files)
+
+
+def test_a_dry_run_needs_no_hub(hub, caplog) -> None:
+    hub.faults.append(Fault("GET", "", "drop", times=99))
+    with caplog.at_level(logging.WARNING):
+        planned = publish_dictionary(DIGITS / WITH, REPO, dry_run=True)
+    assert {file.change for file in planned.files} == {"new"}
+    assert "could not be reached" in caplog.text
+
+
+def test_private_repositories(hub, monkeypatch) -> None:
+    publish_dictionary(DIGITS / WITH, REPO, private=True)
+    assert hub.repos["model", REPO].private
+    assert load_pretrained(REPO).record.lam == 0.003
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(FileNotFoundError, match="for a private one log in with `hf auth login`"):
+        load_pretrained(REPO)
+    hub.put("alice/public", {"README.md": b""})
+    with pytest.raises(PermissionError, match="is there already, and public"):
+        publish_dictionary(DIGITS / WITH, "alice/public", private=True, token=OWNER_TOKEN)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_sae_that_takes_any_norm(architecture, images, tmp_path) -> None:
+    sae = trained(architecture, images)
+    done = publish_dictionary(sae, REPO, take_any_norm=True)
+    unit = as_inference(sae, tmp_path / "expected")
+    loaded = load_pretrained(REPO, done.name)
+    assert loaded.record.inputs == "as they are"
+    x, scale = images[:100], torch.linspace(0.1, 30, 100)[:, None]
+    latents, expected = loaded.sae.encode(scale * x), unit.encode(x)
+    assert torch.equal(latents > 0, expected > 0)
+    ratio = latents[latents > 0] / expected[expected > 0]
+    assert torch.allclose(ratio, ratio[0].expand_as(ratio), rtol=1e-3)
+    found = loaded.sae.decode(loaded.sae.encode(scale * x)) / scale
+    assert (found - unit.decode(expected)).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="take_any_norm: only for an SAE"):
+        publish_dictionary(loaded.sae, REPO, sae_id="again", take_any_norm=True)
+
+
+def test_published_files_name_no_machine_path_and_no_token(images, tmp_path, hub) -> None:
+    folder = tmp_path / "somewhere"
+    as_inference(trained("batchtopk", images, MonoLoss(lam=1e-3)), folder)
+    publish_dictionary(folder, REPO)
+    for content in hub.files(REPO).values():
+        assert str(tmp_path).encode() not in content
+        assert str(Path.home()).encode() + b"/" not in content
+        assert OWNER_TOKEN.encode() not in content
+
+
+def test_what_cannot_be_published_is_named(images, tmp_path, hub) -> None:
+    sae = make_sae("batchtopk")
+    trainer = make_trainer(sae, stream(images))
+    trainer.save_checkpoint("at-the-start", tmp_path)
+    checkpoint = tmp_path / "at-the-start"
+    unfolded = make_sae("standard", normalize_activations="expected_average_only_in")
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "ae.pt").write_bytes(b"")
+    cases = [
+        (checkpoint, ValueError, "a training checkpoint of 'batchtopk'"),
+        (tmp_path / "none", FileNotFoundError, "no such folder"),
+        (tmp_path, FileNotFoundError, "no cfg.json in it"),
+        (tmp_path / "pickled", FileNotFoundError, "ae.pt would have to be unpickled"),
+        (unfolded, ValueError, "is still 'expected_average_only_in'"),
+        (sae.state_dict(), TypeError, "expected a SAELens SAE or a folder, got OrderedDict"),
+        (type(sae), TypeError, "the class BatchTopKTrainingSAE"),
+    ]
+    for given, error, said in cases:
+        with pytest.raises(error, match=said):
+            publish_dictionary(given, REPO)
+    for metrics in (3, {"r2": "much"}, ["r2"]):
+        with pytest.raises(TypeError, match="evaluation: expected an Evaluation or numbers"):
+            publish_dictionary(sae, REPO, evaluation=metrics)
+    other = evaluate(load_pretrained("digits").sae, images)
+    with pytest.raises(ValueError, match="evaluation: of 256 latents"):
+        publish_dictionary(sae, REPO, evaluation=other)
+    assert not hub.repos
+
+
+def test_numbers_that_are_not_finite_are_left_out(hub) -> None:
+    sae = make_sae("standard")
+    publish_dictionary(sae, REPO, evaluation={"r2": 0.5, "monoscore_defined": float("nan")})
+    assert load_pretrained(REPO).record.metrics == {"r2": 0.5}
+    assert b"NaN" not in hub.files(REPO)["standard-96/monoloss.json"]
+
+
+def test_a_repository_that_sae_lens_alone_has_published(images, tmp_path, hub) -> None:
+    expected = as_inference(trained("topk", images), tmp_path / "topk")
+    files = {f"layer/topk/{p.name}": p.read_bytes() for p in (tmp_path / "topk").iterdir()}
+    hub.put("bob/theirs", files)
+    loaded = load_pretrained("bob/theirs")
+    assert_equal(loaded.sae, expected, images[:50])
+    assert (loaded.record.losses, loaded.record.inputs, loaded.sparsity) == ([], None, None)
+
+
+def test_a_later_records_new_parts_are_left_out_and_a_later_format_is_named(hub) -> None:
+    publish_dictionary(DIGITS / WITH, REPO, sae_id="one")
+    record = json.loads(hub.files(REPO)["one/monoloss.json"])
+    hub.put(REPO, {"one/monoloss.json": json.dumps({**record, "new": 1}).encode()})
+    assert load_pretrained(REPO).record.lam == 0.003
+    hub.put(REPO, {"one/monoloss.json": json.dumps({**record, "format": 2}).encode()})
+    with pytest.raises(ValueError, match="reads up to 1; update it"):
+        load_pretrained(REPO)
+
+
+def test_dtype_and_folders(tmp_path) -> None:
+    loaded = load_pretrained(DIGITS, WITH, dtype="float64")
+    assert loaded.sae.W_dec.dtype == torch.float64
+    assert loaded.revision is None
+    stored = load_file(DIGITS / WITH / "sae_weights.safetensors")
+    assert torch.equal(loaded.sae.W_dec.float(), stored["W_dec"])
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load_pretrained(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="expected 'user/name', a Path, or one of digits"):
+        load_pretrained("digit")

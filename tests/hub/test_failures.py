@@ -1,0 +1,213 @@
+"""Refusals, lost connections and other hands: what the user reads, and what is left behind."""
+
+from __future__ import annotations
+
+import logging
+
+import huggingface_hub
+import pytest
+import torch
+
+from monoloss_plugin import list_pretrained, load_pretrained, publish_dictionary
+from monoloss_plugin.hub.bundled import folder_of
+from tests.hub.conftest import use_cache
+from tests.hub.server import READ_TOKEN, Fault
+
+REPO = "alice/vision-saes"
+ONE, OTHER = (
+    folder_of("digits") / "models" / name
+    for name in ("batchtopk-256-monoloss-0.003", "batchtopk-256")
+)
+
+
+@pytest.fixture
+def everything_logged(caplog, capfd):
+    """All that any logger or print has said, down to the clients' debugging."""
+    huggingface_hub.logging.set_verbosity_debug()
+    huggingface_hub.logging.enable_propagation()
+    with caplog.at_level(logging.DEBUG):
+        yield lambda: caplog.text + "".join(capfd.readouterr())
+    huggingface_hub.logging.set_verbosity_warning()
+    huggingface_hub.logging.disable_propagation()
+
+
+WRONG = "hf_thisOneIsWrongWrongWrong"
+REFUSALS = {
+    "wrong": (WRONG, REPO, r"token: the Hub does not accept it .*\(401\).*hf auth login"),
+    "none": (None, REPO, "token: .*hf auth login"),
+    "read only": (READ_TOKEN, REPO, "may not write to alice/vision-saes.*write access"),
+    "another's": (None, "bob/saes", "token: .*hf auth login"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_token_that_may_not_write(case, hub, monkeypatch, everything_logged) -> None:
+    token, repo, said = REFUSALS[case]
+    monkeypatch.delenv("HF_TOKEN")
+    if token is not None:
+        monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(PermissionError, match=said) as refused:
+        publish_dictionary(ONE, repo)
+    assert not hub.repos
+    if token is not None:
+        seen = everything_logged()
+        for error in (refused.value, refused.value.__cause__):
+            seen += str(error) + repr(error)
+        assert token not in seen
+
+
+def test_a_token_for_another_namespace(hub) -> None:
+    with pytest.raises(PermissionError, match="may not write to bob/saes"):
+        publish_dictionary(ONE, "bob/saes")
+
+
+def test_the_token_is_in_no_log_of_a_whole_run(hub, everything_logged) -> None:
+    publish_dictionary(ONE, REPO)
+    load_pretrained(REPO)
+    seen = everything_logged()
+    assert "About to commit" in seen
+    assert "hf_owner" not in seen
+
+
+def test_a_wrong_token_to_read(hub) -> None:
+    publish_dictionary(ONE, REPO)
+    with pytest.raises(PermissionError, match=r"does not accept it .* \(401\)"):
+        load_pretrained(REPO, token=WRONG)
+    with pytest.raises(FileNotFoundError, match="knows no repository alice/nothing"):
+        load_pretrained("alice/nothing")
+    with pytest.raises(ValueError, match=r"revision: .* has no such branch, tag or commit"):
+        load_pretrained(REPO, revision="v2")
+
+
+def puts(hub) -> int:
+    return sum(method == "PUT" for method, _ in hub.requests)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("PUT", "/storage/", "drop", times=99),
+        Fault("PUT", "/storage/", 503, times=99),
+        Fault("POST", "/preupload/", "drop", times=99),
+        Fault("POST", "/commit/", "drop", times=99),
+        Fault("POST", "/commit/", 500),
+        Fault("POST", "/commit/", 429),
+        Fault("POST", "objects/batch", 502, times=99),
+        Fault("POST", "/api/repos/create", 500),
+    ],
+    ids=lambda fault: f"{fault.path.strip('/')} {fault.action}",
+)
+def test_a_failed_upload_leaves_nothing_and_can_be_run_again(fault, hub) -> None:
+    hub.faults.append(fault)
+    with pytest.raises(ConnectionError, match="the Hub"):
+        publish_dictionary(ONE, REPO)
+    if hub.repos:
+        assert list(hub.files(REPO)) == [".gitattributes"]
+    hub.faults.clear()
+    arrived = set(hub.storage)
+    hub.requests.clear()
+    done = publish_dictionary(ONE, REPO)
+    large = {"sae_weights.safetensors", "sparsity.safetensors", "curves.png"}
+    assert puts(hub) == len(large) - len(arrived)
+    assert {path.partition("/")[2] for path in hub.files(REPO)} >= large
+    assert load_pretrained(REPO).revision == done.commit
+
+
+def test_an_upload_that_loses_one_connection_goes_on(hub) -> None:
+    hub.faults.append(Fault("PUT", "/storage/", "drop"))
+    publish_dictionary(ONE, REPO)
+    assert load_pretrained(REPO).record.lam == 0.003
+
+
+def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub) -> None:
+    hub.faults.append(Fault("POST", "/commit/", "lose"))
+    with pytest.raises(ConnectionError, match="run it again: what has arrived is not sent twice"):
+        publish_dictionary(ONE, REPO)
+    again = publish_dictionary(ONE, REPO)
+    assert {file.change for file in again.files} == {"same"}
+    assert len(hub.repos["model", REPO].messages) == 2
+
+
+def test_what_others_commit_meanwhile_is_kept(hub) -> None:
+    publish_dictionary(OTHER, REPO, sae_id="first")
+    theirs = {f"theirs/{p.name}": p.read_bytes() for p in OTHER.iterdir()}
+    fault = Fault("POST", "/commit/", 0, before=lambda: hub.put(REPO, {**theirs, "NOTES": b"x"}))
+    hub.faults.append(fault)
+    publish_dictionary(ONE, REPO, sae_id="second")
+    assert fault.times == 0
+    assert [one.sae_id for one in list_pretrained(REPO)] == ["first", "second", "theirs"]
+    files = hub.files(REPO)
+    assert files["NOTES"] == b"x"
+    assert b"### `theirs`" in files["README.md"]
+
+
+def test_somebody_who_commits_all_the_time_is_named_at_last(hub) -> None:
+    publish_dictionary(OTHER, REPO, sae_id="first")
+    numbers = iter(range(9))
+    hub.faults.append(
+        Fault("POST", "/commit/", 0, 9, before=lambda: hub.put(REPO, {f"{next(numbers)}": b"x"}))
+    )
+    with pytest.raises(OSError, match="somebody else has committed to alice/vision-saes"):
+        publish_dictionary(ONE, REPO, sae_id="second")
+    assert not any(path.startswith("second/") for path in hub.files(REPO))
+
+
+def test_a_repository_that_appears_meanwhile_is_added_to(hub) -> None:
+    hub.faults.append(
+        Fault("POST", "/api/repos/create", 0, before=lambda: hub.put(REPO, {"NOTES": b"mine"}))
+    )
+    publish_dictionary(ONE, REPO)
+    assert hub.files(REPO)["NOTES"] == b"mine"
+
+
+def test_a_download_that_breaks_off_goes_on(hub, tmp_path, monkeypatch) -> None:
+    publish_dictionary(ONE, REPO)
+    use_cache(monkeypatch, tmp_path / "fresh")
+    hub.faults.append(Fault("GET", "/storage/", "half", times=1))
+    assert load_pretrained(REPO).record.lam == 0.003
+
+
+def test_half_a_file_is_never_loaded(hub, tmp_path, monkeypatch) -> None:
+    publish_dictionary(ONE, REPO)
+    use_cache(monkeypatch, tmp_path / "fresh")
+    hub.faults.append(Fault("GET", "/storage/", "half", times=99))
+    with pytest.raises(ConnectionError, match="the Hub could not be reached"):
+        load_pretrained(REPO)
+    hub.faults.clear()
+    expected = load_pretrained(ONE.parent, ONE.name).sae
+    assert torch.equal(load_pretrained(REPO).sae.W_dec, expected.W_dec)
+
+
+@pytest.mark.parametrize("action", ["drop", 503])
+def test_the_cache_serves_where_the_hub_does_not(action, hub) -> None:
+    publish_dictionary(ONE, REPO, sae_id="one")
+    publish_dictionary(OTHER, REPO, sae_id="two")
+    online = load_pretrained(REPO, "one")
+    hub.faults += [Fault(method, "", action, times=99) for method in ("GET", "HEAD")]
+    offline = load_pretrained(REPO, "one")
+    assert torch.equal(offline.sae.W_dec, online.sae.W_dec)
+    assert (offline.revision, offline.record) == (online.revision, online.record)
+    pinned = load_pretrained(REPO, "one", revision=online.revision)
+    assert pinned.revision == online.revision
+    assert [one.sae_id for one in list_pretrained(REPO)] == ["one"]
+    with pytest.raises(FileNotFoundError, match="has no dictionary 'two'; it has one"):
+        load_pretrained(REPO, "two")
+    with pytest.raises(ConnectionError, match="alice/elsewhere is not in the cache"):
+        load_pretrained("alice/elsewhere")
+
+
+def test_the_cache_alone(hub) -> None:
+    with pytest.raises(FileNotFoundError, match="alice/vision-saes is not in the cache"):
+        load_pretrained(REPO, local_files_only=True)
+    publish_dictionary(ONE, REPO)
+    load_pretrained(REPO)
+    hub.requests.clear()
+    assert load_pretrained(REPO, local_files_only=True).record.lam == 0.003
+    assert not hub.requests
+
+
+def test_a_gated_repository_names_its_conditions(hub) -> None:
+    headers = {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"}
+    hub.faults.append(Fault("GET", "/api/models/bob/gated", 403, headers=headers))
+    with pytest.raises(PermissionError, match="asks for its conditions to be accepted"):
+        load_pretrained("bob/gated")

@@ -1,0 +1,218 @@
+"""Features, published and loaded by the real clients."""
+
+from __future__ import annotations
+
+import re
+
+import datasets
+import numpy as np
+import pytest
+import timm
+import torch
+from huggingface_hub import DatasetCard
+from PIL import Image
+from timm.models import save_for_hf
+
+from monoloss_plugin import load_features, load_pretrained, publish_features
+from monoloss_plugin.evaluation import evaluate
+from monoloss_plugin.features import FeatureBatches, FeatureSet, extract
+from monoloss_plugin.features.shards import features_schema
+from monoloss_plugin.hub import publishing_features
+from tests.hub.server import Fault
+
+REPO = "alice/digit-features"
+
+
+@pytest.fixture(scope="session")
+def digits() -> dict[str, FeatureSet]:
+    return {split: load_features("digits", split) for split in ("train", "held_out")}
+
+
+def made(rows=60, width=4, record=None, **columns) -> FeatureSet:
+    content = np.random.default_rng(0).normal(size=(rows, width)).astype(np.float16)
+    given = {"features": content.tolist(), "image_id": [f"{n}.png" for n in range(rows)], **columns}
+    schema = features_schema(width, "float16", "label" in columns, ["cat", "dog"])
+    return FeatureSet(datasets.Dataset.from_dict(given, features=schema), record or {})
+
+
+def assert_equal(found: FeatureSet, expected: FeatureSet) -> None:
+    assert torch.equal(found.tensor(), expected.tensor())
+    assert found.dtype == expected.dtype
+    assert found.classes == expected.classes
+    everything = torch.arange(len(expected))
+    assert found.image_ids(everything) == expected.image_ids(everything)
+    if expected.labels is None:
+        assert found.labels is None
+    else:
+        assert torch.equal(found.labels, expected.labels)
+
+
+def test_datasets_alone_gives_them_back(digits, tmp_path) -> None:
+    for split, features in digits.items():
+        publish_features(features, REPO, split=split)
+    both = datasets.load_dataset(REPO, cache_dir=str(tmp_path))
+    assert set(both) == {"train", "held_out"}
+    for split, features in digits.items():
+        assert both[split].features == features.dataset.features
+        assert_equal(FeatureSet(both[split]), features)
+    streamed = datasets.load_dataset(REPO, split="train", streaming=True)
+    first = next(iter(streamed))
+    assert first["features"] == digits["train"].tensor()[0].tolist()
+
+
+def test_load_features_brings_the_record_and_feeds_training(digits, tmp_path, hub) -> None:
+    done = publish_features(digits["train"], REPO, split="train", license="cc-by-4.0")
+    assert done.url == f"{hub.url}/datasets/{REPO}"
+    loaded = load_features(REPO, cache_dir=tmp_path)
+    assert_equal(loaded, digits["train"])
+    for part in ("encoder", "source"):
+        assert loaded.record[part] == digits["train"].record[part]
+    batches = FeatureBatches(loaded, shuffle="none", drop_last=False)
+    expected = FeatureBatches(digits["train"], shuffle="none", drop_last=False)
+    found = [evaluate(load_pretrained("digits").sae, b).summary() for b in (batches, expected)]
+    assert found[0] == found[1]
+
+
+def test_a_folder_that_extract_made(tmp_path, hub) -> None:
+    size = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 8, "depth": 1}
+    model = timm.create_model("vit_tiny_patch16_224", num_heads=2, **size)
+    model.pretrained_cfg |= {"input_size": (1, 8, 8), "mean": (0.5,), "std": (0.5,)}
+    save_for_hf(model, tmp_path / "encoder", model_args={"num_heads": 2, **size})
+    images = tmp_path / "images"
+    for number in range(12):
+        path = images / f"class {number % 3}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (9, 9), 20 * number).save(path)
+    folder = tmp_path / "features"
+    extract(images, f"timm:local-dir:{tmp_path / 'encoder'}", folder, workers=0, progress=False)
+    publish_features(folder, REPO)
+    loaded, expected = load_features(REPO), FeatureSet.open(folder)
+    assert_equal(loaded, expected)
+    assert loaded.record["encoder"] == expected.record["encoder"]
+    for content in hub.files(REPO, "dataset").values():
+        assert str(tmp_path).encode() not in content
+
+
+def test_sets_of_several_encoders_share_a_repository(tmp_path, hub) -> None:
+    clip = made(width=4, record={"encoder": {"name": "openai/clip"}, "source": {"split": "test"}})
+    siglip = made(width=6, label=[n % 2 for n in range(60)], record={"encoder": {"name": "siglip"}})
+    publish_features(clip, REPO, config="clip")
+    publish_features(siglip, REPO, config="siglip", split="test")
+    publish_features(siglip, REPO, config="siglip", split="train")
+    assert load_features(REPO, config="clip", cache_dir=tmp_path).width == 4
+    assert load_features(REPO, "train", cache_dir=tmp_path).classes == ["cat", "dog"]
+    for arguments, error, said in (
+        ({"split": "test"}, ValueError, "config: .* has several: test of clip, test of siglip"),
+        ({"config": "siglip"}, ValueError, "split: .* has several"),
+        ({"split": "val"}, FileNotFoundError, "has no val; it has test of clip"),
+        ({"split": "train", "config": "clip"}, FileNotFoundError, "has no train of clip"),
+    ):
+        with pytest.raises(error, match=said):
+            load_features(REPO, cache_dir=tmp_path, **arguments)
+    assert datasets.load_dataset(REPO, "siglip", cache_dir=str(tmp_path)).num_rows == {
+        "test": 60,
+        "train": 60,
+    }
+    card = DatasetCard(hub.files(REPO, "dataset")["README.md"].decode())
+    assert [config["config_name"] for config in card.data.configs] == ["clip", "siglip"]
+    assert "## Encoder of `clip`" in card.text
+    assert "| name | openai/clip |" in card.text
+
+
+def test_the_card(digits, tmp_path, hub) -> None:
+    record = {**digits["train"].record, "source": {"kind": "hub", "name": "ylecun/mnist"}}
+    named = FeatureSet(digits["train"].dataset, record)
+    publish_features(named, REPO, license="mit", tags=["digits"])
+    card = DatasetCard(hub.files(REPO, "dataset")["README.md"].decode())
+    assert card.data.license == "mit"
+    assert card.data.source_datasets == ["ylecun/mnist"]
+    assert {"digits", "monoloss"} <= set(card.data.tags)
+    assert "| `default` | `train` | 1198 x 64 | float16 |" in card.text
+    assert record["encoder"]["weights_sha256"] in card.text
+    assert "| interpolation | bicubic |" in card.text
+    for snippet in re.findall(r"```python\n(.*?)```", card.text, re.DOTALL):
+        names: dict = {}
+        exec(snippet.replace("2048", "256"), names)
+        found = names["dataset"].num_rows if "dataset" in names else len(names["features"])
+        assert found == 1198
+
+
+def test_large_sets_are_several_files(tmp_path, monkeypatch, hub) -> None:
+    monkeypatch.setattr(publishing_features, "_SHARD", 60 * 4 * 2 // 3 + 1)
+    features = made(label=[n % 2 for n in range(60)])
+    done = publish_features(features, REPO)
+    parquet = [f.path for f in done.files if f.path.endswith(".parquet")]
+    assert parquet == [f"data/train-{n:05d}-of-00003.parquet" for n in range(3)]
+    assert_equal(load_features(REPO, cache_dir=tmp_path / "a"), features)
+    monkeypatch.undo()
+
+
+def test_publishing_again_and_overwriting(tmp_path, monkeypatch, hub) -> None:
+    features = made()
+    with monkeypatch.context() as smaller:
+        smaller.setattr(publishing_features, "_SHARD", 200)
+        first = publish_features(features, REPO)
+        again = publish_features(features, REPO)
+    assert {file.change for file in again.files} == {"same"}
+    assert again.commit == first.commit
+    other = made(rows=30)
+    with pytest.raises(FileExistsError, match=r"has another data/train"):
+        publish_features(other, REPO)
+    publish_features(other, REPO, split="train2")
+    done = publish_features(other, REPO, overwrite=True)
+    assert sum(file.change == "gone" for file in done.files) == 3
+    assert_equal(load_features(REPO, "train", cache_dir=tmp_path), other)
+    assert set(datasets.load_dataset(REPO, cache_dir=str(tmp_path))) == {"train", "train2"}
+    old = load_features(REPO, "train", revision=first.commit, cache_dir=tmp_path)
+    assert_equal(old, features)
+
+
+def test_a_dry_run(hub) -> None:
+    planned = publish_features(made(), REPO, dry_run=True)
+    assert not hub.repos
+    done = publish_features(made(), REPO)
+    assert done.files == planned.files
+    assert sorted(hub.files(REPO, "dataset")) == [
+        ".gitattributes",
+        "README.md",
+        "data/train-00000-of-00001.parquet",
+        "data/train.json",
+    ]
+
+
+def test_the_cache_serves_where_the_hub_does_not(tmp_path, hub) -> None:
+    features = made()
+    publish_features(features, REPO)
+    load_features(REPO, cache_dir=tmp_path)
+    hub.faults.append(Fault("GET", "", "drop", times=99))
+    assert_equal(load_features(REPO, "train", cache_dir=tmp_path), features)
+    assert_equal(load_features(REPO, cache_dir=tmp_path, local_files_only=True), features)
+    with pytest.raises(ConnectionError, match="alice/other is not in the cache"):
+        load_features("alice/other", cache_dir=tmp_path)
+
+
+def test_a_set_that_is_not_there_completely_is_not_loaded(tmp_path, hub) -> None:
+    publish_features(made(), REPO)
+    content = hub.files(REPO, "dataset")["data/train-00000-of-00001.parquet"]
+    hub.put("bob/half", {"data/train-00000-of-00002.parquet": content}, "dataset")
+    with pytest.raises(FileNotFoundError, match="bob/half holds no features as Parquet files"):
+        load_features("bob/half", cache_dir=tmp_path)
+
+
+def test_bad_arguments_are_named(tmp_path, hub) -> None:
+    features = made()
+    for arguments, error, said in (
+        ({"split": "held-out"}, ValueError, "split: expected letters, digits and underscores"),
+        ({"split": "../train"}, ValueError, "split: expected letters"),
+        ({"config": "../clip"}, ValueError, "config: expected names"),
+    ):
+        with pytest.raises(error, match=said):
+            publish_features(features, REPO, **arguments)
+    for repo in ("digits", "a/b/c", "alice/", "alice/--x..y", ""):
+        with pytest.raises(ValueError, match="repo_id: expected 'user/name'"):
+            publish_features(features, repo)
+    with pytest.raises(TypeError, match=r"dataset: expected a datasets.Dataset, got list"):
+        publish_features([1, 2], REPO)
+    with pytest.raises(FileNotFoundError, match="no feature dataset in"):
+        publish_features(tmp_path, REPO)
+    assert not hub.requests

@@ -75,6 +75,21 @@ class Weights:
             raise ValueError(f"{self._name}: {key} is {tuple(tensor.shape)}, expected a matrix")
         return tensor
 
+    def take_plain(self) -> dict[str, Tensor]:
+        """Return ``W_enc``, ``W_dec``, ``b_enc`` and ``b_dec``, which are SAELens's names too.
+
+        Raises:
+            ValueError: as :meth:`take`.
+        """
+        encoder = self.take_matrix("W_enc")
+        d_in, d_sae = encoder.shape
+        return {
+            "W_enc": encoder,
+            "W_dec": self.take("W_dec", shape=(d_sae, d_in)),
+            "b_enc": self.take("b_enc", shape=(d_sae,)),
+            "b_dec": self.take("b_dec", shape=(d_in,)),
+        }
+
     def finish(self) -> None:
         """Raise ValueError where tensors are left over: this is another format."""
         if self._left:

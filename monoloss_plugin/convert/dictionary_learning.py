@@ -120,26 +120,15 @@ def _matryoshka(weights: Weights) -> _Parts:
     weights.take("k", shape=())
     weights.take("group_sizes")
     threshold = weights.take("threshold", shape=())
-    tensors = _matrices(weights)
+    tensors = weights.take_plain()
     tensors["threshold"] = threshold.expand_as(tensors["b_enc"]).contiguous()
     return "jumprelu", tensors, {}
 
 
 def _jumprelu(weights: Weights) -> _Parts:
-    tensors = _matrices(weights)
+    tensors = weights.take_plain()
     tensors["threshold"] = weights.take("threshold", shape=tuple(tensors["b_enc"].shape))
     return "jumprelu", tensors, {"apply_b_dec_to_input": False}
-
-
-def _matrices(weights: Weights) -> dict[str, Tensor]:
-    encoder = weights.take_matrix("W_enc")
-    d_in, d_sae = encoder.shape
-    return {
-        "W_enc": encoder,
-        "W_dec": weights.take("W_dec", shape=(d_sae, d_in)),
-        "b_enc": weights.take("b_enc", shape=(d_sae,)),
-        "b_dec": weights.take("b_dec", shape=(d_in,)),
-    }
 
 
 _CLASSES: dict[str, Callable[[Weights], _Parts]] = {

@@ -74,7 +74,7 @@ def from_monoloss(
         # Zero mean and unit deviation over a sample's dimensions, undone after decoding.
         "normalize_activations": "layer_norm" if config.get("normalize") else "none",
     }
-    tensors = _topk(weights) if kind == "topk" else _untied(weights)
+    tensors = _topk(weights) if kind == "topk" else weights.take_plain()
     if kind == "jumprelu":
         tensors["threshold"] = weights.take("jumprelu.log_threshold").exp()
         # The one of the four that does not subtract the decoder's bias from its input.
@@ -96,17 +96,6 @@ def from_monoloss(
     threshold = _threshold(plain, _k(config), features)
     tensors["threshold"] = torch.full_like(tensors["b_enc"], threshold)
     return sae_of("jumprelu", tensors, **common)
-
-
-def _untied(weights: Weights) -> dict[str, Tensor]:
-    encoder = weights.take_matrix("W_enc")
-    d_in, d_sae = encoder.shape
-    return {
-        "W_enc": encoder,
-        "W_dec": weights.take("W_dec", shape=(d_sae, d_in)),
-        "b_enc": weights.take("b_enc", shape=(d_sae,)),
-        "b_dec": weights.take("b_dec", shape=(d_in,)),
-    }
 
 
 def _topk(weights: Weights) -> dict[str, Tensor]:

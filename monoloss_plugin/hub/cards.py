@@ -10,6 +10,7 @@ from monoloss_plugin._optional import missing_extra
 
 try:
     from huggingface_hub import RepoCard
+    from yaml import YAMLError
 except ModuleNotFoundError as error:
     raise missing_extra(error, "hub") from error
 
@@ -48,7 +49,12 @@ def merged(existing: str, title: str, ours: str, metadata: Mapping[str, Any]) ->
     Raises:
         ValueError: the existing card's metadata is not YAML.
     """
-    card = RepoCard(existing or f"---\n{{}}\n---\n\n# {escaped(title)}\n")
+    try:
+        card = RepoCard(existing or f"---\n{{}}\n---\n\n# {escaped(title)}\n")
+    except (YAMLError, ValueError) as error:
+        raise ValueError(
+            f"README.md: the metadata of the card that is there is not YAML; mend it first: {error}"
+        ) from error
     part = f"{_BEGIN}\n\n{ours.strip()}\n\n{_END}"
     text = card.text
     if _OURS.search(text):
@@ -65,9 +71,22 @@ def merged(existing: str, title: str, ours: str, metadata: Mapping[str, Any]) ->
     return f"---\n{card.data.to_yaml()}\n---\n{text}"
 
 
-def hub_id(name: object) -> str | None:
-    """Return a name if it looks like a repository of the Hub."""
-    return name if isinstance(name, str) and _HUB_ID.fullmatch(name) else None
+def encoder_on_hub(encoder: Mapping[str, Any]) -> str | None:
+    """Return the Hub's repository of a record's encoder; None where its name does not tell it."""
+    name = str(encoder.get("name", ""))
+    on_hub = name.startswith(("hf-hub:", "hf_hub:"))  # as open_clip and timm write it
+    if not on_hub and encoder.get("library") != "transformers":
+        return None  # open_clip's ViT-L-14/openai only looks like one
+    return _hub_id(name[len("hf-hub:") :].partition("@")[0] if on_hub else name)
+
+
+def images_on_hub(source: Mapping[str, Any]) -> str | None:
+    """Return the Hub's repository of a record's images; None where they are not from there."""
+    return _hub_id(str(source.get("name", ""))) if source.get("kind") == "hub" else None
+
+
+def _hub_id(name: str) -> str | None:
+    return name if _HUB_ID.fullmatch(name) else None
 
 
 def settings_table(settings: Mapping[str, Any]) -> str:

@@ -81,7 +81,7 @@ def _of_status(error: HfHubHTTPError, repo_id: str, writing: bool) -> Exception:
             f"expired: {_LOG_IN}"
         )
     if status == 403:
-        return PermissionError(f"{_may_not_write(repo_id)} (403)")
+        return PermissionError(f"{_may_not_write(repo_id)} (403{_said(error)})")
     if status in (409, 412):
         return ChangedMeanwhileError(
             f"repo_id: somebody else has committed to {repo_id} in the meantime; run it again"
@@ -91,6 +91,11 @@ def _of_status(error: HfHubHTTPError, repo_id: str, writing: bool) -> Exception:
     if status == 0 or status >= 500:
         return _unreachable(error, writing, f" (it answered {status})" if status else "")
     return ValueError(f"repo_id: the Hub refuses this for {repo_id}: {error}")
+
+
+def _said(error: HfHubHTTPError) -> str:
+    message = getattr(error, "server_message", None)
+    return f": {message}" if message else ""
 
 
 def _may_not_write(repo_id: str) -> str:

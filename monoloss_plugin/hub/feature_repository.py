@@ -8,9 +8,9 @@ from typing import Any
 
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.features import FeatureSet
-from monoloss_plugin.hub.bundled import BUNDLED, bundled
-from monoloss_plugin.hub.names import is_inside
-from monoloss_plugin.hub.repository import Repository, of_folder, of_hub
+from monoloss_plugin.hub.bundled import open_named
+from monoloss_plugin.hub.names import DATA, is_inside
+from monoloss_plugin.hub.repository import Repository
 
 try:
     from datasets import Dataset, NamedSplit
@@ -19,7 +19,6 @@ except ModuleNotFoundError as error:
     raise missing_extra(error, "hub") from error
 
 DEFAULT = "default"
-_DATA = "data"
 _PARQUET = re.compile(r"(.+)/(\w+(?:\.\w+)*)-(\d{5})-of-(\d{5})\.parquet")
 
 
@@ -62,7 +61,14 @@ def load_features(
         >>> load_features("digits", "train")
         FeatureSet(1198 x 64, torch.float16)
     """
-    repository = _open(repo_id, revision, token, cache_dir, local_files_only)
+    repository = open_named(
+        repo_id,
+        "dataset",
+        revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
     config, split = _chosen(repository, config, split)
     paths = shards(repository)[config, split]
     record_path = record_file(config, split)
@@ -82,7 +88,7 @@ def load_features(
 
 def folder_of(config: str) -> str:
     """Return the folder of a configuration's files."""
-    return _DATA if config == DEFAULT else config
+    return DATA if config == DEFAULT else config
 
 
 def record_file(config: str, split: str) -> str:
@@ -101,7 +107,7 @@ def shards(repository: Repository) -> dict[tuple[str, str], list[str]]:
     for path in sorted(repository.sizes):
         match = _PARQUET.fullmatch(path)
         if match and is_inside(path):
-            config = DEFAULT if match[1] == _DATA else match[1]
+            config = DEFAULT if match[1] == DATA else match[1]
             found.setdefault((config, match[2], int(match[4])), []).append(path)
     return {
         (config, split): paths
@@ -116,27 +122,6 @@ def is_of(path: str, config: str, split: str) -> bool:
     if match:
         return (match[1], match[2]) == (folder_of(config), split)
     return path == record_file(config, split)
-
-
-def _open(
-    repo_id: str | Path,
-    revision: str | None,
-    token: str | bool | None,
-    cache_dir: str | Path | None,
-    local_files_only: bool,
-) -> Repository:
-    if isinstance(repo_id, Path):
-        return of_folder(repo_id)
-    if repo_id in BUNDLED:
-        return bundled(repo_id, "dataset")
-    return of_hub(
-        repo_id,
-        "dataset",
-        revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-    )
 
 
 def _chosen(repository: Repository, config: str | None, split: str | None) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.evaluation import MEASURES
-from monoloss_plugin.hub.cards import escaped, hub_id, merged, settings_table, table
+from monoloss_plugin.hub.cards import escaped, images_on_hub, merged, settings_table, table
 from monoloss_plugin.hub.pretrained import Listed
 from monoloss_plugin.hub.record import RECORD, DictionaryRecord
 
@@ -133,7 +133,7 @@ def _results(one: Listed) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="feature-extraction",
-            dataset_type=hub_id(named) or "features",
+            dataset_type=images_on_hub(record.dataset) or "features",
             dataset_name=named,
             metric_type=measure if which == "" else f"{measure}_baseline",
             metric_name=f"{MEASURES[measure]}{which}",

@@ -15,6 +15,9 @@ except ModuleNotFoundError as error:
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
 """Endings of files that may hold pickled objects, which run code when they are opened."""
 
+DATA = "data"
+"""Folder of a dataset's default configuration."""
+
 # Without what a shell, a glob or another system's path would read as more than a name.
 _PART = re.compile(r"[A-Za-z0-9_=+][A-Za-z0-9_=+.,@-]*")
 _SPLIT = re.compile(r"\w+(\.\w+)*")
@@ -70,6 +73,17 @@ def require_split(split: str) -> str:
     if not isinstance(split, str) or not _SPLIT.fullmatch(split):
         raise ValueError(f"split: expected letters, digits and underscores, got {split!r}")
     return split
+
+
+def require_config(config: str) -> str:
+    """Return the name of a configuration, which is its folder's too.
+
+    Raises:
+        ValueError: more than one plain name, or the folder of the default configuration.
+    """
+    if "/" in require_inside(config, "config") or config == DATA:
+        raise ValueError(f"config: expected one name without /, and not {DATA!r}; got {config!r}")
+    return config
 
 
 def is_pickle(path: str) -> bool:

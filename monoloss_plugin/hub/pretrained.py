@@ -11,11 +11,11 @@ from torch import Tensor
 
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.hub import dictionary
-from monoloss_plugin.hub.bundled import BUNDLED, bundled
+from monoloss_plugin.hub.bundled import BUNDLED, open_named
 from monoloss_plugin.hub.dictionary import CONFIG, SPARSITY, WEIGHTS, refused
 from monoloss_plugin.hub.names import is_inside, is_pickle, require_inside
 from monoloss_plugin.hub.record import RECORD, DictionaryRecord, record_from
-from monoloss_plugin.hub.repository import Repository, of_folder, of_hub
+from monoloss_plugin.hub.repository import Repository
 
 try:
     from sae_lens import SAE
@@ -95,7 +95,14 @@ def load_pretrained(
         >>> loaded.record.lam, loaded.sae.cfg.d_sae
         (0.003, 256)
     """
-    repository = _open(repo_id, revision, token, cache_dir, local_files_only)
+    repository = open_named(
+        repo_id,
+        "model",
+        revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
     sae_id = _chosen(repository, str(repo_id), sae_id)
     folder = repository.fetch(p for p in _paths(sae_id) if p in repository) / sae_id
     name = repository.name if sae_id == ROOT else f"{repository.name}/{sae_id}"
@@ -132,7 +139,14 @@ def list_pretrained(
         batchtopk-256 0.0
         batchtopk-256-monoloss-0.003 0.003
     """
-    repository = _open(repo_id, revision, token, cache_dir, local_files_only)
+    repository = open_named(
+        repo_id,
+        "model",
+        revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
     return listed(repository)
 
 
@@ -163,32 +177,6 @@ def sae_ids(repository: Repository) -> list[str]:
     ids = (str(file.parent) for file in files if file.name == CONFIG)
     whole = (i for i in ids if all(_at(i, file) in repository for file in (CONFIG, WEIGHTS)))
     return sorted(sae_id for sae_id in whole if sae_id == ROOT or is_inside(sae_id))
-
-
-def _open(
-    repo_id: str | Path,
-    revision: str | None,
-    token: str | bool | None,
-    cache_dir: str | Path | None,
-    local_files_only: bool,
-) -> Repository:
-    if isinstance(repo_id, Path):
-        return of_folder(repo_id)
-    if repo_id in BUNDLED:
-        return bundled(repo_id, "model")
-    if isinstance(repo_id, str) and "/" not in repo_id:
-        raise FileNotFoundError(
-            f"repo_id: expected 'user/name', a Path, or one of {', '.join(BUNDLED)}, which are "
-            f"bundled; got {repo_id!r}"
-        )
-    return of_hub(
-        repo_id,
-        "model",
-        revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-    )
 
 
 def _chosen(repository: Repository, repo_id: str, sae_id: str | None) -> str:

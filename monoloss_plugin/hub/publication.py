@@ -157,7 +157,7 @@ def _there(repo_id: str, kind: Kind, token: str | bool | None) -> Existing:
     card = ""
     if CARD in hashes:
         path = client.hf_hub_download(repo_id, CARD, repo_type=kind, revision=info.sha)
-        card = Path(path).read_text(encoding="utf-8")
+        card = Path(path).read_text(encoding="utf-8-sig")
     return Existing(info.sha, info.private, hashes, card)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from monoloss_plugin import __version__
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.evaluation import Evaluation
 from monoloss_plugin.hub import dictionary
-from monoloss_plugin.hub.cards import hub_id
+from monoloss_plugin.hub.cards import encoder_on_hub, images_on_hub
 from monoloss_plugin.hub.model_card import CURVES, model_card
 from monoloss_plugin.hub.names import require_inside, require_repo_id
 from monoloss_plugin.hub.pretrained import listed
@@ -40,6 +40,9 @@ try:
 except ModuleNotFoundError as error:
     raise missing_extra(error, "sae-lens") from error
 
+if TYPE_CHECKING:
+    from monoloss_plugin.features import FeatureSet
+
 Metrics = Evaluation | Mapping[str, float]
 
 _NEVER = 1e-10
@@ -53,7 +56,7 @@ def publish_dictionary(
     sae_id: str | None = None,
     evaluation: Metrics | None = None,
     baseline: Metrics | None = None,
-    features: Any | None = None,
+    features: FeatureSet | None = None,
     unit_norm: bool = True,
     take_any_norm: bool = False,
     license: str | None = None,
@@ -89,8 +92,8 @@ def publish_dictionary(
             ratios; where SAELens rescales them by decoder norms, they grow by the square root of
             d_in.
         license: such as ``"mit"``, for the card.
-        base_model: the encoder's repository on the Hub, for the card; by default the encoder's name
-            if it looks like one.
+        base_model: the encoder's repository on the Hub, for the card; by default what the
+            features' record says.
         dataset: the images' repository on the Hub, in the same way.
         tags: more tags for the card.
         private: make a new repository private.
@@ -128,8 +131,8 @@ def publish_dictionary(
         )
         metadata = {"license": license, "tags": list(tags)}
         record = of_record(staged / sae_id)
-        metadata["base_model"] = _listed(base_model or hub_id(record.encoder.get("name")))
-        metadata["datasets"] = _listed(dataset or hub_id(record.dataset.get("name")))
+        metadata["base_model"] = _listed(base_model or encoder_on_hub(record.encoder))
+        metadata["datasets"] = _listed(dataset or images_on_hub(record.dataset))
         done = publish(
             Staged(staged, _owns(sae_id), _Card(staged, repo_id, metadata, token)),
             repo_id,
@@ -150,7 +153,7 @@ def stage_dictionary(
     sae_id: str | None,
     evaluation: Metrics | None,
     baseline: Metrics | None,
-    features: Any | None,
+    features: FeatureSet | None,
     unit_norm: bool,
     take_any_norm: bool,
 ) -> str:
@@ -249,7 +252,7 @@ def _record(
     sae: SAE[Any],
     evaluation: Metrics | None,
     baseline: Metrics | None,
-    features: Any | None,
+    features: FeatureSet | None,
 ) -> DictionaryRecord:
     """Return what is known of a dictionary: from the SAE, the features and the measurements."""
     of_adapter = sae.cfg.metadata["monoloss"] or {}

@@ -12,7 +12,7 @@ from typing import Any
 
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.features import FeatureSet
-from monoloss_plugin.hub.cards import hub_id
+from monoloss_plugin.hub.cards import images_on_hub
 from monoloss_plugin.hub.dataset_card import PublishedSplit, dataset_card
 from monoloss_plugin.hub.feature_repository import (
     DEFAULT,
@@ -22,7 +22,7 @@ from monoloss_plugin.hub.feature_repository import (
     record_file,
     shard_file,
 )
-from monoloss_plugin.hub.names import require_inside, require_repo_id, require_split
+from monoloss_plugin.hub.names import require_config, require_repo_id, require_split
 from monoloss_plugin.hub.publication import Existing, Publication, Staged, publish
 from monoloss_plugin.hub.repository import of_folder, of_hub
 
@@ -83,10 +83,10 @@ def publish_features(
         ConnectionError: the Hub cannot be reached.
     """
     require_repo_id(repo_id)
-    require_inside(config, "config")
+    require_config(config)
     features = _opened(dataset)
     split = require_split(split or features.record.get("source", {}).get("split") or "train")
-    source = source_dataset or hub_id(features.record.get("source", {}).get("name"))
+    source = source_dataset or images_on_hub(features.record.get("source", {}))
     metadata = {
         "license": license,
         "tags": list(tags),

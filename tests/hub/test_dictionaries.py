@@ -26,7 +26,7 @@ from monoloss_plugin import (
     publish_dictionary,
 )
 from monoloss_plugin.evaluation import evaluate
-from monoloss_plugin.features import FeatureBatches
+from monoloss_plugin.features import FeatureBatches, FeatureSet
 from monoloss_plugin.hub.bundled import folder_of
 from tests.adapters.conftest import ARCHITECTURES, make_sae, make_trainer, stream
 from tests.hub.server import OWNER_TOKEN, Fault
@@ -359,3 +359,58 @@ def test_dtype_and_folders(tmp_path) -> None:
         load_pretrained(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match="expected 'user/name', a Path, or one of digits"):
         load_pretrained("digit")
+
+
+@pytest.mark.parametrize(
+    ("encoder", "base_model"),
+    [
+        ({"library": "transformers", "name": "openai/clip-vit-large-patch14"}, "the same"),
+        ({"library": "open_clip", "name": "hf-hub:laion/CLIP-ViT-B-32"}, "laion/CLIP-ViT-B-32"),
+        ({"library": "timm", "name": "hf_hub:timm/vit_x@abc"}, "timm/vit_x"),
+        ({"library": "open_clip", "name": "ViT-L-14/openai"}, None),
+        ({"library": "timm", "name": "vit_large_patch16_224"}, None),
+        ({"library": "transformers", "name": "my-folder"}, None),
+        ({}, None),
+    ],
+)
+def test_the_encoders_repository_is_named_only_where_its_name_tells_it(
+    encoder, base_model, held_out, hub
+) -> None:
+    source = {"kind": "hub" if base_model else "folder", "name": "ylecun/mnist"}
+    described = FeatureSet(held_out.dataset, {"encoder": encoder, "source": source})
+    publish_dictionary(DIGITS / WITH, REPO, features=described)
+    data = RepoCard(hub.files(REPO)["README.md"].decode()).data.to_dict()
+    expected = encoder["name"] if base_model == "the same" else base_model
+    assert data.get("base_model") == (expected and [expected])
+    assert data.get("datasets") == (base_model and ["ylecun/mnist"])
+
+
+CARDS = {
+    "no metadata": "# Mine\n",
+    "other line ends": "---\r\nlicense: mit\r\n---\r\n# Mine\r\n",
+    "a byte order mark": "\ufeff---\nlicense: mit\n---\n# Mine\n",
+    "a list of licences": "---\nlicense: mit\ntags: mine\nmodel-index: []\n---\n# Mine\n",
+    "lost marks": "---\nlicense: mit\n---\n# Mine\n<!-- to here -->\n",
+}
+
+
+@pytest.mark.parametrize("case", CARDS)
+def test_cards_of_all_kinds_are_kept(case, hub) -> None:
+    hub.put(REPO, {"README.md": CARDS[case].encode()})
+    for name in (WITH, WITHOUT, WITH):
+        publish_dictionary(DIGITS / name, REPO, tags=["more"])
+    card = RepoCard(hub.files(REPO)["README.md"].decode())
+    assert card.text.count("# Mine") == 1
+    assert card.text.count("writes from here") == 1
+    assert card.text.count(f"### `{WITH}`") == card.text.count(f"### `{WITHOUT}`") == 1
+    assert card.data.to_dict().get("license") in (None, "mit")
+    assert card.data.tags.count("more") == 1
+    assert "\ufeff" not in card.content
+
+
+def test_a_card_whose_metadata_is_broken_is_named(hub) -> None:
+    hub.put(REPO, {"README.md": b"---\ntags: [a\n---\n# Mine\n"})
+    before = hub.files(REPO)
+    with pytest.raises(ValueError, match=r"README.md: the metadata .* is not YAML; mend it first"):
+        publish_dictionary(DIGITS / WITH, REPO)
+    assert hub.files(REPO) == before

@@ -205,6 +205,8 @@ def test_bad_arguments_are_named(tmp_path, hub) -> None:
         ({"split": "held-out"}, ValueError, "split: expected letters, digits and underscores"),
         ({"split": "../train"}, ValueError, "split: expected letters"),
         ({"config": "../clip"}, ValueError, "config: expected names"),
+        ({"config": "data"}, ValueError, "config: expected one name without /, and not .data."),
+        ({"config": "a/b"}, ValueError, "config: expected one name without /"),
     ):
         with pytest.raises(error, match=said):
             publish_features(features, REPO, **arguments)

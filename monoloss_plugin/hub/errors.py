@@ -61,8 +61,11 @@ def explained(repo_id: str, *, writing: bool = False) -> Iterator[None]:
         reason = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
         if isinstance(reason, HfHubHTTPError):
             raise _of_status(reason, repo_id, writing) from error
-        # The client's HTTP library is one or another by its version.
-        if type(reason).__module__.partition(".")[0] in ("httpx", "httpx2", "requests"):
+        # The client, or its library of transfer, which is another by its version; one of them,
+        # written in Rust, raises plain RuntimeErrors.
+        library = type(reason).__module__.partition(".")[0]
+        broken = library in ("hf_xet", "httpx", "httpx2", "huggingface_hub", "requests")
+        if type(reason) is RuntimeError or (broken and not isinstance(reason, ValueError)):
             raise _unreachable(reason, writing) from error
         raise
 
@@ -107,5 +110,5 @@ def _may_not_write(repo_id: str) -> str:
 
 def _unreachable(error: BaseException, writing: bool, answered: str = "") -> ConnectionError:
     outcome = "; run it again: what has arrived is not sent twice" if writing else ""
-    said = answered or f": {type(error).__name__}"
+    said = answered or f": {str(error).splitlines()[0] if str(error) else type(error).__name__}"
     return ConnectionError(f"the Hub could not be reached{said}{outcome}")

@@ -206,8 +206,25 @@ def test_the_cache_alone(hub) -> None:
     assert not hub.requests
 
 
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+def test_files_that_cannot_be_had_are_no_missing_files(method, hub) -> None:
+    publish_dictionary(ONE, REPO)
+    hub.faults.append(Fault(method, "/resolve/|/storage/", "drop", times=99))
+    with pytest.raises(ConnectionError, match="the Hub could not be reached"):
+        load_pretrained(REPO)
+
+
 def test_a_gated_repository_names_its_conditions(hub) -> None:
     headers = {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"}
     hub.faults.append(Fault("GET", "/api/models/bob/gated", 403, headers=headers))
     with pytest.raises(PermissionError, match="asks for its conditions to be accepted"):
         load_pretrained("bob/gated")
+
+
+def test_what_the_clients_transfer_raises_is_no_connection(hub, monkeypatch) -> None:
+    def fail(*_, **__):
+        raise RuntimeError("Data processing error: storage said no")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_commit", fail)
+    with pytest.raises(ConnectionError, match="Data processing error: storage said no; run it"):
+        publish_dictionary(ONE, REPO)

@@ -12,7 +12,8 @@ from tests.hub.server import LoopbackHub
 _HUB = LoopbackHub()
 _HUB.start()
 os.environ["HF_ENDPOINT"] = _HUB.url
-os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="monoloss-tests-")
+_HOME = tempfile.TemporaryDirectory(prefix="monoloss-tests-", ignore_cleanup_errors=True)
+os.environ["HF_HOME"] = _HOME.name
 os.environ["HF_HUB_DISABLE_XET"] = "1"  # its storage speaks a protocol of its own
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.pop("HF_TOKEN", None)

@@ -89,7 +89,7 @@ def sae(
             raise ValueError("--baseline: needs --features to measure it on")
         opened = None if features is None else FeatureSet.open(features)
         measured, compared = (
-            None if opened is None or one is None else _measured(one, opened, unit_norm=not raw)
+            None if opened is None or one is None else _measured(one, opened, raw)
             for one in (folder, baseline)
         )
         done = publish_dictionary(
@@ -99,7 +99,7 @@ def sae(
             evaluation=measured,
             baseline=compared,
             features=opened,
-            unit_norm=not raw,
+            unit_norm=False if raw else None,
             take_any_norm=take_any_norm,
             license=license,
             base_model=base_model,
@@ -109,8 +109,7 @@ def sae(
             overwrite=overwrite,
             dry_run=dry_run,
         )
-    _show(done)
-    print(f"load it: SAE.from_pretrained({done.repo_id!r}, {done.name!r})")
+    _show(done, f"SAE.from_pretrained({done.repo_id!r}, {done.name!r})")
 
 
 @publish.command()
@@ -148,8 +147,7 @@ def features(
             overwrite=overwrite,
             dry_run=dry_run,
         )
-    _show(done)
-    print(f"load it: datasets.load_dataset({done.repo_id!r}, {config!r}, split={done.name!r})")
+    _show(done, f"datasets.load_dataset({done.repo_id!r}, {config!r}, split={done.name!r})")
 
 
 def pretrained(
@@ -239,19 +237,21 @@ def _batches(folder: Path) -> Any:
     return islice(batches, _BATCHES)
 
 
-def _measured(folder: Path, features: FeatureSet, *, unit_norm: bool) -> Evaluation:
-    """Score a dictionary's folder on features."""
+def _measured(folder: Path, features: FeatureSet, raw: bool) -> Evaluation:
+    """Score a dictionary's folder on features, of the norm that it takes."""
     from monoloss_plugin.evaluation import evaluate
     from monoloss_plugin.features import FeatureBatches
     from monoloss_plugin.hub.dictionary import load
+    from monoloss_plugin.hub.publishing_dictionaries import of_record
 
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder: {folder}")
-    batches = FeatureBatches(features, shuffle="none", drop_last=False, normalize=unit_norm)
+    raw = raw or of_record(folder).inputs == "as they are"
+    batches = FeatureBatches(features, shuffle="none", drop_last=False, normalize=not raw)
     return evaluate(load(folder, str(folder)), batches, progress=True)
 
 
-def _show(done: Publication) -> None:
+def _show(done: Publication, loading: str) -> None:
     table = Table("file", "size", "")
     for file in done.files:
         table.add_row(file.path, decimal(file.size), file.change)
@@ -259,7 +259,9 @@ def _show(done: Publication) -> None:
     size = decimal(done.size)
     if done.commit is None:
         print(f"dry run: {size} would be uploaded to {done.url}")
-    elif done.size:
+        return
+    if done.size:
         print(f"{size} uploaded to {done.url} (commit {done.commit[:8]})")
     else:
         print(f"{done.url} has all of it already")
+    print(f"load it: {loading}")

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from monoloss_plugin._checks import require_finite
+
+_GLOBAL = re.compile(r"GLOBAL (\S+)")
+"""Where torch names what it will not unpickle."""
 
 
 def read_checkpoint(path: Path) -> Any:
@@ -22,12 +28,26 @@ def read_checkpoint(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file makes torch.load raise all kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        found = _GLOBAL.search(str(error))
+        held = f" (it holds {found[1]})" if found else ""
         raise ValueError(
             f"source: {path.name} is no checkpoint of tensors and plain values, and what else it "
-            "may hold is not unpickled, since that could run any code; where it is yours, load it "
-            f"in its own library and save its state_dict ({reason})"
+            f"may hold{held} is not unpickled, since that could run any code; where it is yours, "
+            "load it in its own library, and save its state_dict, numbers and strings alone"
         ) from error
+
+
+def whole(value: Any, name: str, most: int) -> int:
+    """Return a whole number from 1 to ``most``, given as an int, a float or a tensor of one.
+
+    Raises:
+        ValueError: something else.
+    """
+    given = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    plain = isinstance(given, (int, float)) and not isinstance(given, bool)
+    if not plain or given != given // 1 or not 1 <= given <= most:
+        raise ValueError(f"source: expected a {name} of 1 to {most}, got {value!r}")
+    return int(given)
 
 
 class Weights:
@@ -58,11 +78,28 @@ class Weights:
             has = ", ".join(sorted(map(str, self._left))[:12])
             raise ValueError(f"{self._name}: no {key} in it; it has {has}")
         tensor = self._left.pop(key)
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{self._name}: {key} is no tensor, but {type(tensor).__name__}")
+        if not isinstance(tensor, Tensor) or tensor.is_complex():
+            got = getattr(tensor, "dtype", type(tensor).__name__)
+            raise ValueError(f"{self._name}: expected a tensor of numbers as {key}, got {got}")
         if shape is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{self._name}: {key} is {tuple(tensor.shape)}, expected {shape}")
-        return tensor.detach().float().contiguous()
+        values = tensor.detach().float().contiguous()
+        require_finite(values, f"{self._name}: {key}")
+        return values
+
+    def drop(self, key: str) -> None:
+        """Leave out what the forward pass does not need, if it is there."""
+        self._left.pop(key, None)
+
+    def take_number(self, key: str) -> float:
+        """Return a number, stored as it is or as a tensor.
+
+        Raises:
+            ValueError: not there, or neither.
+        """
+        if isinstance(self._left.get(key), (int, float)):
+            return float(self._left.pop(key))
+        return float(self.take(key, shape=()))
 
     def take_matrix(self, key: str) -> Tensor:
         """Return a tensor of two dimensions as float32.

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from monoloss_plugin._optional import missing_extra
-from monoloss_plugin.convert.checkpoint import Weights, read_checkpoint
+from monoloss_plugin.convert.checkpoint import Weights, read_checkpoint, whole
 from monoloss_plugin.convert.to_sae_lens import sae_of
 
 try:
@@ -33,8 +34,9 @@ def from_dictionary_learning(
             ``config.json`` says.
 
     Returns:
-        An SAE with the latents and reconstruction that the dictionary has outside training: where
-        it stores a threshold for that (BatchTopK, Matryoshka), with the threshold.
+        An SAE with the latents and reconstruction that the dictionary has when the library loads
+        it: with the threshold where it stores one (BatchTopK, Matryoshka), and a standard one with
+        a decoder of unit norm.
 
     Raises:
         FileNotFoundError: no such folder or file.
@@ -43,12 +45,18 @@ def from_dictionary_learning(
     """
     path = Path(source)
     path = path / _WEIGHTS if path.is_dir() else path
-    name = dict_class or _class_in(path.parent / _CONFIG)
+    config = _config(path.parent / _CONFIG)
+    name = dict_class or config.get("dict_class")
+    if name is None:
+        raise ValueError(f"source: no {_CONFIG} beside it says trainer.dict_class; give dict_class")
     if name not in _CLASSES:
         raise ValueError(f"dict_class: expected one of {', '.join(_CLASSES)}, got {name!r}")
     weights = Weights(read_checkpoint(path), path.name)
     architecture, tensors, settings = _CLASSES[name](weights)
     weights.finish()
+    if architecture == "topk":
+        k = settings.get("k", config.get("k"))
+        settings["k"] = whole(k, "k", len(tensors["W_dec"]))
     return sae_of(architecture, tensors, converted_from="dictionary_learning", **settings)
 
 
@@ -56,15 +64,17 @@ _Parts = tuple[str, dict[str, Tensor], dict[str, Any]]
 """Architecture, tensors and settings in SAELens's terms."""
 
 
-def _class_in(path: Path) -> str:
+def _config(path: Path) -> dict[str, Any]:
+    """Return what a config says of its trainer; nothing where there is none."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"source: no {_CONFIG} in {path.parent}, so dict_class must say what it is"
-        )
+        return {}
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["trainer"]["dict_class"])
+        trainer = json.loads(path.read_text(encoding="utf-8"))["trainer"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"source: {path.name} says no trainer.dict_class") from error
+        raise ValueError(f"source: {path.name} says nothing of a trainer") from error
+    if not isinstance(trainer, dict):
+        raise ValueError(f"source: {path.name} says nothing of a trainer")
+    return trainer
 
 
 def _linear(weights: Weights, b_enc: str, b_dec: str) -> dict[str, Tensor]:
@@ -79,7 +89,14 @@ def _linear(weights: Weights, b_enc: str, b_dec: str) -> dict[str, Tensor]:
 
 
 def _standard(weights: Weights) -> _Parts:
-    return "standard", _linear(weights, "encoder.bias", "bias"), {}
+    tensors = _linear(weights, "encoder.bias", "bias")
+    # The library makes the decoder's norms 1 when it loads this class, and the latents larger.
+    norms = tensors["W_dec"].norm(dim=1)
+    if not torch.allclose(norms, torch.ones_like(norms)):
+        tensors["W_dec"] = tensors["W_dec"] / norms[:, None]
+        tensors["W_enc"] = tensors["W_enc"] * norms
+        tensors["b_enc"] = tensors["b_enc"] * norms
+    return "standard", tensors, {}
 
 
 def _standard_of_april(weights: Weights) -> _Parts:
@@ -104,12 +121,12 @@ def _gated(weights: Weights) -> _Parts:
 def _topk(weights: Weights) -> _Parts:
     if "threshold" in weights:  # of older checkpoints it is missing; the default encode ignores it
         weights.take("threshold", shape=())
-    k = int(weights.take("k", shape=()))
-    return "topk", _linear(weights, "encoder.bias", "b_dec"), {"k": k}
+    stored = {"k": weights.take_number("k")} if "k" in weights else {}
+    return "topk", _linear(weights, "encoder.bias", "b_dec"), stored
 
 
 def _batchtopk(weights: Weights) -> _Parts:
-    weights.take("k", shape=())
+    weights.drop("k")
     threshold = weights.take("threshold", shape=())
     tensors = _linear(weights, "encoder.bias", "b_dec")
     tensors["threshold"] = threshold.expand_as(tensors["b_enc"]).contiguous()
@@ -117,8 +134,8 @@ def _batchtopk(weights: Weights) -> _Parts:
 
 
 def _matryoshka(weights: Weights) -> _Parts:
-    weights.take("k", shape=())
-    weights.take("group_sizes")
+    weights.drop("k")
+    weights.drop("group_sizes")
     threshold = weights.take("threshold", shape=())
     tensors = weights.take_plain()
     tensors["threshold"] = threshold.expand_as(tensors["b_enc"]).contiguous()

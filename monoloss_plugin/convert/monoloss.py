@@ -16,7 +16,7 @@ from torch import Tensor
 
 from monoloss_plugin._checks import as_rows
 from monoloss_plugin._optional import missing_extra
-from monoloss_plugin.convert.checkpoint import Weights, read_checkpoint
+from monoloss_plugin.convert.checkpoint import Weights, read_checkpoint, whole
 from monoloss_plugin.convert.to_sae_lens import sae_of
 from monoloss_plugin.evaluation import Samples
 
@@ -72,7 +72,7 @@ def from_monoloss(
         "converted_from": _SOURCE,
         "terms": _terms(config, kind),
         # Zero mean and unit deviation over a sample's dimensions, undone after decoding.
-        "normalize_activations": "layer_norm" if config.get("normalize") else "none",
+        "normalize_activations": "layer_norm" if _is_true(config.get("normalize")) else "none",
     }
     tensors = _topk(weights) if kind == "topk" else weights.take_plain()
     if kind == "jumprelu":
@@ -82,7 +82,8 @@ def from_monoloss(
     weights.finish()
     _require_latents(config, tensors)
     if kind == "topk":
-        return sae_of("topk", tensors, k=_k(config), **common)
+        k = whole(config.get("topk_k"), "topk_k", len(tensors["W_dec"]))
+        return sae_of("topk", tensors, k=k, **common)
     if kind == "jumprelu":
         return sae_of("jumprelu", tensors, **common)
     plain = sae_of("standard", tensors, **common)
@@ -93,7 +94,8 @@ def from_monoloss(
             "features: a BatchTopK checkpoint stores no threshold; give features such as it was "
             "trained on, to set one from"
         )
-    threshold = _threshold(plain, _k(config), features)
+    k = whole(config.get("topk_k"), "topk_k", len(tensors["W_dec"]))
+    threshold = _threshold(plain, k, features)
     tensors["threshold"] = torch.full_like(tensors["b_enc"], threshold)
     return sae_of("jumprelu", tensors, **common)
 
@@ -106,6 +108,10 @@ def _topk(weights: Weights) -> dict[str, Tensor]:
         if name in weights:
             given = weights.take(name)
             decoder = given if name.endswith("linear.weight") else given.T
+    if decoder.shape != encoder.shape:
+        raise ValueError(
+            f"source: a decoder of {tuple(decoder.T.shape)} beside an encoder of {(d_sae, d_in)}"
+        )
     return {
         "W_enc": encoder.T.contiguous(),
         "W_dec": decoder.contiguous(),
@@ -114,27 +120,29 @@ def _topk(weights: Weights) -> dict[str, Tensor]:
     }
 
 
-def _k(config: Mapping[str, Any]) -> int:
-    k = config.get("topk_k")
-    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-        raise ValueError(f"source: expected a positive topk_k in its config, got {k!r}")
-    return k
-
-
 def _require_latents(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
     said, there = config.get("n_latents"), len(tensors["W_dec"])
     if said is not None and said != there:
         raise ValueError(f"source: its config says n_latents = {said}, its weights have {there}")
 
 
+def _is_true(setting: Any) -> bool:
+    """Read a switch, which a command line may have left as a word."""
+    return setting.lower() in ("true", "yes", "1") if isinstance(setting, str) else bool(setting)
+
+
 def _terms(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """Return MonoLoss as the adapter would have recorded it; nothing for a baseline."""
-    lam = config.get("mono_coef")
-    if not isinstance(lam, (int, float)) or lam <= 0:
+    lam = config.get("mono_coef") or 0
+    try:
+        lam = float(lam)
+    except (TypeError, ValueError):
+        raise ValueError(f"source: expected a number as mono_coef, got {lam!r}") from None
+    if lam <= 0:
         return {}
     # The paper weighs it against another reconstruction term for TopK.
     units = "nmse" if kind == "topk" else "mse"
-    term = {"term": "MonoLoss", "name": "monoloss", "lam": float(lam), "units": units}
+    term = {"term": "MonoLoss", "name": "monoloss", "lam": lam, "units": units}
     return {"monoloss": term}
 
 
@@ -143,6 +151,10 @@ def _threshold(sae: SAE[Any], k: int, features: Tensor | Iterable[Samples]) -> f
     """Return what divides the activations that a batch keeps from those that it does not."""
     between = []
     for batch in _batches(features):
+        if batch.shape[1] != sae.cfg.d_in:
+            raise ValueError(
+                f"features: expected width {sae.cfg.d_in}, the checkpoint's, got {batch.shape[1]}"
+            )
         activations = sae.encode(batch).flatten()
         kept = min(k * len(batch), len(activations) - 1)
         *_, last, first_left_out = activations.topk(kept + 1).values.double().tolist()
@@ -154,8 +166,11 @@ def _threshold(sae: SAE[Any], k: int, features: Tensor | Iterable[Samples]) -> f
 
 
 def _batches(features: Tensor | Iterable[Samples]) -> Iterator[Tensor]:
+    batches: Iterable[Any] = features
     if isinstance(features, Tensor):
-        yield from as_rows(features, "features").float().split(_BATCH)
-        return
-    for batch in features:
-        yield as_rows(batch.features, "features").float()
+        batches = as_rows(features, "features").split(_BATCH)
+    for batch in batches:
+        given = getattr(batch, "features", batch)
+        rows = as_rows(given, "features").float()
+        if len(rows):
+            yield rows

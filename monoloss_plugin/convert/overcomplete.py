@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from monoloss_plugin._optional import missing_extra
-from monoloss_plugin.convert.checkpoint import Weights, read_checkpoint
+from monoloss_plugin.convert.checkpoint import Weights, read_checkpoint, whole
 from monoloss_plugin.convert.to_sae_lens import just_below, sae_of
 
 try:
@@ -87,9 +87,8 @@ def from_overcomplete(
         "b_dec": torch.zeros(parts.dictionary.shape[1]),
     }
     if kind == "TopKSAE":
-        if not isinstance(top_k, int) or top_k < 1:
-            raise ValueError(f"top_k: expected the TopKSAE's, got {top_k!r}")
-        return sae_of("topk", tensors, converted_from=_LIBRARY, k=top_k)
+        k = whole(top_k, "top_k", len(parts.dictionary))
+        return sae_of("topk", tensors, converted_from=_LIBRARY, k=k)
     if parts.thresholds is None:
         return sae_of("standard", tensors, converted_from=_LIBRARY)
     tensors["threshold"] = just_below(parts.thresholds)

@@ -14,6 +14,9 @@ try:
 except ModuleNotFoundError as error:
     raise missing_extra(error, "hub") from error
 
+_NAMED = {"model-index": "name", "configs": "config_name"}
+"""Lists in the metadata whose entries have names."""
+
 _BEGIN, _END = "<!-- monoloss_plugin writes from here -->", "<!-- to here -->"
 _OURS = re.compile(re.escape(_BEGIN) + ".*?" + re.escape(_END), re.DOTALL)
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~>-])")
@@ -36,25 +39,37 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(lines)
 
 
+def opened(existing: str, title: str = "") -> RepoCard:
+    """Read a card; make one, with a title, where there is none.
+
+    Raises:
+        ValueError: its metadata is not YAML.
+    """
+    content = existing or f"# {escaped(title)}\n"
+    if not content.lstrip().startswith("---"):
+        content = f"---\n{{}}\n---\n\n{content}"
+    try:
+        return RepoCard(content)
+    except (YAMLError, ValueError) as error:
+        raise ValueError(
+            f"README.md: the metadata of the card that is there is not YAML; mend it first: {error}"
+        ) from error
+
+
 def merged(existing: str, title: str, ours: str, metadata: Mapping[str, Any]) -> str:
-    """Return a card with our part in it, what the owner has written around it unchanged.
+    """Return a card with our part in it, what the owner has written around it kept.
 
     Args:
         existing: the card that is there, or nothing.
         title: of a new card.
         ours: the part between our marks.
-        metadata: of the card. Lists are added to what is there, ``model-index`` and ``configs``
-            replace it, and of the rest what is there counts.
+        metadata: of the card. Of ``configs`` and ``model-index`` the entries of our names replace
+            those that are there; other lists are added to; of the rest what is there counts.
 
     Raises:
         ValueError: the existing card's metadata is not YAML.
     """
-    try:
-        card = RepoCard(existing or f"---\n{{}}\n---\n\n# {escaped(title)}\n")
-    except (YAMLError, ValueError) as error:
-        raise ValueError(
-            f"README.md: the metadata of the card that is there is not YAML; mend it first: {error}"
-        ) from error
+    card = opened(existing, title)
     part = f"{_BEGIN}\n\n{ours.strip()}\n\n{_END}"
     text = card.text
     if _OURS.search(text):
@@ -63,11 +78,15 @@ def merged(existing: str, title: str, ours: str, metadata: Mapping[str, Any]) ->
         text = f"{text.rstrip()}\n\n{part}\n"
     for key, value in metadata.items():
         there = card.data.get(key)
-        if key in ("model-index", "configs") or there is None:
-            card.data[key] = value
+        before = there if isinstance(there, list) else [] if there is None else [there]
+        if key in _NAMED:
+            names = {entry[_NAMED[key]] for entry in value}
+            kept = [e for e in before if not isinstance(e, dict) or e.get(_NAMED[key]) not in names]
+            card.data[key] = [*kept, *value]
         elif isinstance(value, list):
-            before = there if isinstance(there, list) else [there]
             card.data[key] = [*before, *(one for one in value if one not in before)]
+        elif there is None:
+            card.data[key] = value
     return f"---\n{card.data.to_yaml()}\n---\n{text}"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from monoloss_plugin.hub.cards import escaped, merged, settings_table, table
+from monoloss_plugin.hub.cards import escaped, merged, opened, settings_table, table
 
 _TAGS = ["image-features", "embeddings", "sparse-autoencoder", "monoloss"]
 
@@ -54,10 +54,10 @@ def dataset_card(
         (
             f"`{one.config}`",
             f"`{one.split}`",
-            f"{one.record.get('rows', 0)} x {one.record.get('width', 0)}",
+            escaped(f"{one.record.get('rows', '?')} x {one.record.get('width', '?')}"),
             escaped(one.record.get("dtype", "")),
-            escaped(one.record.get("encoder", {}).get("name", "not said")),
-            escaped(one.record.get("source", {}).get("name", "not said")),
+            escaped(one.record["encoder"].get("name", "not said")),
+            escaped(one.record["source"].get("name", "not said")),
         )
         for one in splits
     ]
@@ -75,7 +75,25 @@ def dataset_card(
         "## Load",
         _loading(repo_id, splits[0]),
     ]
+    existing = _without_info(existing, set(configs))
     return merged(existing, repo_id.partition("/")[2], "\n\n".join(parts), described)
+
+
+def _without_info(existing: str, configs: set[str]) -> str:
+    """Return a card without its sizes of these splits, which ``datasets`` would insist on."""
+    if not existing:
+        return existing
+    card = opened(existing)
+    info = card.data.get("dataset_info")
+    entries = info if isinstance(info, list) else [info] if isinstance(info, dict) else []
+    kept = [e for e in entries if e.get("config_name", "default") not in configs]
+    if len(kept) == len(entries):
+        return existing
+    if kept:
+        card.data["dataset_info"] = kept
+    else:
+        card.data.pop("dataset_info")
+    return str(card.content)
 
 
 def _first_of_each_config(splits: Sequence[PublishedSplit]) -> list[PublishedSplit]:
@@ -83,7 +101,7 @@ def _first_of_each_config(splits: Sequence[PublishedSplit]) -> list[PublishedSpl
 
 
 def _encoder(one: PublishedSplit) -> str:
-    encoder = dict(one.record.get("encoder", {}))
+    encoder = dict(one.record["encoder"])
     preprocessing = encoder.pop("preprocessing", {})
     parts = [f"## Encoder of `{one.config}`", settings_table(encoder)]
     if isinstance(preprocessing, Mapping) and preprocessing:

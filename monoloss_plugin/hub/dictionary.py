@@ -28,6 +28,8 @@ except ModuleNotFoundError as error:
 CONFIG, WEIGHTS, SPARSITY = SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 
 _WIDEST = 1 << 31
+_SPARSITY = "sparsity"
+"""SAELens's name of the tensor."""
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +55,9 @@ def check(folder: Path, name: str) -> None:
     config = read_json(folder / CONFIG)
     shapes = _shapes(folder / WEIGHTS, name)
     architecture = _architecture(config, name)
-    d_in, d_sae = _size(config, "d_in", name), _size(config, "d_sae", name)
-    if shapes.get("W_dec", (d_sae, d_in)) != (d_sae, d_in):
+    d_in, d_sae = size_in(config, "d_in", name), size_in(config, "d_sae", name)
+    d_out = size_in(config, "d_out", name) if "d_out" in config else d_in  # a transcoder's own
+    if shapes.get("W_dec", (d_sae, d_out)) != (d_sae, d_out):
         raise ValueError(
             f"{name}: {CONFIG} says d_sae = {d_sae} and d_in = {d_in}, but {WEIGHTS} holds a W_dec "
             f"of {shapes['W_dec']}"
@@ -87,7 +90,10 @@ def load(folder: Path, name: str, *, device: str = "cpu", dtype: str | None = No
         FileNotFoundError, ValueError: as :func:`check`.
     """
     check(folder, name)
-    sae: SAE[Any] = SAE.load_from_disk(folder, device=device, dtype=dtype)
+    try:
+        sae: SAE[Any] = SAE.load_from_disk(folder, device=device, dtype=dtype)
+    except Exception as error:  # of settings before SAELens 6, only the sizes are compared above
+        raise ValueError(f"{name}: SAELens cannot load it: {error!r}") from error
     if sae.cfg.normalize_activations == "expected_average_only_in":
         logger.warning(
             "%s: its inputs' scale was never folded into the weights; it takes inputs that are "
@@ -115,13 +121,21 @@ def write(sae: SAE[Any], folder: Path) -> None:
         sae.save_model(folder)
 
 
-def sparsity_of(folder: Path) -> Tensor | None:
-    """Return log10 of the share of samples on which each latent is active (M,), where known."""
+def sparsity_of(folder: Path, name: str, d_sae: int) -> Tensor | None:
+    """Return log10 of the share of samples on which each latent is active (M,), where known.
+
+    Raises:
+        ValueError: not a safetensors file, or one that holds something else.
+    """
     path = folder / SPARSITY
     if not path.is_file():
         return None
+    shapes = _shapes(path, name)
+    if shapes.get(_SPARSITY) != (d_sae,):
+        found = shapes.get(_SPARSITY, "nothing of that name")
+        raise ValueError(f"{name}/{SPARSITY}: expected {_SPARSITY} of ({d_sae},), found {found}")
     with _opened(path, path.name) as tensors:
-        return torch.as_tensor(tensors.get_tensor("sparsity"))
+        return torch.as_tensor(tensors.get_tensor(_SPARSITY))
 
 
 def trained_as(config: dict[str, Any]) -> str:
@@ -157,7 +171,12 @@ def _architecture(config: dict[str, Any], name: str) -> str:
     )
 
 
-def _size(config: dict[str, Any], key: str, name: str) -> int:
+def size_in(config: dict[str, Any], key: str, name: str) -> int:
+    """Return a size that a dictionary's settings say.
+
+    Raises:
+        ValueError: not a positive integer.
+    """
     size = config.get(key)
     if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < _WIDEST:
         raise ValueError(f"{name}: {CONFIG} says {key} = {size!r}; expected a positive integer")

@@ -85,7 +85,7 @@ def _of_status(error: HfHubHTTPError, repo_id: str, writing: bool) -> Exception:
         )
     if status == 403:
         return PermissionError(f"{_may_not_write(repo_id)} (403{_said(error)})")
-    if status in (409, 412):
+    if status == 412:
         return ChangedMeanwhileError(
             f"repo_id: somebody else has committed to {repo_id} in the meantime; run it again"
         )

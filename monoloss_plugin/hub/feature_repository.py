@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.features import FeatureSet
 from monoloss_plugin.hub.bundled import open_named
 from monoloss_plugin.hub.names import DATA, is_inside
+from monoloss_plugin.hub.record import described_features
 from monoloss_plugin.hub.repository import Repository
 
 try:
@@ -17,6 +20,8 @@ try:
     from datasets.exceptions import DatasetGenerationError
 except ModuleNotFoundError as error:
     raise missing_extra(error, "hub") from error
+
+logger = logging.getLogger(__name__)
 
 DEFAULT = "default"
 _PARQUET = re.compile(r"(.+)/(\w+(?:\.\w+)*)-(\d{5})-of-(\d{5})\.parquet")
@@ -83,7 +88,7 @@ def load_features(
     except (ValueError, DatasetGenerationError) as error:
         reason = error.__cause__ or error
         raise ValueError(f"{repository.name}: {paths[0]} is not Parquet: {reason}") from error
-    return FeatureSet(dataset, repository.json(record_path) if has_record else None)
+    return FeatureSet(dataset, _record(repository, record_path) if has_record else None)
 
 
 def folder_of(config: str) -> str:
@@ -142,12 +147,32 @@ def _chosen(repository: Repository, config: str | None, split: str | None) -> tu
     return fitting[0]
 
 
+def ours(paths: Iterable[str]) -> set[str]:
+    """Return which files are features in our layout, and the records that belong to them."""
+    found: set[str] = set()
+    for path in paths:
+        match = _PARQUET.fullmatch(path)
+        if match and is_inside(path):
+            found |= {path, f"{match[1]}/{match[2]}.json"}
+    return found
+
+
 def features_in(repository: Repository) -> list[tuple[str, str, dict[str, Any]]]:
-    """Return configuration, split and record of all features of a repository."""
+    """Return configuration, split and record of all features; records that are none are said."""
     found = list(shards(repository))
     paths = [record_file(*one) for one in found]
-    repository.fetch(path for path in paths if path in repository)
+    paths_there = [p for p in paths if p in repository and repository.is_short(p)]
+    if paths_there:
+        repository.fetch(paths_there)
     return [
-        (config, split, repository.json(path) if path in repository else {})
+        (config, split, _record(repository, path) if path in repository else described_features({}))
         for (config, split), path in zip(found, paths, strict=True)
     ]
+
+
+def _record(repository: Repository, path: str) -> dict[str, Any]:
+    try:
+        return described_features(repository.json(path))
+    except ValueError as error:
+        logger.warning("%s/%s is left out: %s", repository.name, path, error)
+        return described_features({})

@@ -8,7 +8,7 @@ from typing import Any
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.evaluation import MEASURES
 from monoloss_plugin.hub.cards import escaped, images_on_hub, merged, settings_table, table
-from monoloss_plugin.hub.pretrained import Listed
+from monoloss_plugin.hub.pretrained import Listed, at
 from monoloss_plugin.hub.record import RECORD, DictionaryRecord
 
 try:
@@ -86,22 +86,22 @@ def _section(one: Listed, has_curves: bool) -> str:
     if record.metrics:
         parts.append(_comparison(record))
     if has_curves:
-        parts.append(f"![MonoScore of every latent, sorted]({one.sae_id}/{CURVES})")
+        parts.append(f"![MonoScore of every latent, sorted]({at(one.sae_id, CURVES)})")
     for name, settings in (("Encoder", record.encoder), ("Images", record.dataset)):
         if settings:
             parts.append(f"{name}:\n\n{settings_table(settings)}")
-    parts.append(f"Everything that is known of it: `{one.sae_id}/{RECORD}`.")
+    parts.append(f"Everything that is known of it: `{at(one.sae_id, RECORD)}`.")
     return "\n\n".join(parts)
 
 
 def _comparison(record: DictionaryRecord) -> str:
-    names = [m for m in MEASURES if m in record.metrics]
+    names = _ordered(record.metrics)
     if not record.baseline:
-        rows = [[MEASURES[m], _number(record.metrics[m], m)] for m in names]
+        rows = [[_label(m), _number(record.metrics[m], m)] for m in names]
         return _on(record) + table(("measure", ""), rows)
     added = escaped(" + ".join(str(t.get("name", "loss")) for t in record.losses) or "the losses")
     rows = [
-        [MEASURES[m], _number(record.baseline.get(m), m), _number(record.metrics[m], m)]
+        [_label(m), _number(record.baseline.get(m), m), _number(record.metrics[m], m)]
         for m in names
     ]
     return _on(record) + table(("measure", f"without {added}", f"with {added}"), rows)
@@ -114,6 +114,16 @@ def _on(record: DictionaryRecord) -> str:
         f"{escaped(k.replace('_', ' '))} {escaped(v)}" for k, v in record.evaluated_on.items()
     )
     return f"Measured on: {said}.\n\n"
+
+
+def _ordered(metrics: Mapping[str, float]) -> list[str]:
+    """Return the measures' names: those of an evaluation first, in their order."""
+    known = [measure for measure in MEASURES if measure in metrics]
+    return [*known, *(measure for measure in metrics if measure not in MEASURES)]
+
+
+def _label(measure: str) -> str:
+    return MEASURES.get(measure) or escaped(measure)
 
 
 def _losses(record: DictionaryRecord) -> str:
@@ -136,12 +146,11 @@ def _results(one: Listed) -> list[EvalResult]:
             dataset_type=images_on_hub(record.dataset) or "features",
             dataset_name=named,
             metric_type=measure if which == "" else f"{measure}_baseline",
-            metric_name=f"{MEASURES[measure]}{which}",
+            metric_name=f"{MEASURES.get(measure, measure)}{which}",
             metric_value=metrics[measure],
         )
         for which, metrics in (("", record.metrics), (" (without the losses)", record.baseline))
-        for measure in MEASURES
-        if measure in metrics
+        for measure in _ordered(metrics)
     ]
 
 

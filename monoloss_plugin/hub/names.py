@@ -20,8 +20,8 @@ DATA = "data"
 
 # Without what a shell, a glob or another system's path would read as more than a name.
 _PART = re.compile(r"[A-Za-z0-9_=+][A-Za-z0-9_=+.,@-]*")
-_SPLIT = re.compile(r"\w+(\.\w+)*")
-_LONGEST = 200
+_SPLIT = re.compile(r"\w+(\.\w+)*", re.ASCII)
+_LONGEST, _LONGEST_SPLIT = 200, 64
 
 
 def require_repo_id(repo_id: str) -> str:
@@ -59,6 +59,33 @@ def require_inside(name: str, argument: str) -> str:
     return name
 
 
+def require_hub_name(name: str, argument: str) -> str:
+    """Return a name under which the Hub may have a repository, with or without a user.
+
+    Raises:
+        ValueError: it cannot be one.
+    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"{argument}: {error}") from None
+    return name
+
+
+def require_token(token: str | bool | None) -> str | bool | None:
+    """Return a token without the blanks around it that files and environments leave.
+
+    Raises:
+        PermissionError: signs that no token has; they are not shown.
+    """
+    if not isinstance(token, str):
+        return token
+    token = token.strip()
+    if not token.isascii() or (not token.isalnum() and not re.fullmatch(r"[\w.-]+", token)):
+        raise PermissionError("token: expected letters, digits and underscores; it is not shown")
+    return token
+
+
 def is_inside(path: str) -> bool:
     """Say whether a path is made of plain names, and so stays below its root."""
     return len(path) <= _LONGEST and all(_PART.fullmatch(part) for part in path.split("/"))
@@ -68,10 +95,14 @@ def require_split(split: str) -> str:
     """Return the name of a split as ``datasets`` takes it.
 
     Raises:
-        ValueError: other signs than letters, digits and underscores.
+        ValueError: other signs than a to z, digits and underscores, or a word that means all.
     """
-    if not isinstance(split, str) or not _SPLIT.fullmatch(split):
-        raise ValueError(f"split: expected letters, digits and underscores, got {split!r}")
+    plain = isinstance(split, str) and _SPLIT.fullmatch(split) and len(split) <= _LONGEST_SPLIT
+    if not plain or split == "all":
+        raise ValueError(
+            "split: expected up to 64 letters a to z, digits and underscores, and not 'all'; got "
+            f"{split!r}"
+        )
     return split
 
 

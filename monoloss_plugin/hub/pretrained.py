@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,6 +24,8 @@ try:
     from sae_lens import SAE
 except ModuleNotFoundError as error:
     raise missing_extra(error, "sae-lens") from error
+
+logger = logging.getLogger(__name__)
 
 ROOT = "."
 """The ``sae_id`` of a dictionary that lies at the root of its repository."""
@@ -103,17 +108,17 @@ def load_pretrained(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
-    sae_id = _chosen(repository, str(repo_id), sae_id)
+    sae_id = _chosen(repository, repo_id, sae_id)
     folder = repository.fetch(p for p in _paths(sae_id) if p in repository) / sae_id
     name = repository.name if sae_id == ROOT else f"{repository.name}/{sae_id}"
-    sae = dictionary.load(folder, name, device=str(device), dtype=dtype)
+    sae = dictionary.load(folder, name, device=str(torch.device(device)), dtype=dtype)
     return Pretrained(
         sae=sae,
         record=_record(repository, sae_id),
         repo_id=str(repo_id),
         sae_id=sae_id,
         revision=repository.commit,
-        sparsity=dictionary.sparsity_of(folder),
+        sparsity=dictionary.sparsity_of(folder, name, sae.cfg.d_sae),
     )
 
 
@@ -151,40 +156,54 @@ def list_pretrained(
 
 
 def listed(repository: Repository) -> list[Listed]:
-    """List the dictionaries of a repository that is open."""
+    """List the dictionaries of a repository that is open; one that cannot be read is only said."""
     found = []
     ids = sae_ids(repository)
-    repository.fetch(p for i in ids for p in (_at(i, CONFIG), _at(i, RECORD)) if p in repository)
+    files = [path for i in ids for path in (at(i, CONFIG), at(i, RECORD)) if path in repository]
+    repository.fetch(path for path in files if repository.is_short(path))
     for sae_id in ids:
-        config = repository.json(_at(sae_id, CONFIG))
-        size = sum(repository.sizes.get(path, 0) for path in _paths(sae_id))
-        found.append(
-            Listed(
-                sae_id=sae_id,
-                architecture=dictionary.trained_as(config),
-                d_in=config.get("d_in", 0),
-                d_sae=config.get("d_sae", 0),
-                record=_record(repository, sae_id),
-                size=size,
+        with _said(f"{repository.name}/{sae_id}"):
+            config = repository.json(at(sae_id, CONFIG))
+            record = DictionaryRecord()
+            with _said(f"{repository.name}/{sae_id}"):
+                record = _record(repository, sae_id)
+            size = sum(repository.sizes.get(path, 0) for path in _paths(sae_id))
+            found.append(
+                Listed(
+                    sae_id=sae_id,
+                    architecture=dictionary.trained_as(config),
+                    d_in=dictionary.size_in(config, "d_in", sae_id),
+                    d_sae=dictionary.size_in(config, "d_sae", sae_id),
+                    record=record,
+                    size=size,
+                )
             )
-        )
     return found
+
+
+@contextmanager
+def _said(name: str) -> Iterator[None]:
+    """Leave out what of a repository is not what it should be, and say so."""
+    try:
+        yield
+    except ValueError as error:
+        logger.warning("%s is left out: %s", name, error)
 
 
 def sae_ids(repository: Repository) -> list[str]:
     """Return the names of the dictionaries of a repository: folders with settings and weights."""
     files = (PurePosixPath(path) for path in repository.sizes)
     ids = (str(file.parent) for file in files if file.name == CONFIG)
-    whole = (i for i in ids if all(_at(i, file) in repository for file in (CONFIG, WEIGHTS)))
+    whole = (i for i in ids if all(at(i, file) in repository for file in (CONFIG, WEIGHTS)))
     return sorted(sae_id for sae_id in whole if sae_id == ROOT or is_inside(sae_id))
 
 
-def _chosen(repository: Repository, repo_id: str, sae_id: str | None) -> str:
+def _chosen(repository: Repository, repo_id: str | Path, sae_id: str | None) -> str:
     """Return the name of the dictionary to load, which is there."""
     there = sae_ids(repository)
     has = f"it has {_some(there)}" if there else "it has none"
     if sae_id is None:
-        sae_id = BUNDLED.get(repo_id)
+        sae_id = BUNDLED.get(repo_id) if isinstance(repo_id, str) else None
         if sae_id is None and len(there) == 1:
             return there[0]
         if sae_id is None and there:
@@ -212,17 +231,18 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:10]) + more
 
 
-def _at(sae_id: str, file: str) -> str:
+def at(sae_id: str, file: str) -> str:
+    """Return the path of a dictionary's file."""
     return file if sae_id == ROOT else f"{sae_id}/{file}"
 
 
 def _paths(sae_id: str) -> list[str]:
     """Return what is read of a dictionary, and nothing else is."""
-    return [_at(sae_id, file) for file in (CONFIG, WEIGHTS, SPARSITY, RECORD)]
+    return [at(sae_id, file) for file in (CONFIG, WEIGHTS, SPARSITY, RECORD)]
 
 
 def _record(repository: Repository, sae_id: str) -> DictionaryRecord:
-    path = _at(sae_id, RECORD)
+    path = at(sae_id, RECORD)
     if path not in repository:
         return DictionaryRecord()
     return record_from(repository.json(path), f"{repository.name}/{path}")

@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from monoloss_plugin._optional import missing_extra
@@ -14,7 +14,7 @@ from monoloss_plugin.hub.errors import ChangedMeanwhileError, explained
 from monoloss_plugin.hub.repository import Kind, api
 
 try:
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, RepoCard
     from huggingface_hub.errors import RepositoryNotFoundError
 except ModuleNotFoundError as error:
     raise missing_extra(error, "hub") from error
@@ -80,72 +80,94 @@ class Staged:
     """From what is there to the new card; called again where somebody commits meanwhile."""
 
 
-def publish(
-    staged: Staged,
-    repo_id: str,
-    kind: Kind,
-    *,
-    message: str,
-    private: bool,
-    token: str | bool | None,
-    overwrite: bool,
-    dry_run: bool,
-) -> Publication:
+@dataclass(frozen=True)
+class Target:
+    """Where something is published, and how."""
+
+    repo_id: str
+    kind: Kind
+    private: bool
+    token: str | bool | None
+    overwrite: bool
+    dry_run: bool
+
+    @property
+    def url(self) -> str:
+        """Of the repository's page."""
+        prefix = "datasets/" if self.kind == "dataset" else ""
+        return f"{api(None).endpoint}/{prefix}{self.repo_id}"
+
+
+def publish(staged: Staged, target: Target, message: str) -> Publication:
     """Upload in one commit what a repository does not have yet.
 
-    Interrupted anywhere, it leaves the repository as it was; large files that have arrived are not
-    sent again.
+    Interrupted anywhere, it leaves the repository as it was, or empty where there was none; large
+    files that have arrived are not sent again.
 
     Raises:
         FileExistsError: something else lies there under the same names.
         PermissionError: no token, or one that may not do this; or a public repository where a
             private one is asked for.
+        ValueError: the Hub finds the card's metadata wrong.
         ConnectionError: the Hub cannot be reached.
     """
     for attempt in range(_ATTEMPTS):
-        existing = _look(repo_id, kind, token, dry_run)
-        if private and existing.private is False:
-            raise PermissionError(
-                f"private: {repo_id} is there already, and public; make it private on its "
-                "settings page first, or take another name"
-            )
-        (staged.folder / CARD).write_text(staged.card(existing), encoding="utf-8")
-        files = _plan(staged, existing)
-        clashes = [f.path for f in files if f.change in ("changed", "gone") and f.path != CARD]
-        if clashes and not overwrite:
-            raise FileExistsError(
-                f"repo_id: {repo_id} has another {', '.join(clashes[:4])} already; publish under "
-                "another name, or with overwrite to replace what is there"
-            )
-        url = _url(repo_id, kind)
+        existing, files = _prepared(staged, target)
+        if existing.commit is None and not target.dry_run:
+            with explained(target.repo_id, writing=True):
+                _create(staged, target)
+            # Once more: somebody else may have made it, and put something there.
+            existing, files = _prepared(staged, target)
         changes = [file for file in files if file.change != "same"]
-        if dry_run or not changes:
-            return Publication(repo_id, url, files, None if dry_run else existing.commit)
+        if target.dry_run or not changes:
+            commit = None if target.dry_run else existing.commit
+            return Publication(target.repo_id, target.url, files, commit)
         try:
-            with explained(repo_id, writing=True):
-                commit = _commit(staged, existing, changes, repo_id, kind, message, private, token)
+            with explained(target.repo_id, writing=True):
+                commit = _commit(staged, existing, changes, target, message)
         except ChangedMeanwhileError:
             if attempt == _ATTEMPTS - 1:
                 raise
-            logger.info("%s has changed in the meantime; looking at it again", repo_id)
+            logger.info("%s has changed in the meantime; looking at it again", target.repo_id)
             continue
-        return Publication(repo_id, url, files, commit)
+        return Publication(target.repo_id, target.url, files, commit)
     raise AssertionError("unreachable")
 
 
-def _look(repo_id: str, kind: Kind, token: str | bool | None, dry_run: bool) -> Existing:
+def _prepared(staged: Staged, target: Target) -> tuple[Existing, list[PlannedFile]]:
+    """Write the card for what is there now, and say which files it takes."""
+    existing = _look(target)
+    if target.private and existing.private is False:
+        raise PermissionError(
+            f"private: {target.repo_id} is there already, and public; make it private on its "
+            "settings page first, or take another name"
+        )
+    (staged.folder / CARD).write_text(staged.card(existing), encoding="utf-8")
+    files = _plan(staged, existing)
+    clashes = [f.path for f in files if f.change in ("changed", "gone") and f.path != CARD]
+    if clashes and not target.overwrite:
+        raise FileExistsError(
+            f"repo_id: {target.repo_id} has another {', '.join(clashes[:4])} already; publish "
+            "under another name, or with overwrite to replace what is there"
+        )
+    return existing, files
+
+
+def _look(target: Target) -> Existing:
     try:
-        with explained(repo_id):
-            return _there(repo_id, kind, token)
+        with explained(target.repo_id):
+            return _there(target)
     except ConnectionError as error:
-        if not dry_run:
+        if not target.dry_run:
             raise
-        logger.warning("%s; listing what is uploaded where %s is new", error, repo_id)
+        said = "%s; listing what is uploaded where %s is new"
+        logger.warning(said, error, target.repo_id)
         return Existing()
 
 
-def _there(repo_id: str, kind: Kind, token: str | bool | None) -> Existing:
-    client = api(token)
+def _there(target: Target) -> Existing:
+    client = api(target.token)
+    repo_id, kind = target.repo_id, target.kind
     try:
         info: Any = client.repo_info(repo_id, repo_type=kind, files_metadata=True)
     except RepositoryNotFoundError:
@@ -157,7 +179,10 @@ def _there(repo_id: str, kind: Kind, token: str | bool | None) -> Existing:
     card = ""
     if CARD in hashes:
         path = client.hf_hub_download(repo_id, CARD, repo_type=kind, revision=info.sha)
-        card = Path(path).read_text(encoding="utf-8-sig")
+        try:
+            card = Path(path).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{CARD}: that of {repo_id} is not UTF-8; mend it first") from error
     return Existing(info.sha, info.private, hashes, card)
 
 
@@ -167,6 +192,9 @@ def _plan(staged: Staged, existing: Existing) -> list[PlannedFile]:
     for path in paths:
         name = path.relative_to(staged.folder).as_posix()
         given.add(name)
+        for parent in PurePosixPath(name).parents:
+            if str(parent) in existing.hashes:
+                raise FileExistsError(f"repo_id: a file {parent} is there, where {name} should go")
         there = existing.hashes.get(name)
         change = "new" if there is None else "same" if there in _hashes(path) else "changed"
         files.append(PlannedFile(name, path.stat().st_size, change))
@@ -174,28 +202,36 @@ def _plan(staged: Staged, existing: Existing) -> list[PlannedFile]:
     return [*files, *(PlannedFile(path, 0, "gone") for path in left)]
 
 
+def _create(staged: Staged, target: Target) -> None:
+    # What the Hub would refuse in the card, before anything is made.
+    RepoCard.load(staged.folder / CARD).validate(repo_type=target.kind)
+    api(target.token).create_repo(
+        target.repo_id,
+        repo_type=target.kind,
+        private=target.private or None,  # an organization may have a rule of its own
+        exist_ok=True,
+    )
+
+
 def _commit(
     staged: Staged,
     existing: Existing,
     changes: list[PlannedFile],
-    repo_id: str,
-    kind: Kind,
+    target: Target,
     message: str,
-    private: bool,
-    token: str | bool | None,
 ) -> str:
-    client, parent = api(token), existing.commit
-    if parent is None:
-        client.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True)
-        parent = client.repo_info(repo_id, repo_type=kind).sha
     operations: list[Any] = [
         CommitOperationDelete(file.path)
         if file.change == "gone"
         else CommitOperationAdd(file.path, staged.folder / file.path)
         for file in changes
     ]
-    done = client.create_commit(
-        repo_id, operations, commit_message=message, repo_type=kind, parent_commit=parent
+    done = api(target.token).create_commit(
+        target.repo_id,
+        operations,
+        commit_message=message,
+        repo_type=target.kind,
+        parent_commit=existing.commit,
     )
     return str(done.oid)
 
@@ -209,7 +245,3 @@ def _hashes(path: Path) -> tuple[str, str]:
             sha256.update(part)
             git.update(part)
     return sha256.hexdigest(), git.hexdigest()
-
-
-def _url(repo_id: str, kind: Kind) -> str:
-    return f"{api(None).endpoint}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from numbers import Real
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,14 +21,16 @@ from monoloss_plugin.evaluation import Evaluation
 from monoloss_plugin.hub import dictionary
 from monoloss_plugin.hub.cards import encoder_on_hub, images_on_hub
 from monoloss_plugin.hub.model_card import CURVES, model_card
-from monoloss_plugin.hub.names import require_inside, require_repo_id
+from monoloss_plugin.hub.names import require_hub_name, require_inside, require_repo_id
 from monoloss_plugin.hub.pretrained import listed
-from monoloss_plugin.hub.publication import Existing, Publication, Staged, publish
+from monoloss_plugin.hub.publication import CARD, Existing, Publication, Staged, Target, publish
 from monoloss_plugin.hub.record import (
     RECORD,
     DictionaryRecord,
     Inputs,
+    described_features,
     finite,
+    is_term,
     record_from,
     write_record,
 )
@@ -45,6 +47,14 @@ if TYPE_CHECKING:
 
 Metrics = Evaluation | Mapping[str, float]
 
+FILES = (dictionary.CONFIG, dictionary.WEIGHTS, dictionary.SPARSITY, RECORD, CURVES)
+"""What is written of a dictionary; other files in its folder are left alone."""
+
+_SCALABLE = ("standard", "topk", "abstopk", "jumprelu", "gated", "matching_pursuit")
+"""Architectures whose outputs are of the scale of their inputs."""
+
+_FOREIGN = "sae: its metadata.monoloss is not what this package writes there"
+
 _NEVER = 1e-10
 """What SAELens adds to the share of samples before it takes the logarithm."""
 
@@ -57,7 +67,7 @@ def publish_dictionary(
     evaluation: Metrics | None = None,
     baseline: Metrics | None = None,
     features: FeatureSet | None = None,
-    unit_norm: bool = True,
+    unit_norm: bool | None = None,
     take_any_norm: bool = False,
     license: str | None = None,
     base_model: str | None = None,
@@ -81,12 +91,12 @@ def publish_dictionary(
         sae_id: its folder in the repository, by default made of architecture, size and losses, such
             as ``batchtopk-8192-monoloss-0.0003``.
         evaluation: what :func:`~monoloss_plugin.evaluation.evaluate` found, or such numbers by
-            name.
+            name. It replaces the measurements that a folder's record has.
         baseline: the same of a dictionary trained without the losses, to compare with.
         features: the :class:`~monoloss_plugin.features.FeatureSet` it was evaluated on; encoder
             and images are taken from its record.
         unit_norm: whether the SAE was trained on features of unit norm, as ``FeatureBatches`` gives
-            them; what is published says so.
+            them; what is published says so. By default as a folder's own record says, or else yes.
         take_any_norm: fold the scaling into the SAE, so that it takes the encoder's features as
             they are. Reconstructions come at the scale of the input. Latents keep their support and
             ratios; where SAELens rescales them by decoder norms, they grow by the square root of
@@ -98,7 +108,7 @@ def publish_dictionary(
         tags: more tags for the card.
         private: make a new repository private.
         overwrite: replace a dictionary of this name.
-        dry_run: upload nothing, and say what would be.
+        dry_run: upload nothing, and say what would be. Whether the token may write is not asked.
         token: by default the one that the machine is logged in with.
 
     Returns:
@@ -106,8 +116,9 @@ def publish_dictionary(
 
     Raises:
         TypeError: an SAE or metrics of another kind.
-        ValueError: not a repository's or folder's name, or an SAE that cannot be published as it
-            is: a training checkpoint's folder, or inputs whose scale is not folded in.
+        ValueError: not a repository's or folder's name; metadata that the Hub refuses; an SAE that
+            cannot be published as it is (a training checkpoint's folder, or inputs whose scale is
+            not folded in); a baseline without an evaluation.
         FileExistsError: another dictionary of that name is there.
         FileNotFoundError: no such folder, or no dictionary in it.
         PermissionError: no token, or one that may not write there; or a private repository is asked
@@ -116,7 +127,12 @@ def publish_dictionary(
     """
     require_repo_id(repo_id)
     if sae_id is not None:
-        require_inside(sae_id, "sae_id")
+        _require_folder(sae_id)
+    if isinstance(tags, str):
+        raise TypeError(f"tags: expected a list of them, got {tags!r}")
+    for argument, given in (("base_model", base_model), ("dataset", dataset)):
+        if given is not None:
+            require_hub_name(given, argument)
     with tempfile.TemporaryDirectory() as folder:
         staged = Path(folder)
         sae_id = stage_dictionary(
@@ -129,19 +145,20 @@ def publish_dictionary(
             unit_norm=unit_norm,
             take_any_norm=take_any_norm,
         )
-        metadata = {"license": license, "tags": list(tags)}
         record = of_record(staged / sae_id)
-        metadata["base_model"] = _listed(base_model or encoder_on_hub(record.encoder))
-        metadata["datasets"] = _listed(dataset or images_on_hub(record.dataset))
+        base_model = base_model or encoder_on_hub(record.encoder)
+        dataset = dataset or images_on_hub(record.dataset)
+        metadata = {
+            "license": license,
+            "tags": list(tags),
+            "base_model": [base_model] if base_model else [],
+            "datasets": [dataset] if dataset else [],
+        }
+        ours = {f"{sae_id}/{file}" for file in FILES}
         done = publish(
-            Staged(staged, _owns(sae_id), _Card(staged, repo_id, metadata, token)),
-            repo_id,
-            "model",
-            message=f"Publish {sae_id}",
-            private=private,
-            token=token,
-            overwrite=overwrite,
-            dry_run=dry_run,
+            Staged(staged, ours.__contains__, _Card(staged, repo_id, metadata, token)),
+            Target(repo_id, "model", private, token, overwrite, dry_run),
+            f"Publish {sae_id}",
         )
         return replace(done, name=sae_id)
 
@@ -154,7 +171,7 @@ def stage_dictionary(
     evaluation: Metrics | None,
     baseline: Metrics | None,
     features: FeatureSet | None,
-    unit_norm: bool,
+    unit_norm: bool | None,
     take_any_norm: bool,
 ) -> str:
     """Write all that is published of a dictionary into ``root/sae_id``, and return the ``sae_id``.
@@ -169,7 +186,7 @@ def stage_dictionary(
             if not source.is_dir():
                 raise FileNotFoundError(f"sae: no such folder: {source}")
             loaded = dictionary.load(source, str(source))
-            sparsity = dictionary.sparsity_of(source)
+            sparsity = dictionary.sparsity_of(source, str(source), loaded.cfg.d_sae)
             known = of_record(source)
             drawn = source / CURVES
         elif isinstance(sae, SAE):
@@ -180,7 +197,7 @@ def stage_dictionary(
         # Written and loaded again: what is published is what others will load.
         dictionary.write(loaded, folder)
         plain = dictionary.load(folder, "sae")
-        inputs: Inputs = known.inputs or ("unit norm" if unit_norm else "as they are")
+        inputs = _inputs(known, unit_norm)
         if take_any_norm:
             plain = _taking_any_norm(plain, inputs)
             inputs = "as they are"
@@ -191,11 +208,11 @@ def stage_dictionary(
             sparsity = torch.log10(evaluation.frequency.float() + _NEVER)
             _draw(folder / CURVES, record, evaluation, baseline)
         elif evaluation is None and drawn is not None and drawn.is_file():
-            shutil.copyfile(drawn, folder / CURVES)
+            _keep_picture(drawn, folder / CURVES)
         if sparsity is not None:
             save_file({"sparsity": _of_width(sparsity, plain)}, folder / dictionary.SPARSITY)
         sae_id = sae_id or _named(folder, plain, record)
-        target = root / require_inside(sae_id, "sae_id")
+        target = root / _require_folder(sae_id)
         target.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(target)
     return sae_id
@@ -219,23 +236,21 @@ class _Card:
     def __call__(self, existing: Existing) -> str:
         added = listed(of_folder(self.staged))
         there = []
-        curves = {path.parent.name for path in self.staged.rglob(CURVES)}
+        names = [path.relative_to(self.staged).as_posix() for path in self.staged.rglob(CURVES)]
         if existing.commit is not None:
-            repository = of_hub(self.repo_id, "model", existing.commit, token=self.token)
-            there = listed(repository)
-            curves |= {p.removesuffix(f"/{CURVES}") for p in existing.hashes if p.endswith(CURVES)}
+            there = listed(of_hub(self.repo_id, "model", existing.commit, token=self.token))
+            names += existing.hashes
+        curves = [str(file.parent) for file in map(PurePosixPath, names) if file.name == CURVES]
         every = {one.sae_id: one for one in (*there, *added)}
         ordered = [every[sae_id] for sae_id in sorted(every)]
-        return model_card(existing.card, self.repo_id, ordered, sorted(curves), self.metadata)
-
-
-def _owns(sae_id: str) -> Callable[[str], bool]:
-    # Not what lies deeper: a dictionary "a/b" may lie in the folder of a dictionary "a".
-    return lambda path: path.rpartition("/")[0] == sae_id
+        return model_card(existing.card, self.repo_id, ordered, curves, self.metadata)
 
 
 def _taking_any_norm(plain: SAE[Any], inputs: Inputs) -> SAE[Any]:
     """Return an SAE of unit-norm inputs as one that scales its inputs itself."""
+    architecture = plain.cfg.architecture()
+    if architecture not in _SCALABLE:
+        raise ValueError(f"take_any_norm: not for {architecture}, only for {', '.join(_SCALABLE)}")
     if inputs != "unit norm" or plain.cfg.normalize_activations != "none":
         raise ValueError(
             "take_any_norm: only for an SAE that was trained on features of unit norm and does not "
@@ -256,10 +271,11 @@ def _record(
 ) -> DictionaryRecord:
     """Return what is known of a dictionary: from the SAE, the features and the measurements."""
     of_adapter = sae.cfg.metadata["monoloss"] or {}
+    terms, converted = _of_adapter(of_adapter)
     record = replace(
         known,
-        losses=list(of_adapter.get("terms", {}).values()) or known.losses,
-        converted_from=of_adapter.get("converted_from") or known.converted_from,
+        losses=terms or known.losses,
+        converted_from=converted or known.converted_from,
         versions={
             "monoloss_plugin": __version__,
             "sae_lens": version("sae-lens"),
@@ -267,23 +283,55 @@ def _record(
         },
     )
     if features is not None:
-        described = features.record
-        record = replace(
-            record,
-            encoder=described.get("encoder", {}),
-            dataset=described.get("source", {}),
-            evaluated_on={"samples": len(features), "split": described_split(described)},
-        )
-    if evaluation is not None:
-        record = replace(record, metrics=_numbers(evaluation, "evaluation"))
-    if baseline is not None:
-        record = replace(record, baseline=_numbers(baseline, "baseline"))
-    return record
+        described = described_features(features.record)
+        record = replace(record, encoder=described["encoder"], dataset=described["source"])
+    if evaluation is None:
+        if baseline is not None:
+            raise ValueError("baseline: needs an evaluation to compare it with")
+        return record
+    on: dict[str, Any] = {}
+    if features is not None:
+        on = {"samples": len(features), "split": _split_of(record.dataset)}
+    return replace(
+        record,
+        metrics=_numbers(evaluation, "evaluation"),
+        baseline={} if baseline is None else _numbers(baseline, "baseline"),
+        evaluated_on=on,
+    )
 
 
-def described_split(record: Mapping[str, Any]) -> str:
-    """Return the split that a feature set's record says it is of, or what it is called."""
-    source = record.get("source", {})
+def _of_adapter(said: Any) -> tuple[list[dict[str, Any]], str | None]:
+    """Return the loss terms, and the library converted from, of an SAE's own metadata."""
+    terms = said.get("terms", {}) if isinstance(said, Mapping) else None
+    converted = said.get("converted_from") if isinstance(said, Mapping) else None
+    if not isinstance(terms, Mapping) or not isinstance(converted, str | None):
+        raise ValueError(_FOREIGN)
+    found = []
+    for term in terms.values():
+        if not isinstance(term, dict) or not is_term(term):
+            raise ValueError(_FOREIGN)
+        found.append(term)
+    return found, converted
+
+
+def _inputs(known: DictionaryRecord, unit_norm: bool | None) -> Inputs:
+    """Return what the SAE takes, as it was said or is known."""
+    if unit_norm is None:
+        return known.inputs or "unit norm"
+    said: Inputs = "unit norm" if unit_norm else "as they are"
+    if known.inputs not in (None, said):
+        raise ValueError(f"unit_norm: the folder's {RECORD} says that it takes {known.inputs!r}")
+    return said
+
+
+def _require_folder(sae_id: str) -> str:
+    """Return the name of a dictionary's folder, which no file of a repository has."""
+    if require_inside(sae_id, "sae_id").partition("/")[0] == CARD:
+        raise ValueError(f"sae_id: {CARD} is the card's name")
+    return sae_id
+
+
+def _split_of(source: Mapping[str, Any]) -> str:
     return str(source.get("split") or source.get("name") or "not named")
 
 
@@ -308,6 +356,13 @@ def _draw(
     curves_figure(curves).savefig(path, dpi=110, metadata={"Software": None})
 
 
+def _keep_picture(source: Path, target: Path) -> None:
+    """Copy a picture; another file of that name, or what a link leads to, is left out."""
+    if not source.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n":
+        raise ValueError(f"{source}: not a PNG picture")
+    shutil.copyfile(source, target)
+
+
 def _of_width(sparsity: Tensor, sae: SAE[Any]) -> Tensor:
     if sparsity.shape != (sae.cfg.d_sae,):
         raise ValueError(
@@ -317,10 +372,8 @@ def _of_width(sparsity: Tensor, sae: SAE[Any]) -> Tensor:
 
 
 def _named(folder: Path, sae: SAE[Any], record: DictionaryRecord) -> str:
-    config = json.loads((folder / dictionary.CONFIG).read_text())
-    losses = [f"-{term['name']}-{term['lam']:g}" for term in record.losses]
-    return f"{dictionary.trained_as(config)}-{sae.cfg.d_sae}{''.join(losses)}"
-
-
-def _listed(name: str | None) -> list[str]:
-    return [] if name is None else [name]
+    trained_as = dictionary.trained_as(read_json(folder / dictionary.CONFIG))
+    losses = (f"-{term['name']}-{term['lam']:g}" for term in record.losses)
+    return re.sub(
+        r"[^\w.+=-]", "-", f"{trained_as}-{sae.cfg.d_sae}{''.join(losses)}", flags=re.ASCII
+    )

@@ -12,18 +12,25 @@ from typing import Any
 
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.features import FeatureSet
-from monoloss_plugin.hub.cards import images_on_hub
+from monoloss_plugin.hub.cards import images_on_hub, opened
 from monoloss_plugin.hub.dataset_card import PublishedSplit, dataset_card
 from monoloss_plugin.hub.feature_repository import (
     DEFAULT,
     features_in,
     folder_of,
     is_of,
+    ours,
     record_file,
     shard_file,
 )
-from monoloss_plugin.hub.names import require_config, require_repo_id, require_split
-from monoloss_plugin.hub.publication import Existing, Publication, Staged, publish
+from monoloss_plugin.hub.names import (
+    require_config,
+    require_hub_name,
+    require_repo_id,
+    require_split,
+)
+from monoloss_plugin.hub.publication import Existing, Publication, Staged, Target, publish
+from monoloss_plugin.hub.record import described_features
 from monoloss_plugin.hub.repository import of_folder, of_hub
 
 try:
@@ -32,6 +39,10 @@ except ModuleNotFoundError as error:
     raise missing_extra(error, "hub") from error
 
 _SHARD = 500 << 20  # bytes
+_COLUMNS = ("features", "label", "image_id")
+"""What is published; other columns may hold anything."""
+
+_DATA_FILES = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".txt", ".zip", ".tar")
 
 
 def publish_features(
@@ -84,30 +95,27 @@ def publish_features(
     """
     require_repo_id(repo_id)
     require_config(config)
+    if isinstance(tags, str):
+        raise TypeError(f"tags: expected a list of them, got {tags!r}")
     features = _opened(dataset)
-    split = require_split(split or features.record.get("source", {}).get("split") or "train")
-    source = source_dataset or images_on_hub(features.record.get("source", {}))
+    if not len(features):
+        raise ValueError("dataset: expected at least one row, got none")
+    described = described_features(features.record)
+    split = require_split(split or described["source"].get("split") or "train")
+    source = source_dataset or images_on_hub(described["source"])
     metadata = {
         "license": license,
         "tags": list(tags),
-        "source_datasets": [source] if source else [],
+        "source_datasets": [require_hub_name(source, "source_dataset")] if source else [],
     }
     with tempfile.TemporaryDirectory() as folder:
         staged = Path(folder)
         stage_features(features, staged, config=config, split=split)
+        card = _Card(staged, repo_id, config, metadata, token)
         done = publish(
-            Staged(
-                staged,
-                lambda path: is_of(path, config, split),
-                _Card(staged, repo_id, metadata, token),
-            ),
-            repo_id,
-            "dataset",
-            message=f"Publish {split}" if config == DEFAULT else f"Publish {split} of {config}",
-            private=private,
-            token=token,
-            overwrite=overwrite,
-            dry_run=dry_run,
+            Staged(staged, lambda path: is_of(path, config, split), card),
+            Target(repo_id, "dataset", private, token, overwrite, dry_run),
+            f"Publish {split}" if config == DEFAULT else f"Publish {split} of {config}",
         )
         return replace(done, name=split)
 
@@ -115,16 +123,19 @@ def publish_features(
 def stage_features(features: FeatureSet, root: Path, *, config: str, split: str) -> None:
     """Write a split's Parquet files and record below ``root``, the same for the same features."""
     (root / folder_of(config)).mkdir(parents=True, exist_ok=True)
+    columns = [name for name in _COLUMNS if name in features.dataset.column_names]
+    rows = features.dataset.select_columns(columns)
     size = len(features) * features.width * features.dtype.itemsize
     count = max(1, -(-size // _SHARD))
     for number in range(count):
-        part = features.dataset.shard(num_shards=count, index=number, contiguous=True)
+        part = rows.shard(num_shards=count, index=number, contiguous=True)
         part.to_parquet(str(root / shard_file(config, split, number, count)))
     record = {
         **{key: value for key, value in features.record.items() if key != "shards"},
         "rows": len(features),
         "width": features.width,
         "dtype": str(features.dtype).removeprefix("torch."),
+        "columns": {name: str(rows.features[name]) for name in columns},
     }
     (root / record_file(config, split)).write_text(
         json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8"
@@ -137,20 +148,46 @@ class _Card:
 
     staged: Path
     repo_id: str
+    config: str
     metadata: Mapping[str, Any]
     token: str | bool | None
 
     def __call__(self, existing: Existing) -> str:
-        every = {}
+        added = {(c, s): record for c, s, record in features_in(of_folder(self.staged))}
+        every = dict(added)
         if existing.commit is not None:
+            self._require_room(existing)
             there = of_hub(self.repo_id, "dataset", existing.commit, token=self.token)
-            every = {(c, s): record for c, s, record in features_in(there)}
-        every |= {(c, s): record for c, s, record in features_in(of_folder(self.staged))}
+            every = {(c, s): record for c, s, record in features_in(there)} | added
+        (given,) = added.values()
+        for (config, split), record in every.items():
+            columns = record.get("columns", given["columns"])
+            if config == self.config and columns != given["columns"]:
+                raise ValueError(
+                    f"dataset: its columns are not those of {split}, with which it would share a "
+                    f"configuration ({given['columns']} and {columns}); give another config"
+                )
         splits = [
             PublishedSplit(c, s, f"{folder_of(c)}/{s}-*.parquet", record)
             for (c, s), record in sorted(every.items(), key=lambda one: one[0])
         ]
         return dataset_card(existing.card, self.repo_id, splits, self.metadata)
+
+    def _require_room(self, existing: Existing) -> None:
+        """Raise ValueError where our files would keep ``datasets`` from others that it reads now."""
+        features = ours(existing.hashes)
+        others = [p for p in existing.hashes if p.endswith(_DATA_FILES) and p not in features]
+        foreign = [path for path in others if not path.endswith(".parquet")]
+        if foreign:
+            raise ValueError(
+                f"repo_id: {self.repo_id} holds {foreign[0]}, and datasets reads files of one kind "
+                "from a repository; take another one"
+            )
+        if others and "configs" not in opened(existing.card).data:
+            raise ValueError(
+                f"repo_id: {self.repo_id} holds {others[0]}, which datasets finds as long as the "
+                "card names no files; name it in the card's configs first, or take another one"
+            )
 
 
 def _opened(dataset: FeatureSet | Dataset | str | os.PathLike[str]) -> FeatureSet:

@@ -77,6 +77,13 @@ def record_from(content: Mapping[str, Any], name: str) -> DictionaryRecord:
     return DictionaryRecord(**known)
 
 
+def described_features(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a feature set's record with what others rely on: its encoder and source as objects."""
+    parts = {name: record.get(name) for name in ("encoder", "source")}
+    plain = {name: part if isinstance(part, dict) else {} for name, part in parts.items()}
+    return {**record, **plain}
+
+
 def finite(metrics: Mapping[str, float]) -> dict[str, float]:
     """Return the metrics that are numbers, which is what JSON and YAML can hold."""
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
@@ -92,7 +99,7 @@ _TYPES: dict[str, type] = {"losses": list, "inputs": str, "converted_from": str}
 
 def _fits(part: str, given: Any) -> bool:
     if part == "losses":
-        return all(isinstance(term, dict) and _is_number(term.get("lam", 0)) for term in given)
+        return all(isinstance(term, dict) and is_term(term) for term in given)
     if part in ("metrics", "baseline"):
         return all(_is_number(value) for value in given.values())
     if part == "inputs":
@@ -100,5 +107,11 @@ def _fits(part: str, given: Any) -> bool:
     return True
 
 
+def is_term(term: Mapping[str, Any]) -> bool:
+    """Say whether a loss term is described as the adapters describe it: by a name and a weight."""
+    return isinstance(term.get("name"), str) and _is_number(term.get("lam"))
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    # JSON holds integers of any length, which no float does.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300

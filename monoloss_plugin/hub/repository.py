@@ -11,7 +11,7 @@ from typing import Any, Literal
 from monoloss_plugin import __version__
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.hub.errors import explained
-from monoloss_plugin.hub.names import require_repo_id
+from monoloss_plugin.hub.names import require_repo_id, require_token
 
 try:
     from huggingface_hub import HfApi, snapshot_download
@@ -55,9 +55,9 @@ class Repository:
         for path in wanted:
             if path not in self.sizes:
                 raise FileNotFoundError(f"{self.name} has no file {path}")
-            if path.endswith(".json") and self.sizes[path] > _LARGEST_JSON:
+            if path.endswith(".json") and not self.is_short(path):
                 raise ValueError(f"{self.name}/{path}: {_too_long(self.sizes[path])}")
-        if self._folder is None or wanted:
+        if wanted or self._folder is None:
             self._folder = self._get(wanted)
             self._here.update(wanted)
         return self._folder
@@ -69,6 +69,10 @@ class Repository:
             ValueError: not one, or longer than any of ours.
         """
         return read_json(self.fetch([path]) / path)
+
+    def is_short(self, path: str) -> bool:
+        """Say whether a file is no longer than settings are."""
+        return self.sizes[path] <= _LARGEST_JSON
 
     def __contains__(self, path: str) -> bool:
         return path in self.sizes
@@ -128,6 +132,7 @@ def of_hub(
         ConnectionError: the Hub cannot be reached, and nothing is in the cache.
     """
     require_repo_id(repo_id)
+    token = require_token(token)
     place: dict[str, Any] = {"repo_id": repo_id, "repo_type": kind, "cache_dir": cache_dir}
 
     def cached() -> Repository:
@@ -174,8 +179,14 @@ def of_hub(
 
 
 def api(token: str | bool | None) -> HfApi:
-    """Return the Hub's client, under our name."""
-    return HfApi(token=token, library_name="monoloss_plugin", library_version=__version__)
+    """Return the Hub's client, under our name.
+
+    Raises:
+        PermissionError: what is given for a token is none.
+    """
+    return HfApi(
+        token=require_token(token), library_name="monoloss_plugin", library_version=__version__
+    )
 
 
 def _too_long(size: int) -> str:

@@ -119,6 +119,29 @@ def test_batchtopk_keeps_k_a_sample_on_average_over_batches(tmp_path, digits) ->
     assert few.threshold[0].item() == pytest.approx(sum(thresholds) / len(thresholds), rel=1e-6)
 
 
+def test_features_that_do_not_fit_are_named(tmp_path, digits) -> None:
+    path = save(tmp_path / "batch.pt", untied(), "batch_topk", topk_k=torch.tensor(5.0))
+    for features, error, said in (
+        (digits[:, :7], ValueError, "features: expected width 64, the checkpoint's, got 7"),
+        (digits[:0], ValueError, "expected at least one sample"),
+        ([], ValueError, "expected at least one sample"),
+        (["a"], TypeError, "features: expected a torch.Tensor, got str"),
+    ):
+        with pytest.raises(error, match=said):
+            from_monoloss(path, features=features)
+    assert from_monoloss(path, features=[digits[:256], digits[256:512]]).cfg.d_sae == LATENTS
+
+
+def test_settings_that_a_command_line_left_as_words(tmp_path, digits) -> None:
+    for word, expected in (("true", "layer_norm"), ("False", "none"), ("", "none")):
+        path = save(tmp_path / "v.pt", untied(), "vanilla", normalize=word, mono_coef="0.0003")
+        sae = from_monoloss(path)
+        assert sae.cfg.normalize_activations == expected
+        assert sae.cfg.metadata.monoloss["terms"]["monoloss"]["lam"] == 3e-4
+    with pytest.raises(ValueError, match="expected a number as mono_coef, got 'much'"):
+        from_monoloss(save(tmp_path / "v.pt", untied(), "vanilla", mono_coef="much"))
+
+
 def test_batchtopk_whose_batches_have_fewer_active_keeps_them_all(tmp_path, digits) -> None:
     state = untied(b_enc=torch.full((LATENTS,), -0.3))
     path = save(tmp_path / "batch.pt", state, "batch_topk", topk_k=LATENTS)
@@ -146,7 +169,7 @@ class Stranger:
         ({"model_state_dict": untied(), "config": {"model_type": "topk"}}, "no encoder.weight"),
         (
             {"model_state_dict": topk_state(True), "config": {"model_type": "topk"}},
-            "expected a positive topk_k",
+            "expected a topk_k of 1 to 48, got None",
         ),
         (
             {"model_state_dict": untied(extra=torch.ones(1)), "config": {"model_type": "vanilla"}},
@@ -164,8 +187,18 @@ class Stranger:
             {"model_state_dict": untied(), "config": {"model_type": "batch_topk", "topk_k": 2}},
             "features: a BatchTopK checkpoint stores no threshold",
         ),
-        ({"model_state_dict": untied(), "config": argparse.Namespace(a=1)}, "is not unpickled"),
+        (
+            {"model_state_dict": untied(), "config": argparse.Namespace(a=1)},
+            r"\(it holds argparse.Namespace\) is not unpickled",
+        ),
         ({"model_state_dict": Stranger(), "config": {}}, "is not unpickled"),
+        (
+            {
+                "model_state_dict": {**topk_state(True), "decoder.weight": torch.ones(48, 64)},
+                "config": {"model_type": "topk", "topk_k": 2},
+            },
+            r"a decoder of \(48, 64\) beside an encoder of \(48, 64\)",
+        ),
     ],
 )
 def test_other_content_is_named(content, said, tmp_path, capsys) -> None:

@@ -130,7 +130,7 @@ def test_a_state_dict_needs_what_it_does_not_keep(tmp_path) -> None:
     torch.save(MAKERS["TopKSAE"]().state_dict(), tmp_path / "sae.pt")
     for options, said in (
         ({}, "none given"),
-        ({"sae_class": "TopKSAE"}, "top_k: expected"),
+        ({"sae_class": "TopKSAE"}, "expected a top_k of 1 to 48"),
         ({"sae_class": "BatchTopKSAE"}, "threshold: a BatchTopKSAE"),
         ({"sae_class": "JumpSAE"}, "no thresholds"),
     ):

@@ -15,7 +15,7 @@ import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
 OWNER_TOKEN, READ_TOKEN = "hf_ownerOwnerOwnerOwner", "hf_readerReaderReader"
 _LARGE = (".safetensors", ".parquet", ".png", ".pt", ".bin")
@@ -97,6 +97,9 @@ class LoopbackHub:
         self.storage: dict[str, bytes] = {}
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str]] = []
+        self.private_by_default = False
+        self.page = 1000
+        """Entries of a page of a tree."""
 
     def put(
         self, repo_id: str, files: dict[str, bytes], kind: str = "model", private: bool = False
@@ -237,7 +240,9 @@ class _Handler(BaseHTTPRequestHandler):
         url = f"{self.hub.url}/{'' if kind == 'model' else 'datasets/'}{repo_id}"
         if (kind, repo_id) in self.hub.repos:
             return 409, {"error": "You already created this model repo", "url": url}
-        private = asked.get("private") or asked.get("visibility") == "private"
+        # An organization's rule holds where nothing is asked for.
+        asked_for = asked.get("visibility", "private" if self.hub.private_by_default else "public")
+        private = asked.get("private") or asked_for == "private"
         repo = self.hub.repos[kind, repo_id] = Repo(bool(private))
         repo.commit({".gitattributes": Blob(b"*.safetensors filter=lfs\n", False)}, "initial")
         return 200, {"url": url}
@@ -288,7 +293,14 @@ class _Handler(BaseHTTPRequestHandler):
         if folder and not entries and not folders:
             return 404, {"error": "not found"}, {"X-Error-Code": "EntryNotFound"}
         shown = [f for f in sorted(folders) if recursive or "/" not in f[len(prefix) :]]
-        return 200, [*({"type": "directory", "oid": "0" * 40, "path": f} for f in shown), *entries]
+        entries = [*({"type": "directory", "oid": "0" * 40, "path": f} for f in shown), *entries]
+        first = int(self.query.get("cursor", ["0"])[0])
+        headers = {}
+        if first + self.hub.page < len(entries):
+            query = urlencode({**self.query, "cursor": first + self.hub.page}, doseq=True)
+            address = f"{self.hub.url}{urlsplit(self.path).path}?{query}"
+            headers["Link"] = f'<{address}>; rel="next"'
+        return 200, entries[first : first + self.hub.page], headers
 
     def paths_info(self, kind: str, repo_id: str, revision: str) -> Any:
         repo, refusal = self._found(kind, repo_id)
@@ -376,6 +388,10 @@ class _Handler(BaseHTTPRequestHandler):
         return 200, {"commitUrl": f"{self.hub.url}/{repo_id}/commit/{sha}", "commitOid": sha}
 
     def validate_yaml(self) -> Any:
+        content = json.loads(self.body)["content"]
+        licence = re.search(r"^license: (.*)$", content.split("\n---\n")[0], re.MULTILINE)
+        if licence and licence[1] not in ("mit", "apache-2.0", "cc-by-4.0"):
+            return 400, {"errors": [{"message": f'"license" must be one of, not {licence[1]}'}]}
         return 200, {"errors": [], "warnings": []}
 
     def whoami(self) -> Any:

@@ -7,11 +7,13 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import sae_lens
 import torch
 from huggingface_hub import ModelCard, RepoCard
 from sae_lens import SAE
@@ -414,3 +416,154 @@ def test_a_card_whose_metadata_is_broken_is_named(hub) -> None:
     with pytest.raises(ValueError, match=r"README.md: the metadata .* is not YAML; mend it first"):
         publish_dictionary(DIGITS / WITH, REPO)
     assert hub.files(REPO) == before
+
+
+def test_what_a_folder_says_of_its_inputs_is_not_contradicted(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"unit_norm: .* says that it takes 'unit norm'"):
+        publish_dictionary(DIGITS / WITH, REPO, unit_norm=False)
+    publish_dictionary(make_sae("standard"), REPO, sae_id="raw", unit_norm=False)
+    assert load_pretrained(REPO).record.inputs == "as they are"
+
+
+def test_new_measurements_replace_old_ones_and_what_they_were_of(hub) -> None:
+    publish_dictionary(DIGITS / WITH, REPO, sae_id="one", evaluation={"r2": 0.1, "accuracy": 0.5})
+    record = load_pretrained(REPO).record
+    assert record.metrics == {"r2": 0.1, "accuracy": 0.5}
+    assert (record.baseline, record.evaluated_on) == ({}, {})
+    card = hub.files(REPO)["README.md"].decode()
+    assert "| accuracy | 0.500 |" in card
+    assert "type: accuracy" in card
+    publish_dictionary(DIGITS / WITH, REPO, sae_id="two")
+    assert load_pretrained(REPO, "two").record.evaluated_on["samples"] == 599
+    with pytest.raises(ValueError, match="baseline: needs an evaluation"):
+        publish_dictionary(DIGITS / WITH, REPO, sae_id="three", baseline={"r2": 0.2})
+
+
+def test_curves_of_dictionaries_in_folders_and_at_the_root(hub) -> None:
+    hub.put(REPO, {p.name: p.read_bytes() for p in (DIGITS / WITHOUT).iterdir()})
+    for _ in range(2):
+        done = publish_dictionary(DIGITS / WITH, REPO, sae_id="clip/one")
+    assert {file.change for file in done.files} == {"same"}
+    card = hub.files(REPO)["README.md"].decode()
+    assert "](clip/one/curves.png)" in card
+    assert "](curves.png)" in card
+    root = load_pretrained(REPO, ".")
+    assert root.record.lam == 0.0
+    assert torch.equal(SAE.from_pretrained(REPO, ".").W_dec, root.sae.W_dec)
+
+
+def test_files_of_ones_own_in_a_dictionarys_folder_stay(hub) -> None:
+    publish_dictionary(DIGITS / WITH, REPO, sae_id="one")
+    hub.put(REPO, {"one/notes.txt": b"mine"})
+    again = publish_dictionary(DIGITS / WITH, REPO, sae_id="one")
+    assert {file.change for file in again.files} == {"same"}
+    publish_dictionary(DIGITS / WITHOUT, REPO, sae_id="one", overwrite=True)
+    assert hub.files(REPO)["one/notes.txt"] == b"mine"
+    hub.put(REPO, {"two": b"a file"})
+    with pytest.raises(FileExistsError, match=r"a file two is there, where two/cfg.json should go"):
+        publish_dictionary(DIGITS / WITH, REPO, sae_id="two")
+
+
+def test_the_owners_own_results_stay_in_the_cards_metadata(hub) -> None:
+    own = b"---\nmodel-index:\n- name: mine\n  results: []\n---\n"
+    hub.put(REPO, {"README.md": own})
+    for _ in range(2):
+        publish_dictionary(DIGITS / WITH, REPO)
+    index = RepoCard(hub.files(REPO)["README.md"].decode()).data["model-index"]
+    assert [entry["name"] for entry in index] == ["mine", WITH]
+
+
+def test_a_neighbour_that_cannot_be_read_is_only_said(hub, caplog) -> None:
+    publish_dictionary(DIGITS / WITHOUT, REPO, sae_id="theirs")
+    whole = hub.files(REPO)
+    for name, content, listed in (
+        ("monoloss.json", b"{oops", ["one", "theirs"]),
+        ("monoloss.json", b'{"format": 2}', ["one", "theirs"]),
+        ("monoloss.json", b'{"metrics": {"r2": 1' + b"0" * 400 + b"}}", ["one", "theirs"]),
+        ("cfg.json", b"[]", ["one"]),
+        ("cfg.json", b'{"d_in": 4, "d_sae": "<img src=x>"}', ["one"]),
+        ("cfg.json", b" " * (17 << 20), ["one"]),
+    ):
+        hub.put(REPO, {**whole, f"theirs/{name}": content})
+        publish_dictionary(DIGITS / WITH, REPO, sae_id="one", overwrite=True)
+        assert [one.sae_id for one in list_pretrained(REPO)] == listed
+        assert "<img" not in hub.files(REPO)["README.md"].decode()
+        assert "alice/vision-saes/theirs" in caplog.text
+        caplog.clear()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "text",
+        {"terms": [1]},
+        {"terms": {"a": {"lam": 1}}},
+        {"terms": {"a": {"name": "a", "lam": "x"}}},
+        {"converted_from": 3},
+    ],
+)
+def test_metadata_of_others_in_our_place_is_named(said, hub) -> None:
+    sae = load_pretrained("digits").sae
+    sae.cfg.metadata.monoloss = said
+    with pytest.raises(ValueError, match=r"metadata.monoloss is not what this package writes"):
+        publish_dictionary(sae, REPO)
+
+
+def test_a_name_is_made_of_what_a_folder_may_be_called(images) -> None:
+    sae = trained("standard", images, MonoLoss(lam=3e-4, name="my loss/2"), steps=5)
+    assert publish_dictionary(sae, REPO).name == "standard-96-my-loss-2-0.0003"
+
+
+def test_a_picture_that_is_none_is_not_published(tmp_path, hub) -> None:
+    folder = tmp_path / "dictionary"
+    shutil.copytree(DIGITS / WITH, folder)
+    (folder / "curves.png").unlink()
+    (tmp_path / "secret").write_text("root:x:0:0")
+    (folder / "curves.png").symlink_to(tmp_path / "secret")
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"curves.png: not a PNG picture"):
+        publish_dictionary(folder, REPO)
+    (folder / "curves.png").unlink()
+    publish_dictionary(folder, REPO, sae_id="one")
+    files = {name for name in hub.files(REPO) if name.startswith("one/")}
+    assert files == {f"one/{p.name}" for p in (DIGITS / WITH).iterdir()} - {"one/curves.png"}
+
+
+def test_transcoders_of_another_width(images) -> None:
+    config = sae_lens.TranscoderConfig(d_in=64, d_out=24, d_sae=32, apply_b_dec_to_input=False)
+    transcoder = sae_lens.Transcoder(config)
+    publish_dictionary(transcoder, REPO, sae_id="transcoder")
+    loaded = load_pretrained(REPO).sae
+    assert_equal(loaded, transcoder, images[:20])
+    with pytest.raises(ValueError, match="take_any_norm: not for transcoder"):
+        publish_dictionary(transcoder, REPO, sae_id="scaled", take_any_norm=True)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_other_precisions_are_published_as_they_are(dtype, images) -> None:
+    sae = make_sae("standard", dtype=dtype)
+    publish_dictionary(sae, REPO)
+    loaded = load_pretrained(REPO).sae
+    assert loaded.W_dec.dtype == sae.W_dec.dtype == getattr(torch, dtype)
+    assert torch.equal(loaded.W_dec, sae.W_dec)
+
+
+def test_a_folder_called_like_a_bundled_name(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(DIGITS / WITHOUT, tmp_path / "digits" / "mine")
+    assert load_pretrained(Path("digits")).sae_id == "mine"
+    assert load_pretrained("digits").sae_id == WITH
+
+
+def test_bad_names_and_devices(hub) -> None:
+    for arguments, error, said in (
+        ({"sae_id": "README.md"}, ValueError, "sae_id: README.md is the card's name"),
+        ({"base_model": "ViT B/32 !!"}, ValueError, "base_model: "),
+        ({"dataset": "a b"}, ValueError, "dataset: "),
+        ({"tags": "abc"}, TypeError, "tags: expected a list"),
+    ):
+        with pytest.raises(error, match=said):
+            publish_dictionary(DIGITS / WITH, REPO, **arguments)
+    with pytest.raises(RuntimeError, match="tpu7"):
+        load_pretrained("digits", device="tpu7")
+    assert not hub.requests

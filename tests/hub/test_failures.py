@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 
 import huggingface_hub
 import pytest
@@ -11,7 +12,7 @@ import torch
 from monoloss_plugin import list_pretrained, load_pretrained, publish_dictionary
 from monoloss_plugin.hub.bundled import folder_of
 from tests.hub.conftest import use_cache
-from tests.hub.server import READ_TOKEN, Fault
+from tests.hub.server import OWNER_TOKEN, READ_TOKEN, Fault
 
 REPO = "alice/vision-saes"
 ONE, OTHER = (
@@ -36,7 +37,6 @@ REFUSALS = {
     "wrong": (WRONG, REPO, r"token: the Hub does not accept it .*\(401\).*hf auth login"),
     "none": (None, REPO, "token: .*hf auth login"),
     "read only": (READ_TOKEN, REPO, "may not write to alice/vision-saes.*write access"),
-    "another's": (None, "bob/saes", "token: .*hf auth login"),
 }
 
 
@@ -152,12 +152,62 @@ def test_somebody_who_commits_all_the_time_is_named_at_last(hub) -> None:
     assert not any(path.startswith("second/") for path in hub.files(REPO))
 
 
+def appears(hub, files: dict[str, bytes]) -> None:
+    """Have somebody else make the repository just before we do."""
+    made = Fault("POST", "/api/repos/create", 0, before=lambda: hub.put(REPO, files))
+    hub.faults.append(made)
+
+
 def test_a_repository_that_appears_meanwhile_is_added_to(hub) -> None:
-    hub.faults.append(
-        Fault("POST", "/api/repos/create", 0, before=lambda: hub.put(REPO, {"NOTES": b"mine"}))
-    )
+    appears(hub, {"NOTES": b"mine", "README.md": b"# Theirs\n"})
     publish_dictionary(ONE, REPO)
-    assert hub.files(REPO)["NOTES"] == b"mine"
+    files = hub.files(REPO)
+    assert files["NOTES"] == b"mine"
+    assert b"# Theirs" in files["README.md"]
+    assert load_pretrained(REPO).record.lam == 0.003
+
+
+def test_a_repository_that_appears_meanwhile_is_not_overwritten(hub) -> None:
+    appears(hub, {"one/cfg.json": b"{}"})
+    with pytest.raises(FileExistsError, match=r"has another one/cfg.json already"):
+        publish_dictionary(ONE, REPO, sae_id="one")
+    hub.reset()
+    appears(hub, {"README.md": b"# Theirs\n"})
+    with pytest.raises(PermissionError, match="is there already, and public"):
+        publish_dictionary(ONE, REPO, private=True)
+    assert list(hub.files(REPO)) == ["README.md"]
+
+
+def test_a_card_that_the_hub_refuses_leaves_no_empty_repository(hub) -> None:
+    with pytest.raises(ValueError, match=r"license.* must be one of, not MIT"):
+        publish_dictionary(ONE, REPO, license="MIT")
+    assert not hub.repos
+
+
+def test_an_organizations_rule_for_new_repositories_holds(hub) -> None:
+    hub.private_by_default = True
+    publish_dictionary(ONE, REPO)
+    assert hub.repos["model", REPO].private
+
+
+def test_trees_of_many_pages(hub) -> None:
+    hub.page = 2
+    publish_dictionary(ONE, REPO, sae_id="one")
+    publish_dictionary(OTHER, REPO, sae_id="two")
+    assert [one.sae_id for one in list_pretrained(REPO)] == ["one", "two"]
+    assert load_pretrained(REPO, "two").sparsity is not None
+
+
+def test_tokens_as_files_and_typing_leave_them(hub, monkeypatch, everything_logged) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    publish_dictionary(ONE, REPO, token=f" {OWNER_TOKEN}\n")
+    for token in ("", "  ", "hf_se\ncret", "hf_s\u00e9cret", "hf_se cret"):
+        for use in (publish_dictionary, load_pretrained):
+            arguments = (ONE, REPO) if use is publish_dictionary else (REPO,)
+            with pytest.raises(PermissionError, match="it is not shown") as refused:
+                use(*arguments, token=token)
+            shown = "".join(traceback.format_exception(refused.value)) + everything_logged()
+            assert "cret" not in shown.replace("secret", "").replace("hf_se", "", 0)
 
 
 def test_a_download_that_breaks_off_goes_on(hub, tmp_path, monkeypatch) -> None:

@@ -202,8 +202,13 @@ def test_a_set_that_is_not_there_completely_is_not_loaded(tmp_path, hub) -> None
 def test_bad_arguments_are_named(tmp_path, hub) -> None:
     features = made()
     for arguments, error, said in (
-        ({"split": "held-out"}, ValueError, "split: expected letters, digits and underscores"),
-        ({"split": "../train"}, ValueError, "split: expected letters"),
+        ({"split": "held-out"}, ValueError, "split: expected up to 64 letters"),
+        ({"split": "../train"}, ValueError, "split: expected up to 64 letters"),
+        ({"split": "all"}, ValueError, "and not 'all'; got 'all'"),
+        ({"split": "Prüfung"}, ValueError, "split: expected up to 64 letters"),
+        ({"split": "x" * 65}, ValueError, "split: expected up to 64 letters"),
+        ({"source_dataset": "a b"}, ValueError, "source_dataset: "),
+        ({"tags": "abc"}, TypeError, "tags: expected a list of them"),
         ({"config": "../clip"}, ValueError, "config: expected names"),
         ({"config": "data"}, ValueError, "config: expected one name without /, and not .data."),
         ({"config": "a/b"}, ValueError, "config: expected one name without /"),
@@ -218,3 +223,80 @@ def test_bad_arguments_are_named(tmp_path, hub) -> None:
     with pytest.raises(FileNotFoundError, match="no feature dataset in"):
         publish_features(tmp_path, REPO)
     assert not hub.requests
+
+
+@pytest.fixture(scope="session")
+def raw(tmp_path_factory) -> bytes:
+    """A Parquet file of somebody else's."""
+    path = tmp_path_factory.mktemp("raw") / "x.parquet"
+    datasets.Dataset.from_dict({"a": [1], "b": [2]}).to_parquet(path)
+    return path.read_bytes()
+
+
+def test_other_data_of_a_repository_still_loads(raw, hub) -> None:
+    card = b"---\nconfigs:\n- config_name: raw\n  data_files: raw/x.parquet\n---\n# Mine\n"
+    hub.put(REPO, {"README.md": card, "raw/x.parquet": raw}, "dataset")
+    publish_features(made(), REPO)
+    publish_features(made(), REPO, split="test")
+    assert datasets.load_dataset(REPO, "raw", split="train")[0] == {"a": 1, "b": 2}
+    assert datasets.load_dataset(REPO, "default").num_rows == {"train": 60, "test": 60}
+
+
+def test_data_that_datasets_finds_by_itself_is_not_hidden(raw, hub) -> None:
+    hub.put(REPO, {"README.md": b"# Mine\n", "raw.parquet": raw}, "dataset")
+    with pytest.raises(ValueError, match=r"holds raw.parquet, which datasets finds as long as"):
+        publish_features(made(), REPO)
+    assert datasets.load_dataset(REPO, split="train")[0] == {"a": 1, "b": 2}
+    hub.put("alice/tables", {"raw.csv": b"a,b\n1,2\n"}, "dataset")
+    with pytest.raises(ValueError, match=r"holds raw.csv, and datasets reads files of one kind"):
+        publish_features(made(), "alice/tables")
+
+
+def test_a_repository_that_push_to_hub_made_is_added_to(tmp_path, hub) -> None:
+    features = made()
+    features.dataset.push_to_hub(REPO, split="train")
+    assert b"dataset_info" in hub.files(REPO, "dataset")["README.md"]
+    publish_features(features, REPO, split="test")
+    assert datasets.load_dataset(REPO).num_rows == {"train": 60, "test": 60}
+    assert_equal(load_features(REPO, "train"), features)
+
+
+def test_splits_of_other_columns_need_a_configuration_of_their_own(hub) -> None:
+    publish_features(made(label=[n % 2 for n in range(60)]), REPO)
+    for other in (made(), made(width=5, label=[n % 2 for n in range(60)])):
+        with pytest.raises(ValueError, match=r"its columns are not those of train.*another config"):
+            publish_features(other, REPO, split="test")
+    publish_features(made(), REPO, split="test", config="unlabelled")
+    assert datasets.load_dataset(REPO, "unlabelled").num_rows == {"test": 60}
+
+
+def test_only_the_columns_that_the_card_names_are_published(hub) -> None:
+    dataset = made().dataset.add_column("path", ["/home/me/secret.png"] * 60)
+    publish_features(dataset, REPO)
+    assert datasets.load_dataset(REPO, split="train").column_names == ["features", "image_id"]
+    for content in hub.files(REPO, "dataset").values():
+        assert b"secret" not in content
+
+
+def test_sets_without_rows_or_with_records_of_other_kinds(hub) -> None:
+    with pytest.raises(ValueError, match="dataset: expected at least one row"):
+        publish_features(made().dataset.select([]), REPO)
+    sliced = made(record={"source": {"split": "train[:10%]"}})
+    with pytest.raises(ValueError, match=r"got 'train\[:10%\]'"):
+        publish_features(sliced, REPO)
+    for number, record in enumerate(({"source": None}, {"source": "x", "encoder": "y"}, {"a": 1})):
+        publish_features(made(record=record), REPO, split=f"split{number}")
+        assert load_features(REPO, f"split{number}").record["source"] == {}
+    plain = made().dataset.select_columns(["features"]).shuffle(seed=1).select(range(7))
+    publish_features(plain, "alice/plain")
+    assert load_features("alice/plain").tensor().tolist() == plain["features"][:]
+
+
+def test_anothers_broken_record_is_only_said(hub, caplog) -> None:
+    publish_features(made(), REPO)
+    for broken in (b"{oops", b"[]", b'{"encoder": "x", "rows": "<img src=x>"}'):
+        hub.put(REPO, {"data/train.json": broken}, "dataset")
+        publish_features(made(), REPO, split="test", overwrite=True)
+        assert len(load_features(REPO, "train")) == 60
+        assert "<img" not in hub.files(REPO, "dataset")["README.md"].decode()
+    assert "data/train.json is left out" in caplog.text

@@ -125,6 +125,10 @@ def test_a_pickle_under_another_name_is_not_unpickled(hub) -> None:
     put(hub, sparsity__safetensors=BOMB)
     with pytest.raises(ValueError, match="not a safetensors file"):
         load_pretrained(REPO)
+    for tensors in ({"sparsity": torch.ones(3, 7)}, {"other": torch.ones(256)}):
+        put(hub, sparsity__safetensors=save(tensors))
+        with pytest.raises(ValueError, match=r"expected sparsity of \(256,\), found"):
+            load_pretrained(REPO)
     put(hub, cfg__json=BOMB)
     with pytest.raises(ValueError, match=r"cfg.json: not JSON"):
         load_pretrained(REPO)
@@ -157,6 +161,17 @@ def test_settings_that_do_not_fit_the_weights(case, hub, never_loaded) -> None:
     put(hub, cfg__json=content)
     with pytest.raises(ValueError, match=said):
         load_pretrained(REPO)
+
+
+def test_settings_from_before_sae_lens_6(hub) -> None:
+    old = {"d_in": 64, "d_sae": 256, "architecture": "jumprelu", "dtype": "float32"}
+    old |= {"hook_name": "x", "hook_layer": 0}
+    put(hub, cfg__json=json.dumps(old).encode())
+    assert load_pretrained(REPO).sae.cfg.d_sae == 256
+    for changed in ({"dtype": "float31"}, {"architecture": "topk"}):
+        put(hub, cfg__json=json.dumps({**old, **changed}).encode())
+        with pytest.raises(ValueError, match="mallory/saes/one: SAELens cannot load it"):
+            load_pretrained(REPO)
 
 
 def test_weights_that_do_not_fit_the_settings(hub, never_loaded) -> None:

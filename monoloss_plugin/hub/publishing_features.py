@@ -174,7 +174,7 @@ class _Card:
         return dataset_card(existing.card, self.repo_id, splits, self.metadata)
 
     def _require_room(self, existing: Existing) -> None:
-        """Raise ValueError where our files would keep ``datasets`` from others that it reads now."""
+        """Raise ValueError where our files would keep ``datasets`` from others it reads now."""
         features = ours(existing.hashes)
         others = [p for p in existing.hashes if p.endswith(_DATA_FILES) and p not in features]
         foreign = [path for path in others if not path.endswith(".parquet")]

@@ -124,6 +124,8 @@ class LoopbackHub:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer waits for an acknowledgement
+    wbufsize = 1 << 16
     hub: LoopbackHub
 
     def log_message(self, *_: Any) -> None:

@@ -32,7 +32,7 @@ from monoloss_plugin._checks import as_rows, looks_are_free
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.kernels.batch import GradientAt
 from monoloss_plugin.kernels.support import is_sparse, sampled_rows
-from monoloss_plugin.losses import LossTerm, StepTensors, lam_factor
+from monoloss_plugin.losses import LossHandle, LossTerm, StepTensors, lam_factor
 
 try:
     from sae_lens import (
@@ -67,19 +67,6 @@ Embeddings = Callable[[Tensor], Tensor]
 
 _ATTACHMENT = "_monoloss_attachment"
 _METADATA = "monoloss"
-
-
-@dataclass(frozen=True)
-class LossHandle:
-    """Undoes an :func:`add_loss`."""
-
-    name: str
-    """Name of the term in the host's logs."""
-    _undo: Callable[[], None] = field(repr=False)
-
-    def remove(self) -> None:
-        """Detach the term; training goes on as the host's own. Doing it twice does nothing."""
-        self._undo()
 
 
 def add_loss(

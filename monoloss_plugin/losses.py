@@ -12,6 +12,7 @@ trade-off; ``lam_units`` names the reconstruction loss that ``lam`` is measured 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple, get_args
 
@@ -54,6 +55,19 @@ class TermValue(NamedTuple):
     """Scalar, before the weight."""
     metrics: dict[str, Tensor]
     """Scalars to log, by name."""
+
+
+@dataclass(frozen=True)
+class LossHandle:
+    """Undoes an ``add_loss``."""
+
+    name: str
+    """Name of the term in the host's logs."""
+    _undo: Callable[[], None] = field(repr=False)
+
+    def remove(self) -> None:
+        """Detach the term; training goes on as the host's own. Doing it twice does nothing."""
+        self._undo()
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 
 from tests.hub.server import LoopbackHub
@@ -30,6 +31,14 @@ def hub() -> LoopbackHub:
     """The Hub on loopback, with nothing in it."""
     _HUB.reset()
     return _HUB
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port for processes to meet at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

@@ -1,0 +1,126 @@
+"""MonoLoss in a LightningModule of your own: a callback.
+
+::
+
+    callback = MonoLossCallback(MonoLoss(lam=0.1, units="raw"), embeddings=lambda batch: batch[2])
+    Trainer(callbacks=[callback]).fit(module, loader)
+
+The callback adds the term to what the module's ``training_step`` returns while it fits, and gives
+the module back as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from monoloss_plugin._optional import missing_extra
+from monoloss_plugin.finetuning.alignment import frozen
+from monoloss_plugin.finetuning.attached import AttachedTerm, require_embeddings
+from monoloss_plugin.losses import LossTerm
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ModuleNotFoundError as error:
+    raise missing_extra(error, "lightning") from error
+
+__all__ = ["MonoLossCallback"]
+
+
+class MonoLossCallback(Callback):
+    """Adds a loss term to a LightningModule's training step.
+
+    Gradient accumulation, precision and strategies are the host's: it divides the step's loss,
+    term and all. The weighted term is logged under its name, and the batch's mean MonoScore.
+
+    Args:
+        loss: such as ``MonoLoss(lam=0.1, units="raw")``.
+        embeddings: from the batch to (B, d): a callable, a frozen encoder that takes the batch, or
+            the key of a batch that is a dict.
+        latents: the layer whose output they are, or its path in the module; by default its
+            MonoLayer.
+        warm_up_steps: the weight grows linearly from 0 over this many optimizer steps.
+        sync: over the global batch of all processes, with its exact gradient.
+
+    Raises:
+        TypeError: not a loss term or embeddings; while fitting, a training step that returns no
+            loss.
+        ValueError: units other than "raw"; while fitting, a module that optimizes by itself, or no
+            MonoLayer and no layer named.
+    """
+
+    def __init__(
+        self,
+        loss: LossTerm,
+        *,
+        embeddings: str | Callable[[Any], Tensor],
+        latents: str | nn.Module | None = None,
+        warm_up_steps: int = 0,
+        sync: bool = False,
+    ) -> None:
+        require_embeddings(embeddings, "a key of the batch")
+        self._key = embeddings if isinstance(embeddings, str) else None
+        self._embeddings = self._by_key if isinstance(embeddings, str) else frozen(embeddings)
+        self._options: dict[str, Any] = {
+            "latents": latents,
+            "warm_up_steps": warm_up_steps,
+            "sync": sync,
+        }
+        self._loss = loss
+        self._attached: AttachedTerm | None = None
+        AttachedTerm.check(loss, warm_up_steps)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Wrap the training step."""
+        if stage != "fit":
+            return
+        if not pl_module.automatic_optimization:
+            raise ValueError(
+                "module: optimizes by itself (automatic_optimization=False); add the loss in its "
+                "training_step, with a LatentRecorder"
+            )
+        self._attached = AttachedTerm(self._loss, pl_module, **self._options)
+        step = pl_module.training_step
+
+        def training_step(*arguments: Any, **more: Any) -> Any:
+            return self._with_term(trainer, pl_module, step(*arguments, **more), arguments, more)
+
+        pl_module.__dict__["training_step"] = training_step
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the module back as it was."""
+        if self._attached is not None:
+            self._attached.recorder.remove()
+            pl_module.__dict__.pop("training_step", None)
+            self._attached = None
+
+    def _with_term(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        output: Any,
+        arguments: tuple[Any, ...],
+        more: Mapping[str, Any],
+    ) -> Any:
+        if output is None:  # the host skips the batch
+            return None
+        loss = output.get("loss") if isinstance(output, dict) else output
+        if not isinstance(loss, Tensor):
+            got = type(output).__name__
+            raise TypeError(f"training_step: expected a loss or a dict with one, got {got}")
+        assert self._attached is not None
+        batch = arguments[0] if arguments else more["batch"]
+        of_step = self._attached(self._embeddings(batch), trainer.global_step)
+        for name, value in of_step.metrics.items():
+            pl_module.log(name, value.float(), batch_size=1)
+        loss = loss + of_step.weighted
+        return {**output, "loss": loss} if isinstance(output, dict) else loss
+
+    def _by_key(self, batch: Any) -> Tensor:
+        if not isinstance(batch, Mapping) or self._key not in batch:
+            has = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+            raise ValueError(f"embeddings: the batch has no {self._key!r}; it is or has {has}")
+        found: Tensor = batch[self._key]
+        return found

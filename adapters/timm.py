@@ -1,0 +1,214 @@
+"""MonoLoss in timm's training tasks.
+
+Importing this module is the opt-in: it gives ``TrainingTask`` a method ``add_loss``, so that a
+script around timm's own tasks takes one line more::
+
+    import monoloss_plugin.adapters.timm as adapter
+    adapter.insert_mono_layer(model)
+    task = ClassificationTask(model, criterion)
+    task.add_loss(MonoLoss(lam=0.1, units="raw"), embeddings=frozen_encoder)
+
+Add the loss before ``task.compile()``. For loops without a task, see
+:class:`~monoloss_plugin.finetuning.LatentRecorder`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from monoloss_plugin import finetuning
+from monoloss_plugin._optional import missing_extra
+from monoloss_plugin.finetuning.alignment import frozen
+from monoloss_plugin.finetuning.attached import AttachedTerm
+from monoloss_plugin.finetuning.mono_layer import MonoLayer, Selection
+from monoloss_plugin.losses import LossHandle, LossTerm
+
+try:
+    from timm.data.mixup import Mixup
+    from timm.task import TrainingTask
+    from timm.utils.model import unwrap_model
+except ModuleNotFoundError as error:
+    raise missing_extra(error, "vision") from error
+
+__all__ = ["LossHandle", "add_loss", "insert_mono_layer", "mix_with_embeddings"]
+
+_TERMS = "_monoloss_terms"
+
+
+def add_loss(
+    task: TrainingTask,
+    loss: LossTerm,
+    *,
+    embeddings: Callable[[Tensor], Tensor] | None = None,
+    latents: str | nn.Module | None = None,
+    warm_up_steps: int = 0,
+    sync: bool = False,
+) -> LossHandle:
+    """Add a loss term to a timm training task.
+
+    The task's result gets the term in its ``loss``, the weighted term under its own name, and the
+    batch's mean MonoScore as ``monoscore``. In evaluation nothing is added.
+
+    Args:
+        task: such as timm's ``ClassificationTask``; it is not changed but for this instance.
+        loss: such as ``MonoLoss(lam=0.1, units="raw")``.
+        embeddings: a frozen encoder, or any callable, from the batch's images to (B, d). It sees
+            images as the model does: mixed by mixup, its embeddings are those of the mixed images.
+            Without one, give them in each call: ``task(images, target, embeddings=h)``.
+        latents: the layer whose output they are, or its path; by default the model's MonoLayer.
+        warm_up_steps: the weight grows linearly from 0 over this many calls in training.
+        sync: over the global batch of all processes, with its exact gradient.
+
+    Returns:
+        A handle whose ``remove()`` undoes it.
+
+    Raises:
+        TypeError: not a timm task, loss term or embeddings.
+        AttributeError: no such layer.
+        ValueError: a term of that name is there already, units other than "raw", no MonoLayer and
+            no layer named, or a task that is compiled already.
+    """
+    if not isinstance(task, TrainingTask):
+        raise TypeError(f"task: expected a timm TrainingTask, got {type(task).__name__}")
+    if embeddings is not None and not callable(embeddings):
+        got = type(embeddings).__name__
+        raise TypeError(f"embeddings: expected a frozen encoder to call, got {got}")
+    terms: dict[str, _Term] = task.__dict__.get(_TERMS, {})
+    if loss.name in terms:
+        raise ValueError(f"{loss.name}: a term of this name is attached already; remove it first")
+    model = task.get_trainable_module()
+    if model is None:
+        raise ValueError(f"task: {type(task).__name__} has no model to train")
+    attached = AttachedTerm(
+        loss,
+        model,
+        latents=latents,
+        warm_up_steps=warm_up_steps,
+        sync=sync,
+    )
+    if not terms:
+        task.__dict__[_TERMS] = terms
+        _wrap(task, terms)
+    terms[loss.name] = _Term(attached, None if embeddings is None else frozen(embeddings))
+
+    def undo() -> None:
+        term = terms.pop(loss.name, None)
+        if term is not None:
+            term.attached.recorder.remove()
+        if not terms:
+            for name in (_TERMS, "forward"):
+                task.__dict__.pop(name, None)
+
+    return LossHandle(loss.name, undo)
+
+
+def insert_mono_layer(
+    model: nn.Module,
+    *,
+    width: int | None = None,
+    relu: bool = False,
+    selection: Selection | None = None,
+    k: int | None = None,
+) -> MonoLayer:
+    """Put a MonoLayer before a timm model's classifier.
+
+    ``get_classifier`` then gives the new head, a linear layer still; ``reset_classifier`` removes
+    it, MonoLayer and all. State dicts of the plain model fit, but for the new layer's ``mono.*``.
+
+    Args:
+        model: any timm classifier with a linear head, such as a ResNet, ViT or ConvNeXt.
+        width, relu, selection, k: as for
+            :func:`~monoloss_plugin.finetuning.insert_mono_layer`.
+
+    Raises:
+        ValueError: the model has no linear classifier, or options that do not go together.
+    """
+    if not hasattr(model, "get_classifier"):
+        raise ValueError(f"model: expected a timm model, got {type(model).__name__}")
+    head: Any = model.get_classifier()  # type: ignore[operator]
+    paths = [name for name, module in model.named_modules() if module is head]
+    if not isinstance(head, nn.Linear) or not paths:
+        raise ValueError(
+            f"model: expected a linear classifier, got {type(head).__name__}; make the model with "
+            "num_classes above 0"
+        )
+    return finetuning.insert_mono_layer(
+        model, paths[0], width=width, relu=relu, selection=selection, k=k
+    )
+
+
+def mix_with_embeddings(
+    mixup: Mixup, images: Tensor, target: Tensor, embeddings: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Apply timm's mixup or cutmix to images, targets and precomputed embeddings alike.
+
+    A mixed image is a bit of both; so is what it is similar to. Its embedding is the mean of the
+    two unit embeddings, with the weights that the targets get.
+
+    Args:
+        mixup: of timm; of any mode.
+        images: (B, C, H, W), changed in place as timm does.
+        target: (B,) classes.
+        embeddings: (B, d).
+
+    Returns:
+        Images, soft targets (B, classes), and embeddings (B, d).
+
+    Source: timm's ``Mixup``; each sample's own number as its class shows what it was mixed of.
+    """
+    if len(embeddings) != len(images):
+        raise ValueError(f"embeddings: expected {len(images)} rows, got {len(embeddings)}")
+    classes, smoothing = mixup.num_classes, mixup.label_smoothing
+    numbers = torch.arange(len(images), device=target.device)
+    mixup.num_classes, mixup.label_smoothing = len(images), 0.0
+    try:
+        images, shares = mixup(images, numbers)
+    finally:
+        mixup.num_classes, mixup.label_smoothing = classes, smoothing
+    plain = torch.full((len(target), classes), smoothing / classes, device=target.device)
+    plain.scatter_(1, target[:, None], 1.0 - smoothing + smoothing / classes)
+    unit = nn.functional.normalize(embeddings.float(), dim=1)
+    return images, shares @ plain, shares.to(unit) @ unit
+
+
+class _Term:
+    def __init__(
+        self, attached: AttachedTerm, embeddings: Callable[[Tensor], Tensor] | None
+    ) -> None:
+        self.attached, self.embeddings = attached, embeddings
+        self.calls = 0
+
+
+def _wrap(task: TrainingTask, terms: dict[str, _Term]) -> None:
+    """Put our forward over the host's on this instance."""
+    forward = task.forward
+
+    def forward_with_terms(
+        input: Tensor, target: Any, *rest: Any, embeddings: Tensor | None = None, **more: Any
+    ) -> dict[str, Tensor]:
+        result: dict[str, Tensor] = forward(input, target, *rest, **more)
+        if not unwrap_model(task.get_trainable_module()).training:
+            return result
+        result = dict(result)
+        for name, term in terms.items():
+            given = term.embeddings(input) if term.embeddings is not None else embeddings
+            if given is None:
+                raise ValueError(
+                    f"{name}: no embeddings; call task(images, target, embeddings=...), or give "
+                    "add_loss a frozen encoder"
+                )
+            of_step = term.attached(given, term.calls)
+            term.calls += 1
+            result["loss"] = result["loss"] + of_step.weighted
+            result.update(of_step.metrics)
+        return result
+
+    task.__dict__["forward"] = forward_with_terms
+
+
+if getattr(TrainingTask, "add_loss", add_loss) is add_loss:
+    TrainingTask.add_loss = add_loss  # type: ignore[attr-defined]

@@ -1,0 +1,296 @@
+"""MonoLoss in Hugging Face's own ``Trainer``.
+
+Importing this module is the opt-in: it gives ``Trainer`` a method ``add_loss``::
+
+    import monoloss_plugin.adapters.transformers as adapter
+    adapter.insert_mono_layer(model)                  # before the Trainer, and before peft
+    trainer = Trainer(model, args, train_dataset=data)
+    trainer.add_loss(MonoLoss(lam=0.1, units="raw"), embeddings="embeddings")
+
+The term attaches to one Trainer instance, at methods that the host itself calls: ``compute_loss``,
+whose result it adds to; ``prediction_step``, which must not see the embeddings; and ``log``. The
+scale under gradient accumulation is the host's own rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from monoloss_plugin import finetuning
+from monoloss_plugin._optional import missing_extra
+from monoloss_plugin.finetuning.alignment import frozen
+from monoloss_plugin.finetuning.attached import AttachedTerm, require_embeddings
+from monoloss_plugin.finetuning.mono_layer import MonoLayer, Selection
+from monoloss_plugin.losses import LossHandle, LossTerm
+
+try:
+    from transformers import Trainer
+except ModuleNotFoundError as error:
+    raise missing_extra(error, "vision") from error
+
+__all__ = ["LossHandle", "add_loss", "insert_mono_layer"]
+
+_ATTACHMENT = "_monoloss_attachment"
+_HEADS = ("classifier", "fc", "head", "score")
+
+
+def add_loss(
+    trainer: Trainer,
+    loss: LossTerm,
+    *,
+    embeddings: str | nn.Module | Callable[[dict[str, Any]], Tensor],
+    latents: str | nn.Module | None = None,
+    warm_up_steps: int = 0,
+    sync: bool = False,
+) -> LossHandle:
+    """Add a loss term to a Hugging Face ``Trainer``, before or during training.
+
+    The term is added in training only, and logged with the host's loss: its weighted value under
+    its name, and the mean MonoScore of the batches, averaged over steps and processes. Under
+    gradient accumulation it is the mean over the micro-batches of a step, each scored by itself.
+
+    Args:
+        trainer: it is not changed but for this instance.
+        loss: such as ``MonoLoss(lam=0.1, units="raw")``.
+        embeddings: the column of the dataset that has them, (d,) a sample, which the model does
+            not get to see; or a frozen encoder, a module from ``pixel_values`` to (B, d); or any
+            callable from the batch's inputs, a dict, to (B, d).
+        latents: the layer whose output they are, or its path; by default the model's MonoLayer.
+        warm_up_steps: the weight grows linearly from 0 over this many optimizer steps.
+        sync: over the global batch of all processes, with its exact gradient.
+
+    Returns:
+        A handle whose ``remove()`` undoes it.
+
+    Raises:
+        TypeError: not a Trainer, loss term or embeddings.
+        AttributeError: no such layer.
+        ValueError: a term of that name is there already, units other than "raw", no MonoLayer and
+            no layer named, or a Trainer with ``DataParallel``.
+    """
+    if not isinstance(trainer, Trainer):
+        raise TypeError(f"trainer: expected a transformers Trainer, got {type(trainer).__name__}")
+    require_embeddings(embeddings, "a column's name")
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            "trainer: uses DataParallel, whose copies of the model keep their latents to "
+            "themselves; start it with torchrun, a process for each GPU"
+        )
+    if trainer.model is None:
+        raise ValueError("trainer: makes its model when it trains (model_init); give it a model")
+    attachment: _Attachment | None = trainer.__dict__.get(_ATTACHMENT)
+    if attachment is not None and loss.name in attachment.terms:
+        raise ValueError(f"{loss.name}: a term of this name is attached already; remove it first")
+    attached = AttachedTerm(
+        loss, trainer.model, latents=latents, warm_up_steps=warm_up_steps, sync=sync
+    )
+    attachment = attachment or _wrap(trainer)
+    column = embeddings if isinstance(embeddings, str) else None
+    source: Callable[[dict[str, Any]], Tensor]
+    if isinstance(embeddings, str):
+        source = _Column(embeddings)
+    elif isinstance(embeddings, nn.Module):
+        source = _of_pixels(embeddings)
+    else:
+        source = frozen(embeddings)
+    attachment.terms[loss.name] = _Term(attached, source, column)
+    if column is not None:
+        # Or the host would drop the column as one that the model does not take.
+        trainer._set_signature_columns_if_needed()
+        columns: Any = trainer._signature_columns
+        columns.extend({column} - set(columns))
+
+    def undo() -> None:
+        term = attachment.terms.pop(loss.name, None)
+        if term is not None:
+            term.attached.recorder.remove()
+        if not attachment.terms:
+            _unwrap(trainer)
+
+    return LossHandle(loss.name, undo)
+
+
+def insert_mono_layer(
+    model: nn.Module,
+    *,
+    classifier: str | None = None,
+    width: int | None = None,
+    relu: bool = False,
+    selection: Selection | None = None,
+    k: int | None = None,
+) -> MonoLayer:
+    """Put a MonoLayer before an image classifier's last linear layer.
+
+    Args:
+        model: such as ``ViTForImageClassification``. Insert before peft wraps it, and name the
+            classifier in ``modules_to_save``, which trains both.
+        classifier: path of the last linear layer; found by default.
+        width, relu, selection, k: as for
+            :func:`~monoloss_plugin.finetuning.insert_mono_layer`.
+
+    Raises:
+        ValueError: no linear classifier is found, or options that do not go together.
+    """
+    options: dict[str, Any] = {"width": width, "relu": relu, "selection": selection, "k": k}
+    if classifier is not None:
+        return finetuning.insert_mono_layer(model, classifier, **options)
+    for name, head in model.named_children():
+        linear = [n for n, m in head.named_modules() if isinstance(m, nn.Linear)]
+        if name in _HEADS and linear:  # a ResNet's is the last of a Sequential
+            path = f"{name}.{linear[-1]}".rstrip(".")
+            return finetuning.insert_mono_layer(model, path, **options)
+    raise ValueError(
+        f"model: no linear layer found among {', '.join(_HEADS)} of {type(model).__name__}; name "
+        "it with classifier="
+    )
+
+
+def _of_pixels(encoder: nn.Module) -> Callable[[dict[str, Any]], Tensor]:
+    embed = frozen(encoder)
+
+    def of_inputs(inputs: dict[str, Any]) -> Tensor:
+        if "pixel_values" not in inputs:
+            raise ValueError(f"embeddings: no pixel_values in the batch, only {', '.join(inputs)}")
+        return embed(inputs["pixel_values"])
+
+    return of_inputs
+
+
+@dataclass(frozen=True)
+class _Column:
+    """Takes the embeddings out of a batch."""
+
+    name: str
+
+    def __call__(self, inputs: dict[str, Any]) -> Tensor:
+        if self.name not in inputs:
+            raise ValueError(
+                f"embeddings: the batch has no column {self.name!r}, only {', '.join(inputs)}; a "
+                "data collator of your own must keep it"
+            )
+        found = inputs[self.name]
+        if not isinstance(found, Tensor):
+            raise TypeError(
+                f"embeddings: expected a tensor as {self.name!r}, got {type(found).__name__}"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class _Term:
+    attached: AttachedTerm
+    embeddings: Callable[[dict[str, Any]], Tensor]
+    column: str | None
+
+
+@dataclass
+class _Attachment:
+    """What one Trainer carries: its terms, and what they came to since the last log."""
+
+    terms: dict[str, _Term] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    steps: int = 0
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, torch.zeros(())).to(value.device) + value.detach()
+        self.steps += 1
+
+    def means(self) -> dict[str, float]:
+        """Return the means since the last time, over all processes, and begin anew."""
+        if not self.steps:
+            return {}
+        names = list(self.sums)
+        values = torch.stack([self.sums[name].float() for name in names])
+        values = torch.cat([values, values.new_tensor([float(self.steps)])])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(values)
+        self.sums.clear()
+        self.steps = 0
+        *totals, steps = values.tolist()
+        return {name: total / steps for name, total in zip(names, totals, strict=True)}
+
+    def without_columns(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        columns = {term.column for term in self.terms.values()}
+        return {key: value for key, value in inputs.items() if key not in columns}
+
+
+def _wrap(trainer: Trainer) -> _Attachment:
+    """Put our methods over the host's on this instance."""
+    attachment = _Attachment()
+    compute_loss, predict, log = trainer.compute_loss, trainer.prediction_step, trainer.log
+
+    def compute_loss_with_terms(
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        training = model.training
+        embeddings = (
+            {name: term.embeddings(inputs) for name, term in attachment.terms.items()}
+            if training
+            else {}
+        )
+        loss, outputs = compute_loss(
+            model,
+            attachment.without_columns(inputs),
+            return_outputs=True,
+            num_items_in_batch=num_items_in_batch,
+        )
+        if training:
+            scale = _scale(trainer, num_items_in_batch)
+            metrics: dict[str, Tensor] = {}
+            for name, term in attachment.terms.items():
+                of_step = term.attached(embeddings[name], trainer.state.global_step)
+                loss = loss + scale * of_step.weighted
+                metrics |= of_step.metrics
+            attachment.add(metrics)
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(model: nn.Module, inputs: dict[str, Any], *rest: Any, **more: Any) -> Any:
+        return predict(model, attachment.without_columns(inputs), *rest, **more)
+
+    def log_with_terms(logs: dict[str, float], *rest: Any, **more: Any) -> None:
+        if "loss" in logs:  # what the host logs in training
+            logs = {**logs, **attachment.means()}
+        log(logs, *rest, **more)
+
+    trainer.__dict__[_ATTACHMENT] = attachment
+    trainer.__dict__["compute_loss"] = compute_loss_with_terms
+    trainer.__dict__["prediction_step"] = prediction_step
+    trainer.__dict__["log"] = log_with_terms
+    return attachment
+
+
+def _unwrap(trainer: Trainer) -> None:
+    for name in (_ATTACHMENT, "compute_loss", "prediction_step", "log"):
+        trainer.__dict__.pop(name, None)
+
+
+def _scale(trainer: Trainer, num_items_in_batch: Any) -> float:
+    """What makes a micro-batch's term its share of a step's mean.
+
+    Where the host takes its own loss for scaled already (the model has divided it by the items of
+    the whole step), it does not divide what it gets by the number of micro-batches; then we do.
+    """
+    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if scaled is None:
+        by_model = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+        scaled = by_model or trainer.compute_loss_func is not None
+    if not scaled:
+        return 1.0
+    steps = getattr(
+        trainer, "current_gradient_accumulation_steps", trainer.args.gradient_accumulation_steps
+    )
+    return 1.0 / float(steps)
+
+
+if getattr(Trainer, "add_loss", add_loss) is add_loss:
+    Trainer.add_loss = add_loss  # type: ignore[attr-defined]

@@ -1,0 +1,184 @@
+"""A linear layer before the classification head, whose outputs are the latents."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from monoloss_plugin._checks import require_at_least, require_choice
+from monoloss_plugin.kernels.batch import GradientAt
+
+Selection = Literal["topk", "batchtopk"]
+
+
+class MonoLayer(nn.Module):
+    """Linear, then optionally a ReLU, then optionally a Top-k selection.
+
+    Directly on a pretrained model's last features MonoLoss overfits to few images, so the paper
+    puts a linear layer before the head and takes its outputs for the latents.
+
+    Args:
+        in_features: d, width of the features.
+        width: M, number of latents; by default d.
+        relu: make latents non-negative.
+        selection: keep the ``k`` largest latents of each sample ("topk") or ``k`` times B of a
+            batch ("batchtopk", in evaluation too). It implies a ReLU.
+        k: how many.
+
+    Shape:
+        (..., d) to (..., M).
+
+    Raises:
+        ValueError: sizes below 1, an unknown selection, or ``k`` without one.
+
+    Source: Nasiri-Sarvi et al. 2026, section 4.2.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        width: int | None = None,
+        *,
+        relu: bool = False,
+        selection: Selection | None = None,
+        k: int | None = None,
+    ) -> None:
+        super().__init__()
+        width = in_features if width is None else width
+        require_at_least(1, width, "width")
+        if selection is not None:
+            require_choice(selection, "selection", get_args(Selection))
+        if (k is None) != (selection is None) or (k is not None and not 1 <= k <= width):
+            raise ValueError(
+                f"k: with a selection, 1 to {width} latents; without one none, got {k}"
+            )
+        self.linear = nn.Linear(in_features, width)
+        self.relu = relu or selection is not None
+        self.selection, self.k = selection, k
+
+    @property
+    def gradient_at(self) -> GradientAt:
+        """Which latents pass a gradient on, as MonoLoss takes it."""
+        return "active" if self.relu else "all"
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the latents."""
+        latents: Tensor = self.linear(features)
+        if self.relu:
+            latents = latents.relu()
+        if self.k is None:
+            return latents
+        if self.selection == "topk":
+            values, kept = latents.topk(self.k, dim=-1)
+            return torch.zeros_like(latents).scatter(-1, kept, values)
+        flat = latents.flatten()
+        values, kept = flat.topk(self.k * latents[..., 0].numel())
+        return torch.zeros_like(flat).scatter(0, kept, values).view_as(latents)
+
+    def extra_repr(self) -> str:
+        """What of the options the linear layer does not show."""
+        chosen = f", selection={self.selection!r}, k={self.k}" if self.selection else ""
+        return f"relu={self.relu}{chosen}"
+
+
+class MonoHead(nn.Linear):
+    """A classifier with a :class:`MonoLayer` before it, in the classifier's own place.
+
+    It is a linear layer still, with ``weight`` and ``bias`` under their old names, so that
+    checkpoints of the plain model load but for the new layer's own tensors, ``mono.*``.
+    """
+
+    def __init__(self, mono: MonoLayer, num_classes: int, bias: bool = True) -> None:
+        super().__init__(mono.linear.out_features, num_classes, bias)
+        self.mono = mono
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the logits (..., classes) of features (..., d)."""
+        return super().forward(self.mono(input))
+
+
+def insert_mono_layer(
+    model: nn.Module,
+    classifier: str,
+    *,
+    width: int | None = None,
+    relu: bool = False,
+    selection: Selection | None = None,
+    k: int | None = None,
+) -> MonoLayer:
+    """Put a MonoLayer before a model's classifier, so that the model computes what it did.
+
+    Logits are unchanged at the start where the width allows: without ReLU from the number of
+    classes on; with one from 2 d on, or from d on for features that are not negative, such as a
+    ResNet's. A selection drops what it does not keep.
+
+    Args:
+        model: any; it is changed in place.
+        classifier: path of its last linear layer, such as ``"fc"`` or ``"head.fc"``.
+        width, relu, selection, k: as for :class:`MonoLayer`.
+
+    Returns:
+        The layer, which is in the model.
+
+    Raises:
+        AttributeError: no such module.
+        TypeError: not a linear layer, or one that has a MonoLayer already.
+        ValueError: as for :class:`MonoLayer`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+        >>> x = torch.randn(2, 4)
+        >>> before = model(x)
+        >>> insert_mono_layer(model, "1", width=8, relu=True)
+        MonoLayer(
+          relu=True
+          (linear): Linear(in_features=4, out_features=8, bias=True)
+        )
+        >>> bool((model(x) - before).abs().max() < 1e-5)
+        True
+    """
+    old = model.get_submodule(classifier)
+    if not isinstance(old, nn.Linear) or isinstance(old, MonoHead):
+        raise TypeError(
+            f"classifier: expected a linear layer as {classifier!r}, got {type(old).__name__}"
+        )
+    layer = MonoLayer(old.in_features, width, relu=relu, selection=selection, k=k)
+    head = MonoHead(layer, old.out_features, bias=old.bias is not None)
+    head.to(old.weight.device, old.weight.dtype)
+    with torch.no_grad():
+        _start_as(head, old)
+    head.train(old.training)
+    parent, _, name = classifier.rpartition(".")
+    setattr(model.get_submodule(parent), name, head)
+    return layer
+
+
+def _start_as(head: MonoHead, old: nn.Linear) -> None:
+    """Give a head weights with which it computes what the classifier did, where it can."""
+    linear, d = head.mono.linear, old.in_features
+    width = linear.out_features
+    linear.bias.zero_()
+    head.weight.zero_()
+    if old.bias is not None:
+        head.bias.copy_(old.bias)
+    if width < d:
+        # The directions that the classifier tells its classes apart by.
+        left, singular, right = torch.linalg.svd(old.weight.float(), full_matrices=False)
+        rank = min(width, len(singular))
+        nn.init.orthogonal_(linear.weight)
+        linear.weight[:rank] = right[:rank]
+        head.weight[:, :rank] = left[:, :rank] * singular[:rank]
+        return
+    identity = torch.eye(d, dtype=linear.weight.dtype, device=linear.weight.device)
+    linear.weight[:d] = identity
+    head.weight[:, :d] = old.weight
+    used = d
+    if head.mono.relu and width >= 2 * d:  # x is relu(x) less relu(-x)
+        linear.weight[d : 2 * d] = -identity
+        head.weight[:, d : 2 * d] = -old.weight
+        used = 2 * d
+    if width > used:  # more latents see directions of their own, and wait for the head to use them
+        fresh = torch.randn(width - used, d, dtype=torch.float32)
+        linear.weight[used:] = nn.functional.normalize(fresh, dim=1).to(linear.weight)

@@ -1,0 +1,134 @@
+"""Captures a layer's output while the model runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from monoloss_plugin.finetuning.mono_layer import MonoLayer
+from monoloss_plugin.kernels.batch import GradientAt
+
+_WRAPPERS = {"", "base_model", "model", "module"}
+"""Under which names wrappers keep the model."""
+
+
+class LatentRecorder:
+    """Records the output of a layer at each forward pass, for a loss on it.
+
+    Args:
+        model: any; it is not changed but for the hook.
+        layer: a module of it, or its path; by default its only :class:`MonoLayer`.
+
+    Raises:
+        AttributeError: no module of that path.
+        ValueError: no MonoLayer, or several, and none is named; or a model that is compiled
+            already, where a new hook would never be called.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> with LatentRecorder(model, "1") as recorder:
+        ...     logits = model(torch.randn(3, 4))
+        ...     recorder.take().shape
+        torch.Size([3, 8])
+    """
+
+    def __init__(self, model: nn.Module, layer: str | nn.Module | None = None) -> None:
+        plain = _uncompiled(model)
+        modules = _modules(plain, layer)
+        self.gradient_at: GradientAt = "all"
+        """Which of the latents pass a gradient on, where the layer tells."""
+        if isinstance(modules[0], MonoLayer):
+            self.gradient_at = modules[0].gradient_at
+        self._name = layer if isinstance(layer, str) else type(modules[0]).__name__
+        self._recorded: Tensor | None = None
+        self._handles = [module.register_forward_hook(self._record) for module in modules]
+
+    def take(self) -> Tensor:
+        """Return the latents (B, M) of the last forward pass, and forget them.
+
+        Raises:
+            RuntimeError: none since the last time.
+            ValueError: not one vector a sample.
+        """
+        latents, self._recorded = self._recorded, None
+        if latents is None:
+            raise RuntimeError(
+                f"{self._name}: gave no output since it was last asked; is it part of the model's "
+                "forward pass, and was the loss added before the model was compiled?"
+            )
+        if latents.ndim != 2:
+            raise ValueError(
+                f"{self._name}: expected one vector a sample (B, M), got "
+                f"{tuple(latents.shape)}; name a layer after the pooling"
+            )
+        return latents
+
+    def remove(self) -> None:
+        """Take the hook away."""
+        for handle in self._handles:
+            handle.remove()
+
+    def __enter__(self) -> LatentRecorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def _record(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        found = output[0] if isinstance(output, (tuple, list)) else output
+        if not isinstance(found, Tensor):
+            raise TypeError(f"{self._name}: expected a tensor from it, got {type(output).__name__}")
+        self._recorded = found
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(
+            "model: is compiled already, where a new hook is never called; add the loss first, and "
+            "compile then"
+        )
+    return model
+
+
+def _modules(model: nn.Module, layer: str | nn.Module | None) -> list[nn.Module]:
+    """Return the layer; of a MonoLayer that peft has copied to train, both, of which one runs."""
+    if isinstance(layer, nn.Module):
+        return [layer]
+    if isinstance(layer, str):
+        return [_found(model, layer)]
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, MonoLayer)}
+    places = {_without_copies(name) for name in layers}
+    if len(places) == 1:
+        return list(layers.values())
+    found = ", ".join(sorted(layers)) or "none"
+    raise ValueError(f"latents: expected one MonoLayer in the model, found {found}; name a layer")
+
+
+def _found(model: nn.Module, path: str) -> nn.Module:
+    """Return a module by its path, also where the model is wrapped, as by peft or DDP."""
+    for name, module in model.named_modules():
+        wrappers, _, _ = name.rpartition(path)
+        if name.endswith(path) and set(wrappers.split(".")) <= _WRAPPERS:
+            return module
+    some = ", ".join(name for name, _ in list(model.named_children())[:8])
+    raise AttributeError(f"latents: the model has no module {path!r}; it has {some}, ...")
+
+
+def _without_copies(name: str) -> str:
+    return name.replace(".original_module", "").replace(".modules_to_save.default", "")
+
+
+def requires_gradient(latents: Tensor, name: str) -> Tensor:
+    """Return latents that training can change.
+
+    Raises:
+        ValueError: nothing would come of a loss on them.
+    """
+    if torch.is_grad_enabled() and not latents.requires_grad:
+        raise ValueError(
+            f"{name}: its latents carry no gradient: the layer is frozen, with all before it, or "
+            "inside a checkpointed block"
+        )
+    return latents

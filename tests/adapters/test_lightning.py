@@ -1,0 +1,174 @@
+"""MonoLoss in a LightningModule, by a callback of Lightning's own Trainer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from monoloss_plugin import MonoLoss, functional
+from monoloss_plugin.adapters.lightning import MonoLossCallback
+from monoloss_plugin.finetuning import LatentRecorder, WithEmbeddings, insert_mono_layer
+
+LOSS = MonoLoss(lam=0.5, units="raw")
+ROWS = 32
+
+
+class Classifier(LightningModule):
+    def __init__(self, returns="loss", manual=False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3))
+        insert_mono_layer(self.model, "2", width=24, relu=True)
+        self.returns = returns
+        self.automatic_optimization = not manual
+
+    def training_step(self, batch, batch_idx):
+        x, y = (batch["x"], batch["y"]) if isinstance(batch, dict) else batch[:2]
+        loss = nn.functional.cross_entropy(self.model(x), y)
+        return {"loss": loss, "dict": {"loss": loss}, "text": "x"}[self.returns]
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val", nn.functional.cross_entropy(self.model(batch[0]), batch[1]))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+def tensors():
+    generator = torch.Generator().manual_seed(1)
+    x, h = (torch.randn(ROWS, width, generator=generator) for width in (6, 5))
+    return x, torch.arange(ROWS) % 3, h
+
+
+def loader(micro=ROWS):
+    x, y, h = tensors()
+    return DataLoader(WithEmbeddings(TensorDataset(x, y), h), batch_size=micro)
+
+
+def fit(module, callbacks, tmp_path, micro=ROWS, **options):
+    trainer = Trainer(
+        max_steps=options.pop("max_steps", 1),
+        accelerator="cpu",
+        logger=False,
+        callbacks=callbacks,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        accumulate_grad_batches=ROWS // micro,
+        **options,
+    )
+    trainer.fit(module, options.get("data") or loader(micro))
+    return trainer
+
+
+@pytest.mark.parametrize("micro", [ROWS, 8])
+@pytest.mark.parametrize("returns", ["loss", "dict"])
+def test_a_step_is_the_mean_over_its_micro_batches(micro, returns, tmp_path) -> None:
+    module = Classifier(returns)
+    before = {k: v.detach().clone() for k, v in module.named_parameters()}
+    callback = MonoLossCallback(LOSS, embeddings=lambda batch: batch[2])
+    trainer = fit(module, [callback], tmp_path, micro)
+    found = {k: before[k] - v.detach() for k, v in module.named_parameters()}
+
+    other = Classifier()
+    recorder = LatentRecorder(other)
+    x, y, h = tensors()
+    entropy = nn.functional.cross_entropy(other.model(x), y)
+    latents = recorder.take()
+    parts = zip(latents.split(micro), h.split(micro), strict=True)
+    score = torch.stack([functional.monoloss(a, e) for a, e in parts])
+    (entropy + 0.5 * score.mean()).backward()
+    for name, p in other.named_parameters():
+        assert torch.allclose(found[name], p.grad, atol=1e-5), name
+    logged = trainer.callback_metrics
+    assert logged["monoloss"].item() == pytest.approx(0.5 * score[-1].item(), rel=1e-4)
+    assert logged["monoscore"].item() == pytest.approx(1 - score[-1].item(), rel=1e-4)
+
+
+def test_the_module_is_given_back_as_it_was(tmp_path) -> None:
+    module = Classifier()
+    callback = MonoLossCallback(LOSS, embeddings=lambda batch: batch[2])
+    trainer = fit(module, [callback], tmp_path)
+    assert "training_step" not in module.__dict__
+    assert not any(m._forward_hooks for m in module.modules())
+    trainer.validate(module, loader(), verbose=False)
+    assert "monoscore" not in trainer.callback_metrics
+    fit(module, [callback], tmp_path)
+
+
+def test_batches_that_are_dicts(tmp_path) -> None:
+    x, y, h = tensors()
+    rows = [{"x": a, "y": b, "clip": c} for a, b, c in zip(x, y, h, strict=True)]
+    callback = MonoLossCallback(LOSS, embeddings="clip", warm_up_steps=2)
+    trainer = Trainer(
+        max_steps=3,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[callback],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(Classifier(), DataLoader(rows, batch_size=8))
+    weighted, score = (trainer.callback_metrics[name].item() for name in ("monoloss", "monoscore"))
+    assert weighted == pytest.approx(0.5 * (1 - score), rel=1e-5)
+    missing = MonoLossCallback(LOSS, embeddings="siglip")
+    with pytest.raises(ValueError, match="the batch has no 'siglip'; it is or has x, y, clip"):
+        Trainer(
+            max_steps=1,
+            accelerator="cpu",
+            logger=False,
+            callbacks=[missing],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            default_root_dir=tmp_path,
+        ).fit(Classifier(), DataLoader(rows, batch_size=8))
+
+
+def test_resume_gives_the_same_trajectory(tmp_path) -> None:
+    def run(module, checkpoint=None):
+        kept = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_epochs=1)
+        callback = MonoLossCallback(LOSS, embeddings=lambda batch: batch[2], warm_up_steps=6)
+        trainer = Trainer(
+            max_epochs=3,
+            accelerator="cpu",
+            logger=False,
+            callbacks=[callback, *([] if checkpoint else [kept])],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        trainer.fit(module, loader(8), ckpt_path=checkpoint, weights_only=False)
+        return module
+
+    whole = run(Classifier())
+    resumed = run(Classifier(), str(tmp_path / "step=4.ckpt"))
+    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_what_is_wrong_is_named(tmp_path) -> None:
+    with pytest.raises(ValueError, match="use units='raw'"):
+        MonoLossCallback(MonoLoss(lam=3e-4), embeddings="h")
+    with pytest.raises(TypeError, match="embeddings: expected a key of the batch"):
+        MonoLossCallback(LOSS, embeddings=None)
+    callback = MonoLossCallback(LOSS, embeddings=lambda batch: batch[2])
+    with pytest.raises(ValueError, match="optimizes by itself"):
+        fit(Classifier(manual=True), [callback], tmp_path)
+    with pytest.raises(TypeError, match="expected a loss or a dict with one, got str"):
+        fit(Classifier(returns="text"), [callback], tmp_path)
+    with pytest.raises(AttributeError, match="has no module 'head'"):
+        fit(
+            Classifier(),
+            [MonoLossCallback(LOSS, embeddings=lambda b: b[2], latents="head")],
+            tmp_path,
+        )
+    short = MonoLossCallback(LOSS, embeddings=lambda batch: batch[2][1:])
+    with pytest.raises(ValueError, match="expected 32 rows, one a sample, got 31"):
+        fit(Classifier(), [short], tmp_path)

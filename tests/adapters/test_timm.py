@@ -1,0 +1,180 @@
+"""MonoLoss in timm's own training tasks."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import timm
+import torch
+from timm.data.mixup import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from timm.task import ClassificationTask
+from torch import nn
+
+from monoloss_plugin import MonoLoss, functional
+from monoloss_plugin.adapters.timm import add_loss, insert_mono_layer, mix_with_embeddings
+from monoloss_plugin.finetuning import LatentRecorder
+from tests.finetuning.test_mono_layer import TIMM
+
+LOSS = MonoLoss(lam=0.5, units="raw")
+
+
+def model_of(name: str = "resnet18") -> nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, **TIMM[name])
+    insert_mono_layer(model, width=48, relu=True)
+    return model.train()
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    size = (16, 3, 16, 16)
+    images = torch.randn(size, generator=generator)
+    return images, torch.arange(16) % 5, torch.randn(16, 7, generator=generator)
+
+
+def task_of(model) -> ClassificationTask:
+    return ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
+
+
+def expected(images, target, h):
+    model = model_of()
+    recorder = LatentRecorder(model)
+    logits = model(images)
+    score = functional.monoloss(recorder.take(), h)
+    loss = nn.functional.cross_entropy(logits, target) + 0.5 * score
+    loss.backward()
+    return loss.item(), score.item(), {k: p.grad for k, p in model.named_parameters()}
+
+
+def test_a_task_takes_one_line_more(batch) -> None:
+    images, target, h = batch
+    model = model_of()
+    task = task_of(model)
+    task.add_loss(LOSS)
+    result = task(images, target, embeddings=h)
+    result["loss"].backward()
+    loss, score, gradients = expected(images, target, h)
+    assert result["loss"].item() == pytest.approx(loss, rel=1e-6)
+    assert result["monoloss"].item() == pytest.approx(0.5 * score, rel=1e-5)
+    assert result["monoscore"].item() == pytest.approx(1 - score, rel=1e-5)
+    assert torch.equal(result["output"], task_of(model_of())(images, target)["output"])
+    for name, p in model.named_parameters():
+        assert torch.allclose(p.grad, gradients[name], atol=1e-5), name
+
+
+def test_a_frozen_encoder_sees_the_images_of_the_step(batch) -> None:
+    images, target, _ = batch
+    torch.manual_seed(1)
+    encoder = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(3 * 16 * 16, 7))
+    task = task_of(model_of())
+    task.add_loss(LOSS, embeddings=encoder)
+    task.train()
+    found = task(images, target)["monoscore"].item()
+    with torch.no_grad():
+        h = encoder.eval()(images)
+    assert found == pytest.approx(1 - expected(images, target, h)[1], rel=1e-5)
+    assert not any(p.requires_grad for p in encoder.parameters())
+    assert not any("encoder" in key for key in task.state_dict())
+
+
+def test_evaluation_checkpoints_and_removal_are_the_hosts_own(batch) -> None:
+    images, target, h = batch
+    plain, task = task_of(model_of()), task_of(model_of())
+    handle = task.add_loss(LOSS, warm_up_steps=4)
+    weighted = [task(images, target, embeddings=h)["monoloss"] for _ in range(6)]
+    score = 1 - task(images, target, embeddings=h)["monoscore"].item()
+    assert [w.item() / score for w in weighted] == pytest.approx(
+        [0, 0.125, 0.25, 0.375, 0.5, 0.5], rel=1e-4, abs=1e-7
+    )
+    assert task.get_checkpoint_state().keys() == plain.get_checkpoint_state().keys()
+    state, other = (t.get_checkpoint_state()["state_dict"] for t in (task, plain))
+    assert state.keys() == other.keys()
+    task.get_trainable_module().eval()
+    assert "monoloss" not in task(images, target)
+    task.get_trainable_module().train()
+    handle.remove()
+    handle.remove()
+    assert set(task(images, target)) == {"loss", "output"}
+    assert "forward" not in task.__dict__
+
+
+def test_an_ema_copy_of_the_model_runs(batch) -> None:
+    images, _, _ = batch
+    model = model_of()
+    task = task_of(model)
+    task.add_loss(LOSS)
+    copied = copy.deepcopy(model).eval()
+    assert copied(images).shape == (16, 5)
+
+
+def test_a_loss_added_before_compiling_is_seen(batch) -> None:
+    images, target, h = batch
+    task = task_of(model_of())
+    task.add_loss(LOSS)
+    task.compile(backend="eager")
+    found = task(images, target, embeddings=h)
+    assert found["loss"].item() == pytest.approx(expected(images, target, h)[0], rel=1e-5)
+    late = task_of(model_of())
+    late.compile(backend="eager")
+    with pytest.raises(ValueError, match="is compiled already"):
+        late.add_loss(LOSS)
+
+
+def test_what_is_wrong_is_named(batch) -> None:
+    images, target, h = batch
+    task = task_of(model_of())
+    with pytest.raises(TypeError, match="task: expected a timm TrainingTask"):
+        add_loss(model_of(), LOSS)
+    with pytest.raises(TypeError, match="expected a frozen encoder to call, got Tensor"):
+        task.add_loss(LOSS, embeddings=h)
+    with pytest.raises(ValueError, match="use units='raw'"):
+        task.add_loss(MonoLoss(lam=3e-4))
+    task.add_loss(LOSS)
+    with pytest.raises(ValueError, match="a term of this name is attached already"):
+        task.add_loss(LOSS)
+    with pytest.raises(ValueError, match=r"no embeddings; call task\(images, target, embeddings="):
+        task(images, target)
+    with pytest.raises(ValueError, match="expected 16 rows, one a sample, got 15"):
+        task(images, target, embeddings=h[1:])
+    with pytest.raises(ValueError, match="expected a timm model, got Linear"):
+        insert_mono_layer(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_embeddings_are_mixed_as_images_and_targets_are(kind, mode, batch) -> None:
+    images, target, _ = batch
+    alphas = {"mixup_alpha": 1.0, "cutmix_alpha": 0.0}
+    if kind == "cutmix":
+        alphas = {"mixup_alpha": 0.0, "cutmix_alpha": 1.0}
+    mixup = Mixup(**alphas, mode=mode, label_smoothing=0.1, num_classes=5)
+    # Images that show their own number everywhere, and embeddings that do too.
+    numbers = torch.eye(16)[:, :, None, None].expand(16, 16, 8, 8).contiguous()
+    np.random.seed(3)
+    mixed, soft, h = mix_with_embeddings(mixup, numbers.clone(), target, 7 * torch.eye(16))
+    np.random.seed(3)
+    plain_images, plain_soft = mixup(numbers.clone(), target)
+    assert torch.equal(mixed, plain_images)
+    assert torch.allclose(soft, plain_soft, atol=1e-6)
+    # What share of an image shows which number is what its embedding is made of.
+    assert torch.allclose(h, mixed.mean((2, 3)), atol=1e-5)
+    assert ((h > 0.01).sum(1) == 2).any()
+    assert (mixup.num_classes, mixup.label_smoothing) == (5, 0.1)
+    with pytest.raises(ValueError, match="expected 16 rows, got 3"):
+        mix_with_embeddings(mixup, images, target, torch.eye(3))
+
+
+def test_a_step_with_mixup(batch) -> None:
+    images, target, h = batch
+    task = ClassificationTask(model_of(), SoftTargetCrossEntropy(), verbose=False)
+    task.add_loss(LOSS)
+    mixed, soft, mixed_h = mix_with_embeddings(
+        Mixup(mixup_alpha=0.8, num_classes=5), images, target, h
+    )
+    result = task(mixed, soft, embeddings=mixed_h)
+    result["loss"].backward()
+    assert torch.isfinite(result["loss"])

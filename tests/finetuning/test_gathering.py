@@ -1,0 +1,64 @@
+"""The global batch of several processes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from monoloss_plugin import MonoLoss
+from monoloss_plugin.finetuning import LatentRecorder, gather_rows, insert_mono_layer
+
+SPLITS = {"equal": (12, 12), "unequal": (17, 7)}
+
+
+def make():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3))
+    insert_mono_layer(model, "2", width=24, relu=True)
+    return model, torch.randn(24, 6), torch.randn(24, 5)
+
+
+def gradients_of(model, x, h, gather):
+    recorder, loss = LatentRecorder(model), MonoLoss(lam=0.1, units="raw")
+    logits = model(x)
+    latents = recorder.take()
+    if gather:
+        latents, h = gather_rows(latents), gather_rows(h)
+    value = loss(latents, h, gradient_at=recorder.gradient_at)
+    (value + 0 * logits.sum()).backward()  # DDP waits for every parameter of its output
+    inner = getattr(model, "module", model)
+    return value.item(), [p.grad.clone() for p in inner.parameters() if p.grad is not None]
+
+
+def work(rank, world, sizes, port, out) -> None:
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
+    model, x, h = make()
+    parallel = DistributedDataParallel(model)
+    first = sum(sizes[:rank])
+    rows = slice(first, first + sizes[rank])
+    torch.save(gradients_of(parallel, x[rows], h[rows], gather=True), f"{out}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_two_processes_give_the_gradient_of_one(split, tmp_path, free_port) -> None:
+    mp.spawn(work, (2, SPLITS[split], free_port, str(tmp_path)), nprocs=2)
+    value, expected = gradients_of(*make(), gather=False)
+    for rank in range(2):
+        found_value, found = torch.load(tmp_path / f"{rank}.pt")
+        assert found_value == pytest.approx(value, abs=1e-6)
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert (one - other).abs().max() <= 1e-5 * other.abs().max().clamp(min=1e-3)
+
+
+def test_one_process_is_left_alone() -> None:
+    rows = torch.randn(3, 2, requires_grad=True)
+    assert gather_rows(rows) is rows

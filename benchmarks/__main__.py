@@ -3,6 +3,7 @@
 python -m benchmarks                 # the quick one
 python -m benchmarks --full          # more rounds and samples
 python -m benchmarks --features      # extracting and loading features
+python -m benchmarks --cases finetuning --full
 python -m benchmarks --cases step loss --device cuda
 """
 
@@ -23,10 +24,11 @@ from benchmarks.cases import CASES
 from benchmarks.data import Shape
 from benchmarks.feature_cases import extraction, extraction_memory, feeding, loading
 from benchmarks.figure import growth_figure
+from benchmarks.finetune_case import finetuning
 from benchmarks.setting import Setting
 
 FEATURE_CASES = {case.__name__: case for case in (loading, feeding, extraction, extraction_memory)}
-EVERY_CASE = CASES | FEATURE_CASES
+EVERY_CASE = CASES | FEATURE_CASES | {"finetuning": finetuning}
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -108,8 +108,9 @@ def _modules(model: nn.Module, layer: str | nn.Module | None) -> list[nn.Module]
 
 def _found(model: nn.Module, path: str) -> nn.Module:
     """Return a module by its path, also where the model is wrapped, as by peft or DDP."""
-    for name, module in model.named_modules():
-        wrappers, _, _ = name.rpartition(path)
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    for name, module in modules.items():
+        wrappers = name.removesuffix(path)
         if name.endswith(path) and set(wrappers.split(".")) <= _WRAPPERS:
             return module
     some = ", ".join(name for name, _ in list(model.named_children())[:8])

@@ -7,6 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
+from benchmarks import finetune_case
+from benchmarks.data import Shape
+from benchmarks.setting import Setting
+
 ROOT = Path(__file__).parents[2]
 SMALL = ["--batch", "4096", "--width", "4", "--latents", "32", "--k", "2", "--device", "cpu"]
 
@@ -49,3 +55,13 @@ def test_the_features_are_benchmarked(tmp_path: Path) -> None:
     assert found["feeding"]["cumulative seconds"]["_train_step"] > 0
     assert min(found["extraction_memory"]["MiB"].values()) > 100
     assert found["loading"]["says"] in done.stdout
+
+
+def test_a_step_of_fine_tuning_is_benchmarked(monkeypatch) -> None:
+    monkeypatch.setattr(finetune_case, "MODEL", "resnet18")
+    monkeypatch.setattr(finetune_case, "PIXELS", 32)
+    monkeypatch.setattr(finetune_case, "BATCH", 8)
+    found = finetune_case.finetuning(Setting(torch.device("cpu"), False, Shape()))
+    assert len(found["seconds"]["with MonoLoss"]["runs"]) == 3
+    assert 0 < found["the term alone over a step"]["median"] < 1
+    assert "the term alone" in found["says"]

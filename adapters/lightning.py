@@ -96,6 +96,12 @@ class MonoLossCallback(Callback):
             pl_module.__dict__.pop("training_step", None)
             self._attached = None
 
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Give the module back where the host does not come to its end."""
+        self.teardown(trainer, pl_module, "fit")
+
     def _with_term(
         self,
         trainer: Trainer,

@@ -160,6 +160,8 @@ def mix_with_embeddings(
 
     Source: timm's ``Mixup``; each sample's own number as its class shows what it was mixed of.
     """
+    if target.ndim != 1 or target.is_floating_point():
+        raise ValueError(f"target: expected (B,) classes, got {tuple(target.shape)}")
     if len(embeddings) != len(images):
         raise ValueError(f"embeddings: expected {len(images)} rows, got {len(embeddings)}")
     classes, smoothing = mixup.num_classes, mixup.label_smoothing

@@ -82,8 +82,11 @@ def add_loss(
             "trainer: uses DataParallel, whose copies of the model keep their latents to "
             "themselves; start it with torchrun, a process for each GPU"
         )
-    if trainer.model is None:
-        raise ValueError("trainer: makes its model when it trains (model_init); give it a model")
+    if trainer.model is None or trainer.model_init is not None:
+        raise ValueError(
+            "trainer: makes its model anew when it trains (model_init), without the layer and its "
+            "hook; give it a model"
+        )
     attachment: _Attachment | None = trainer.__dict__.get(_ATTACHMENT)
     if attachment is not None and loss.name in attachment.terms:
         raise ValueError(f"{loss.name}: a term of this name is attached already; remove it first")

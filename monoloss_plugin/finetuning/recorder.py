@@ -48,17 +48,27 @@ class LatentRecorder:
     def take(self) -> Tensor:
         """Return the latents (B, M) of the last forward pass, and forget them.
 
+        So that no step takes those of the step before, nor their graph stays in memory.
+
         Raises:
-            RuntimeError: none since the last time.
+            RuntimeError: none since they were last taken.
             ValueError: not one vector a sample.
         """
-        latents, self._recorded = self._recorded, None
+        latents = self.latents
+        self._recorded = None
+        return latents
+
+    @property
+    def latents(self) -> Tensor:
+        """The latents (B, M) of the last forward pass; raises as :meth:`take`."""
+        latents = self._recorded
         if latents is None:
             raise RuntimeError(
-                f"{self._name}: gave no output since it was last asked; is it part of the model's "
+                f"{self._name}: gave no output since it was last taken; is it part of the model's "
                 "forward pass, and was the loss added before the model was compiled?"
             )
         if latents.ndim != 2:
+            self._recorded = None
             raise ValueError(
                 f"{self._name}: expected one vector a sample (B, M), got "
                 f"{tuple(latents.shape)}; name a layer after the pooling"

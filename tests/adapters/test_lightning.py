@@ -170,5 +170,8 @@ def test_what_is_wrong_is_named(tmp_path) -> None:
             tmp_path,
         )
     short = MonoLossCallback(LOSS, embeddings=lambda batch: batch[2][1:])
+    module = Classifier()
     with pytest.raises(ValueError, match="expected 32 rows, one a sample, got 31"):
-        fit(Classifier(), [short], tmp_path)
+        fit(module, [short], tmp_path)
+    assert "training_step" not in module.__dict__
+    assert not any(m._forward_hooks for m in module.modules())

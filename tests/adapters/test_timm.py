@@ -164,6 +164,8 @@ def test_embeddings_are_mixed_as_images_and_targets_are(kind, mode, batch) -> No
     assert torch.allclose(h, mixed.mean((2, 3)), atol=1e-5)
     assert ((h > 0.01).sum(1) == 2).any()
     assert (mixup.num_classes, mixup.label_smoothing) == (5, 0.1)
+    with pytest.raises(ValueError, match=r"target: expected \(B,\) classes, got \(16, 5\)"):
+        mix_with_embeddings(mixup, images, soft, torch.eye(16))
     with pytest.raises(ValueError, match="expected 16 rows, got 3"):
         mix_with_embeddings(mixup, images, target, torch.eye(3))
 

@@ -309,6 +309,22 @@ def test_lora_as_in_the_paper(data, tmp_path) -> None:
         assert torch.allclose(again.eval()(pixels).logits, model.eval()(pixels).logits, atol=1e-5)
 
 
+def test_two_terms_on_two_layers(data, tmp_path) -> None:
+    model = model_of()
+    trainer = trainer_of(model, data, tmp_path, max_steps=2, learning_rate=1e-2)
+    first = trainer.add_loss(LOSS, embeddings="embeddings")
+    second = MonoLoss(lam=0.1, units="raw", name="of_logits")
+    trainer.add_loss(second, embeddings="embeddings", latents="classifier")
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert entry["of_logits"] == pytest.approx(0.1 * (1 - entry["of_logits_monoscore"]), rel=1e-5)
+    assert entry["monoloss"] == pytest.approx(LAM * (1 - entry["monoscore"]), rel=1e-5)
+    first.remove()
+    trainer.train()
+    assert "monoloss" not in trainer.state.log_history[0]
+    assert "of_logits" in trainer.state.log_history[0]
+
+
 def test_mixed_precision(data, tmp_path) -> None:
     trainer = trainer_of(model_of(), data, tmp_path, bf16=True, max_steps=2, learning_rate=1e-2)
     trainer.add_loss(LOSS, embeddings="embeddings")
@@ -336,6 +352,10 @@ def test_what_is_wrong_is_named(data, tmp_path) -> None:
     with pytest.raises(ValueError, match="warm_up_steps: expected at least 0"):
         trainer.add_loss(LOSS, embeddings="embeddings", warm_up_steps=-1)
     assert "compute_loss" not in trainer.__dict__
+    trainer.model_init = model_of
+    with pytest.raises(ValueError, match="makes its model anew when it trains"):
+        trainer.add_loss(LOSS, embeddings="embeddings")
+    trainer.model_init = None
     trainer.add_loss(LOSS, embeddings="embeddings")
     with pytest.raises(ValueError, match="monoloss: a term of this name is attached already"):
         trainer.add_loss(LOSS, embeddings="embeddings")

@@ -49,19 +49,22 @@ def loader(micro=ROWS):
     return DataLoader(WithEmbeddings(TensorDataset(x, y), h), batch_size=micro)
 
 
-def fit(module, callbacks, tmp_path, micro=ROWS, **options):
-    trainer = Trainer(
-        max_steps=options.pop("max_steps", 1),
+def trainer_of(callbacks, tmp_path, **options) -> Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    length = {} if "max_epochs" in options else {"max_steps": options.pop("max_steps", 1)}
+    return Trainer(
         accelerator="cpu",
-        logger=False,
         callbacks=callbacks,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         default_root_dir=tmp_path,
-        accumulate_grad_batches=ROWS // micro,
+        **quiet,
+        **length,
         **options,
     )
-    trainer.fit(module, options.get("data") or loader(micro))
+
+
+def fit(module, callbacks, tmp_path, micro=ROWS) -> Trainer:
+    trainer = trainer_of(callbacks, tmp_path, accumulate_grad_batches=ROWS // micro)
+    trainer.fit(module, loader(micro))
     return trainer
 
 
@@ -104,46 +107,21 @@ def test_batches_that_are_dicts(tmp_path) -> None:
     x, y, h = tensors()
     rows = [{"x": a, "y": b, "clip": c} for a, b, c in zip(x, y, h, strict=True)]
     callback = MonoLossCallback(LOSS, embeddings="clip", warm_up_steps=2)
-    trainer = Trainer(
-        max_steps=3,
-        accelerator="cpu",
-        logger=False,
-        callbacks=[callback],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=tmp_path,
-    )
+    trainer = trainer_of([callback], tmp_path, max_steps=3)
     trainer.fit(Classifier(), DataLoader(rows, batch_size=8))
     weighted, score = (trainer.callback_metrics[name].item() for name in ("monoloss", "monoscore"))
     assert weighted == pytest.approx(0.5 * (1 - score), rel=1e-5)
     missing = MonoLossCallback(LOSS, embeddings="siglip")
     with pytest.raises(ValueError, match="the batch has no 'siglip'; it is or has x, y, clip"):
-        Trainer(
-            max_steps=1,
-            accelerator="cpu",
-            logger=False,
-            callbacks=[missing],
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-            default_root_dir=tmp_path,
-        ).fit(Classifier(), DataLoader(rows, batch_size=8))
+        trainer_of([missing], tmp_path).fit(Classifier(), DataLoader(rows, batch_size=8))
 
 
 def test_resume_gives_the_same_trajectory(tmp_path) -> None:
     def run(module, checkpoint=None):
         kept = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_epochs=1)
         callback = MonoLossCallback(LOSS, embeddings=lambda batch: batch[2], warm_up_steps=6)
-        trainer = Trainer(
-            max_epochs=3,
-            accelerator="cpu",
-            logger=False,
-            callbacks=[callback, *([] if checkpoint else [kept])],
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=tmp_path,
-        )
+        callbacks = [callback] if checkpoint else [callback, kept]
+        trainer = trainer_of(callbacks, tmp_path, max_epochs=3)
         trainer.fit(module, loader(8), ckpt_path=checkpoint, weights_only=False)
         return module
 

@@ -225,13 +225,16 @@ class _Handler(BaseHTTPRequestHandler):
             refusal = (401 if self.token is None else 404), {"error": said}, headers
         return repo, refusal
 
-    def _files(self, repo: Repo, revision: str | None) -> Any:
-        """Return commit and files of a revision, and the answer if there is none such."""
+    def _at(self, kind: str, repo_id: str, revision: str | None) -> Any:
+        """Return repository, commit and files of a revision, and the answer if there is none."""
+        repo, refusal = self._found(kind, repo_id)
+        if refusal:
+            return repo, None, {}, refusal
         sha = repo.refs.get(revision or "main", revision or "")
         if sha not in repo.commits:
             headers = {"X-Error-Code": "RevisionNotFound"}
-            return sha, {}, (404, {"error": "Invalid rev id"}, headers)
-        return sha, repo.commits[sha], None
+            return repo, sha, {}, (404, {"error": "Invalid rev id"}, headers)
+        return repo, sha, repo.commits[sha], None
 
     def create(self) -> Any:
         asked = json.loads(self.body)
@@ -250,10 +253,7 @@ class _Handler(BaseHTTPRequestHandler):
         return 200, {"url": url}
 
     def info(self, kind: str, repo_id: str, revision: str | None = None) -> Any:
-        repo, refusal = self._found(kind, repo_id)
-        if refusal:
-            return refusal
-        sha, files, refusal = self._files(repo, revision)
+        repo, sha, files, refusal = self._at(kind, repo_id, revision)
         if refusal:
             return refusal
         siblings = [
@@ -275,10 +275,7 @@ class _Handler(BaseHTTPRequestHandler):
         }
 
     def tree(self, kind: str, repo_id: str, revision: str, folder: str | None = None) -> Any:
-        repo, refusal = self._found(kind, repo_id)
-        if refusal:
-            return refusal
-        _, files, refusal = self._files(repo, revision)
+        _, _, files, refusal = self._at(kind, repo_id, revision)
         if refusal:
             return refusal
         prefix = f"{folder}/" if folder else ""
@@ -305,10 +302,7 @@ class _Handler(BaseHTTPRequestHandler):
         return 200, entries[first : first + self.hub.page], headers
 
     def paths_info(self, kind: str, repo_id: str, revision: str) -> Any:
-        repo, refusal = self._found(kind, repo_id)
-        if refusal:
-            return refusal
-        _, files, refusal = self._files(repo, revision)
+        _, _, files, refusal = self._at(kind, repo_id, revision)
         if refusal:
             return refusal
         paths = parse_qs(self.body.decode()).get("paths") or json.loads(self.body)["paths"]
@@ -402,10 +396,7 @@ class _Handler(BaseHTTPRequestHandler):
         return 200, {"type": "user", "name": "alice", "auth": {"type": "access_token"}}
 
     def resolve(self, repo_id: str, revision: str, path: str, kind: str | None = None) -> Any:
-        repo, refusal = self._found(kind or "models", repo_id)
-        if refusal:
-            return refusal
-        sha, files, refusal = self._files(repo, revision)
+        _, sha, files, refusal = self._at(kind or "models", repo_id, revision)
         if refusal:
             return refusal
         headers = {"X-Repo-Commit": sha}

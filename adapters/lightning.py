@@ -12,13 +12,15 @@ the module back as it was.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import wraps
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
 
 from monoloss_plugin._optional import missing_extra
-from monoloss_plugin.finetuning.alignment import frozen
-from monoloss_plugin.finetuning.attached import AttachedTerm, require_embeddings
+from monoloss_plugin.finetuning.alignment import Frozen
+from monoloss_plugin.finetuning.attached import AttachedTerm, Replaced, require_embeddings
 from monoloss_plugin.losses import LossTerm
 
 try:
@@ -62,7 +64,7 @@ class MonoLossCallback(Callback):
     ) -> None:
         require_embeddings(embeddings, "a key of the batch")
         self._key = embeddings if isinstance(embeddings, str) else None
-        self._embeddings = self._by_key if isinstance(embeddings, str) else frozen(embeddings)
+        self._embeddings = self._by_key if isinstance(embeddings, str) else Frozen(embeddings, None)
         self._options: dict[str, Any] = {
             "latents": latents,
             "warm_up_steps": warm_up_steps,
@@ -70,6 +72,7 @@ class MonoLossCallback(Callback):
         }
         self._loss = loss
         self._attached: AttachedTerm | None = None
+        self._replaced: Replaced | None = None
         AttachedTerm.check(loss, warm_up_steps)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -84,17 +87,19 @@ class MonoLossCallback(Callback):
         self._attached = AttachedTerm(self._loss, pl_module, **self._options)
         step = pl_module.training_step
 
+        # The host looks at its parameters to know what to call it with.
+        @wraps(step.__func__ if isinstance(step, MethodType) else step)
         def training_step(*arguments: Any, **more: Any) -> Any:
             return self._with_term(trainer, pl_module, step(*arguments, **more), arguments, more)
 
-        pl_module.__dict__["training_step"] = training_step
+        self._replaced = Replaced(pl_module, {"training_step": training_step})
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the module back as it was."""
-        if self._attached is not None:
+        if self._attached is not None and self._replaced is not None:
             self._attached.recorder.remove()
-            pl_module.__dict__.pop("training_step", None)
-            self._attached = None
+            self._replaced.undo()
+            self._attached = self._replaced = None
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

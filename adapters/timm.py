@@ -22,21 +22,20 @@ from torch import Tensor, nn
 
 from monoloss_plugin import finetuning
 from monoloss_plugin._optional import missing_extra
-from monoloss_plugin.finetuning.alignment import frozen
-from monoloss_plugin.finetuning.attached import AttachedTerm
+from monoloss_plugin.finetuning.alignment import Frozen
+from monoloss_plugin.finetuning.attached import AttachedTerm, Replaced
 from monoloss_plugin.finetuning.mono_layer import MonoLayer, Selection
 from monoloss_plugin.losses import LossHandle, LossTerm
 
 try:
-    from timm.data.mixup import Mixup
+    from timm.data.mixup import FastCollateMixup, Mixup
     from timm.task import TrainingTask
-    from timm.utils.model import unwrap_model
 except ModuleNotFoundError as error:
     raise missing_extra(error, "vision") from error
 
 __all__ = ["LossHandle", "add_loss", "insert_mono_layer", "mix_with_embeddings"]
 
-_TERMS = "_monoloss_terms"
+_ATTACHMENT = "_monoloss_attachment"
 
 
 def add_loss(
@@ -51,7 +50,7 @@ def add_loss(
     """Add a loss term to a timm training task.
 
     The task's result gets the term in its ``loss``, the weighted term under its own name, and the
-    batch's mean MonoScore as ``monoscore``. In evaluation nothing is added.
+    batch's mean MonoScore as ``monoscore``. Without gradients, as in evaluation, nothing is added.
 
     Args:
         task: such as timm's ``ClassificationTask``; it is not changed but for this instance.
@@ -60,7 +59,8 @@ def add_loss(
             images as the model does: mixed by mixup, its embeddings are those of the mixed images.
             Without one, give them in each call: ``task(images, target, embeddings=h)``.
         latents: the layer whose output they are, or its path; by default the model's MonoLayer.
-        warm_up_steps: the weight grows linearly from 0 over this many calls in training.
+        warm_up_steps: the weight grows linearly from 0 over this many calls since it was added;
+            timm's checkpoints do not keep their number.
         sync: over the global batch of all processes, with its exact gradient.
 
     Returns:
@@ -74,15 +74,17 @@ def add_loss(
     """
     if not isinstance(task, TrainingTask):
         raise TypeError(f"task: expected a timm TrainingTask, got {type(task).__name__}")
+    AttachedTerm.check(loss, warm_up_steps)
     if embeddings is not None and not callable(embeddings):
         got = type(embeddings).__name__
         raise TypeError(f"embeddings: expected a frozen encoder to call, got {got}")
-    terms: dict[str, _Term] = task.__dict__.get(_TERMS, {})
-    if loss.name in terms:
+    attachment: _Attachment | None = task.__dict__.get(_ATTACHMENT)
+    if attachment is not None and loss.name in attachment.terms:
         raise ValueError(f"{loss.name}: a term of this name is attached already; remove it first")
     model = task.get_trainable_module()
     if model is None:
         raise ValueError(f"task: {type(task).__name__} has no model to train")
+    source = None if embeddings is None else Frozen(embeddings, model)
     attached = AttachedTerm(
         loss,
         model,
@@ -90,18 +92,15 @@ def add_loss(
         warm_up_steps=warm_up_steps,
         sync=sync,
     )
-    if not terms:
-        task.__dict__[_TERMS] = terms
-        _wrap(task, terms)
-    terms[loss.name] = _Term(attached, None if embeddings is None else frozen(embeddings))
+    attachment = attachment or _Attachment(task)
+    attachment.terms[loss.name] = _Term(attached, source)
 
     def undo() -> None:
-        term = terms.pop(loss.name, None)
+        term = attachment.terms.pop(loss.name, None)
         if term is not None:
             term.attached.recorder.remove()
-        if not terms:
-            for name in (_TERMS, "forward"):
-                task.__dict__.pop(name, None)
+            if not attachment.terms:
+                attachment.replaced.undo()
 
     return LossHandle(loss.name, undo)
 
@@ -109,6 +108,7 @@ def add_loss(
 def insert_mono_layer(
     model: nn.Module,
     *,
+    classifier: str | None = None,
     width: int | None = None,
     relu: bool = False,
     selection: Selection | None = None,
@@ -117,10 +117,12 @@ def insert_mono_layer(
     """Put a MonoLayer before a timm model's classifier.
 
     ``get_classifier`` then gives the new head, a linear layer still; ``reset_classifier`` removes
-    it, MonoLayer and all. State dicts of the plain model fit, but for the new layer's ``mono.*``.
+    it, MonoLayer and all. State dicts of the plain model fit the backbone, and at the features' own
+    width the head too, but for the new layer's ``mono.*``.
 
     Args:
         model: any timm classifier with a linear head, such as a ResNet, ViT or ConvNeXt.
+        classifier: path of a linear layer; by default what ``get_classifier`` gives.
         width, relu, selection, k: as for
             :func:`~monoloss_plugin.finetuning.insert_mono_layer`.
 
@@ -129,16 +131,17 @@ def insert_mono_layer(
     """
     if not hasattr(model, "get_classifier"):
         raise ValueError(f"model: expected a timm model, got {type(model).__name__}")
+    options: dict[str, Any] = {"width": width, "relu": relu, "selection": selection, "k": k}
+    if classifier is not None:
+        return finetuning.insert_mono_layer(model, classifier, **options)
     head: Any = model.get_classifier()  # type: ignore[operator]
     paths = [name for name, module in model.named_modules() if module is head]
     if not isinstance(head, nn.Linear) or not paths:
         raise ValueError(
             f"model: expected a linear classifier, got {type(head).__name__}; make the model with "
-            "num_classes above 0"
+            "num_classes above 0, or name a linear layer with classifier="
         )
-    return finetuning.insert_mono_layer(
-        model, paths[0], width=width, relu=relu, selection=selection, k=k
-    )
+    return finetuning.insert_mono_layer(model, paths[0], **options)
 
 
 def mix_with_embeddings(
@@ -150,7 +153,7 @@ def mix_with_embeddings(
     two unit embeddings, with the weights that the targets get.
 
     Args:
-        mixup: of timm; of any mode.
+        mixup: of timm; of any mode, not the collating one nor for several labels an image.
         images: (B, C, H, W), changed in place as timm does.
         target: (B,) classes.
         embeddings: (B, d).
@@ -160,6 +163,8 @@ def mix_with_embeddings(
 
     Source: timm's ``Mixup``; each sample's own number as its class shows what it was mixed of.
     """
+    if isinstance(mixup, FastCollateMixup) or mixup.multi_label:
+        raise ValueError("mixup: expected timm's Mixup, which mixes batches of single labels")
     if target.ndim != 1 or target.is_floating_point():
         raise ValueError(f"target: expected (B,) classes, got {tuple(target.shape)}")
     if len(embeddings) != len(images):
@@ -185,18 +190,23 @@ class _Term:
         self.calls = 0
 
 
-def _wrap(task: TrainingTask, terms: dict[str, _Term]) -> None:
-    """Put our forward over the host's on this instance."""
-    forward = task.forward
+class _Attachment:
+    """What one task carries: its terms, and the forward that was there."""
 
-    def forward_with_terms(
-        input: Tensor, target: Any, *rest: Any, embeddings: Tensor | None = None, **more: Any
+    def __init__(self, task: TrainingTask) -> None:
+        self.terms: dict[str, _Term] = {}
+        self._forward = task.forward
+        self.replaced = Replaced(task, {"forward": self.forward, _ATTACHMENT: self})
+
+    def forward(
+        self, input: Tensor, target: Any, *rest: Any, embeddings: Tensor | None = None, **more: Any
     ) -> dict[str, Tensor]:
-        result: dict[str, Tensor] = forward(input, target, *rest, **more)
-        if not unwrap_model(task.get_trainable_module()).training:
+        """Return the task's result, with the terms where gradients are wanted."""
+        result: dict[str, Tensor] = self._forward(input, target, *rest, **more)
+        if not torch.is_grad_enabled():
             return result
         result = dict(result)
-        for name, term in terms.items():
+        for name, term in self.terms.items():
             given = term.embeddings(input) if term.embeddings is not None else embeddings
             if given is None:
                 raise ValueError(
@@ -208,8 +218,6 @@ def _wrap(task: TrainingTask, terms: dict[str, _Term]) -> None:
             result["loss"] = result["loss"] + of_step.weighted
             result.update(of_step.metrics)
         return result
-
-    task.__dict__["forward"] = forward_with_terms
 
 
 if getattr(TrainingTask, "add_loss", add_loss) is add_loss:

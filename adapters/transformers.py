@@ -15,17 +15,16 @@ scale under gradient accumulation is the host's own rule.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from monoloss_plugin import finetuning
 from monoloss_plugin._optional import missing_extra
-from monoloss_plugin.finetuning.alignment import frozen
-from monoloss_plugin.finetuning.attached import AttachedTerm, require_embeddings
+from monoloss_plugin.finetuning.alignment import Frozen
+from monoloss_plugin.finetuning.attached import AttachedTerm, Replaced, require_embeddings
 from monoloss_plugin.finetuning.mono_layer import MonoLayer, Selection
 from monoloss_plugin.losses import LossHandle, LossTerm
 
@@ -37,7 +36,7 @@ except ModuleNotFoundError as error:
 __all__ = ["LossHandle", "add_loss", "insert_mono_layer"]
 
 _ATTACHMENT = "_monoloss_attachment"
-_HEADS = ("classifier", "fc", "head", "score")
+_HEADS = ("classifier", "fc", "head")
 
 
 def add_loss(
@@ -49,18 +48,19 @@ def add_loss(
     warm_up_steps: int = 0,
     sync: bool = False,
 ) -> LossHandle:
-    """Add a loss term to a Hugging Face ``Trainer``, before or during training.
+    """Add a loss term to a Hugging Face ``Trainer``.
 
     The term is added in training only, and logged with the host's loss: its weighted value under
-    its name, and the mean MonoScore of the batches, averaged over steps and processes. Under
+    its name, and the mean MonoScore of the batches, averaged over the steps of this process. Under
     gradient accumulation it is the mean over the micro-batches of a step, each scored by itself.
 
     Args:
         trainer: it is not changed but for this instance.
         loss: such as ``MonoLoss(lam=0.1, units="raw")``.
         embeddings: the column of the dataset that has them, (d,) a sample, which the model does
-            not get to see; or a frozen encoder, a module from ``pixel_values`` to (B, d); or any
-            callable from the batch's inputs, a dict, to (B, d).
+            not get to see (to be added before training, which drops other columns); or a frozen
+            encoder, a module from ``pixel_values`` to (B, d); or any callable from the batch's
+            inputs, a dict, to (B, d).
         latents: the layer whose output they are, or its path; by default the model's MonoLayer.
         warm_up_steps: the weight grows linearly from 0 over this many optimizer steps.
         sync: over the global batch of all processes, with its exact gradient.
@@ -76,6 +76,7 @@ def add_loss(
     """
     if not isinstance(trainer, Trainer):
         raise TypeError(f"trainer: expected a transformers Trainer, got {type(trainer).__name__}")
+    AttachedTerm.check(loss, warm_up_steps)
     require_embeddings(embeddings, "a column's name")
     if trainer.args.n_gpu > 1:
         raise ValueError(
@@ -90,31 +91,40 @@ def add_loss(
     attachment: _Attachment | None = trainer.__dict__.get(_ATTACHMENT)
     if attachment is not None and loss.name in attachment.terms:
         raise ValueError(f"{loss.name}: a term of this name is attached already; remove it first")
-    attached = AttachedTerm(
-        loss, trainer.model, latents=latents, warm_up_steps=warm_up_steps, sync=sync
-    )
-    attachment = attachment or _wrap(trainer)
-    column = embeddings if isinstance(embeddings, str) else None
     source: Callable[[dict[str, Any]], Tensor]
     if isinstance(embeddings, str):
         source = _Column(embeddings)
     elif isinstance(embeddings, nn.Module):
-        source = _of_pixels(embeddings)
+        source = _OfPixels(Frozen(embeddings, trainer.model))
     else:
-        source = frozen(embeddings)
-    attachment.terms[loss.name] = _Term(attached, source, column)
-    if column is not None:
+        source = Frozen(embeddings, trainer.model)
+    attached = AttachedTerm(
+        loss, trainer.model, latents=latents, warm_up_steps=warm_up_steps, sync=sync
+    )
+    attachment = attachment or _Attachment(trainer)
+    attachment = attachment or _Attachment(trainer)
+    if isinstance(embeddings, str):
         # Or the host would drop the column as one that the model does not take.
         trainer._set_signature_columns_if_needed()
         columns: Any = trainer._signature_columns
-        columns.extend({column} - set(columns))
+        if embeddings not in columns:
+            columns.append(embeddings)
+            attachment.columns.add(embeddings)
+    attachment.terms[loss.name] = _Term(attached, source)
 
     def undo() -> None:
         term = attachment.terms.pop(loss.name, None)
-        if term is not None:
-            term.attached.recorder.remove()
-        if not attachment.terms:
-            _unwrap(trainer)
+        if term is None:
+            return
+        term.attached.recorder.remove()
+        sources = (other.embeddings for other in attachment.terms.values())
+        wanted = {one.name for one in sources if isinstance(one, _Column)}
+        for column in attachment.columns - wanted:
+            if column in trainer._signature_columns:
+                trainer._signature_columns.remove(column)
+        # A training that is under way goes on to get the column, which the model must not see.
+        if not attachment.terms and not attachment.columns:
+            attachment.replaced.undo()
 
     return LossHandle(loss.name, undo)
 
@@ -138,11 +148,14 @@ def insert_mono_layer(
             :func:`~monoloss_plugin.finetuning.insert_mono_layer`.
 
     Raises:
+        TypeError: a model that has a MonoLayer already.
         ValueError: no linear classifier is found, or options that do not go together.
     """
     options: dict[str, Any] = {"width": width, "relu": relu, "selection": selection, "k": k}
     if classifier is not None:
         return finetuning.insert_mono_layer(model, classifier, **options)
+    if any(isinstance(module, MonoLayer) for module in model.modules()):
+        raise TypeError("model: has a MonoLayer already")
     for name, head in model.named_children():
         linear = [n for n, m in head.named_modules() if isinstance(m, nn.Linear)]
         if name in _HEADS and linear:  # a ResNet's is the last of a Sequential
@@ -154,15 +167,16 @@ def insert_mono_layer(
     )
 
 
-def _of_pixels(encoder: nn.Module) -> Callable[[dict[str, Any]], Tensor]:
-    embed = frozen(encoder)
+@dataclass(frozen=True)
+class _OfPixels:
+    """Gives a frozen module the images of a batch."""
 
-    def of_inputs(inputs: dict[str, Any]) -> Tensor:
+    embed: Frozen
+
+    def __call__(self, inputs: dict[str, Any]) -> Tensor:
         if "pixel_values" not in inputs:
             raise ValueError(f"embeddings: no pixel_values in the batch, only {', '.join(inputs)}")
-        return embed(inputs["pixel_values"])
-
-    return of_inputs
+        return self.embed(inputs["pixel_values"])
 
 
 @dataclass(frozen=True)
@@ -175,7 +189,7 @@ class _Column:
         if self.name not in inputs:
             raise ValueError(
                 f"embeddings: the batch has no column {self.name!r}, only {', '.join(inputs)}; a "
-                "data collator of your own must keep it"
+                "data collator of your own must keep it, and the loss be added before training"
             )
         found = inputs[self.name]
         if not isinstance(found, Tensor):
@@ -189,44 +203,40 @@ class _Column:
 class _Term:
     attached: AttachedTerm
     embeddings: Callable[[dict[str, Any]], Tensor]
-    column: str | None
 
 
-@dataclass
 class _Attachment:
     """What one Trainer carries: its terms, and what they came to since the last log."""
 
-    terms: dict[str, _Term] = field(default_factory=dict)
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    steps: int = 0
+    def __init__(self, trainer: Trainer) -> None:
+        self.terms: dict[str, _Term] = {}
+        self.columns: set[str] = set()
+        """What the batches have for the terms, and the model must not see."""
+        self.sums: dict[str, tuple[Tensor, int]] = {}
+        """Of each metric, and of how many steps."""
+        self.step = 0
+        self.replaced = Replaced(trainer, _methods(trainer, self) | {_ATTACHMENT: self})
 
-    def add(self, metrics: Mapping[str, Tensor]) -> None:
+    def add(self, metrics: Mapping[str, Tensor], step: int) -> None:
+        if step < self.step:  # another run, which has nothing to do with what is left of the last
+            self.sums.clear()
+        self.step = step
         for name, value in metrics.items():
-            self.sums[name] = self.sums.get(name, torch.zeros(())).to(value.device) + value.detach()
-        self.steps += 1
+            total, count = self.sums.get(name, (torch.zeros_like(value), 0))
+            self.sums[name] = total + value.detach(), count + 1
 
     def means(self) -> dict[str, float]:
-        """Return the means since the last time, over all processes, and begin anew."""
-        if not self.steps:
-            return {}
-        names = list(self.sums)
-        values = torch.stack([self.sums[name].float() for name in names])
-        values = torch.cat([values, values.new_tensor([float(self.steps)])])
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(values)
+        """Return the means since the last time, and begin anew."""
+        means = {name: float(total) / count for name, (total, count) in self.sums.items()}
         self.sums.clear()
-        self.steps = 0
-        *totals, steps = values.tolist()
-        return {name: total / steps for name, total in zip(names, totals, strict=True)}
+        return means
 
     def without_columns(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        columns = {term.column for term in self.terms.values()}
-        return {key: value for key, value in inputs.items() if key not in columns}
+        return {key: value for key, value in inputs.items() if key not in self.columns}
 
 
-def _wrap(trainer: Trainer) -> _Attachment:
-    """Put our methods over the host's on this instance."""
-    attachment = _Attachment()
+def _methods(trainer: Trainer, attachment: _Attachment) -> dict[str, Any]:
+    """Return what goes over the host's methods on this instance."""
     compute_loss, predict, log = trainer.compute_loss, trainer.prediction_step, trainer.log
 
     def compute_loss_with_terms(
@@ -235,26 +245,25 @@ def _wrap(trainer: Trainer) -> _Attachment:
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        training = model.training
-        embeddings = (
-            {name: term.embeddings(inputs) for name, term in attachment.terms.items()}
-            if training
-            else {}
-        )
-        loss, outputs = compute_loss(
+        terms = attachment.terms if torch.is_grad_enabled() else {}
+        embeddings = {name: term.embeddings(inputs) for name, term in terms.items()}
+        found = compute_loss(
             model,
             attachment.without_columns(inputs),
-            return_outputs=True,
+            return_outputs=return_outputs,
             num_items_in_batch=num_items_in_batch,
         )
-        if training:
-            scale = _scale(trainer, num_items_in_batch)
-            metrics: dict[str, Tensor] = {}
-            for name, term in attachment.terms.items():
-                of_step = term.attached(embeddings[name], trainer.state.global_step)
-                loss = loss + scale * of_step.weighted
-                metrics |= of_step.metrics
-            attachment.add(metrics)
+        if not terms:
+            return found
+        loss: Any
+        loss, outputs = found if return_outputs else (found, None)
+        scale, step = _scale(trainer, num_items_in_batch), trainer.state.global_step
+        metrics: dict[str, Tensor] = {}
+        for name, term in terms.items():
+            of_step = term.attached(embeddings[name], step)
+            loss = loss + scale * of_step.weighted
+            metrics |= of_step.metrics
+        attachment.add(metrics, step)
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(model: nn.Module, inputs: dict[str, Any], *rest: Any, **more: Any) -> Any:
@@ -265,16 +274,11 @@ def _wrap(trainer: Trainer) -> _Attachment:
             logs = {**logs, **attachment.means()}
         log(logs, *rest, **more)
 
-    trainer.__dict__[_ATTACHMENT] = attachment
-    trainer.__dict__["compute_loss"] = compute_loss_with_terms
-    trainer.__dict__["prediction_step"] = prediction_step
-    trainer.__dict__["log"] = log_with_terms
-    return attachment
-
-
-def _unwrap(trainer: Trainer) -> None:
-    for name in (_ATTACHMENT, "compute_loss", "prediction_step", "log"):
-        trainer.__dict__.pop(name, None)
+    return {
+        "compute_loss": compute_loss_with_terms,
+        "prediction_step": prediction_step,
+        "log": log_with_terms,
+    }
 
 
 def _scale(trainer: Trainer, num_items_in_batch: Any) -> float:

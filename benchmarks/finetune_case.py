@@ -15,7 +15,7 @@ from monoloss_plugin import MonoLoss
 from monoloss_plugin.adapters.timm import add_loss, insert_mono_layer
 
 MODEL, BATCH, PIXELS, EMBEDDING = "resnet50", 64, 224, 512
-"""The issue's shape; CLIP-ViT-B/32, the paper's similarity space, gives 512 numbers an image."""
+"""The paper's ResNet; CLIP-ViT-B/32, its similarity space, gives 512 numbers an image."""
 
 
 def finetuning(setting: Setting) -> Found:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,30 +74,56 @@ class WithEmbeddings(Dataset[Any]):
                 f"embeddings: expected ({len(dataset)}, d), one row a sample, got "
                 f"{tuple(embeddings.shape)}"
             )
-        self.dataset, self.embeddings, self.key = dataset, embeddings, key
+        self.dataset, self.embeddings, self.key = dataset, embeddings.detach(), key
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
         sample = self.dataset[index]
-        if isinstance(sample, dict):
+        if isinstance(sample, Mapping):
+            if self.key in sample:
+                raise ValueError(f"key: samples have {self.key!r} already; give another name")
             return {**sample, self.key: self.embeddings[index]}
-        return (*sample, self.embeddings[index])
+        if isinstance(sample, (tuple, list)):
+            return (*sample, self.embeddings[index])
+        raise TypeError(
+            f"dataset: expected samples that are tuples or dicts, got {type(sample).__name__}"
+        )
 
 
-def frozen(encoder: Any) -> Callable[[Any], Tensor]:
-    """Return a callable that gives embeddings without gradients, and is never trained."""
-    if isinstance(encoder, torch.nn.Module):
-        encoder.eval().requires_grad_(False)
+class Frozen:
+    """Gives embeddings without gradients; a module is never trained.
+
+    Args:
+        encoder: from what it is given to (B, d).
+        model: what is trained, which must not be the encoder too.
+
+    Raises:
+        ValueError: encoder and model share parameters.
+    """
+
+    def __init__(self, encoder: Callable[[Any], Tensor], model: torch.nn.Module | None) -> None:
+        self.encoder = encoder
+        if isinstance(encoder, torch.nn.Module):
+            trained = set() if model is None else {id(p) for p in model.parameters()}
+            if any(id(parameter) in trained for parameter in encoder.parameters()):
+                raise ValueError(
+                    "embeddings: the encoder shares parameters with the model in training; "
+                    "give a copy"
+                )
+            encoder.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def embed(inputs: Any) -> Tensor:
-        if isinstance(encoder, torch.nn.Module):
-            encoder.eval()  # a host's model.train() may have reached it
+    def __call__(self, inputs: Any) -> Tensor:
+        """Return the embeddings (B, d)."""
+        if isinstance(self.encoder, torch.nn.Module):
+            self.encoder.eval()  # a host's model.train() may have reached it
             if isinstance(inputs, Tensor):
-                encoder.to(inputs.device)
-        found: Tensor = encoder(inputs)
+                self.encoder.to(inputs.device)
+        found = self.encoder(inputs)
+        if not isinstance(found, Tensor):
+            raise TypeError(
+                f"embeddings: expected a tensor (B, d) from the encoder, got {type(found).__name__}"
+            )
         return found
-
-    return embed

@@ -13,6 +13,9 @@ from monoloss_plugin.finetuning.gathering import gather_rows
 from monoloss_plugin.finetuning.recorder import LatentRecorder, requires_gradient
 from monoloss_plugin.losses import LossTerm, StepTensors
 
+_RESERVED = ("loss", "output", "epoch", "grad_norm", "learning_rate")
+"""What hosts call what they log or return."""
+
 
 @dataclass(frozen=True)
 class TermOfStep:
@@ -62,6 +65,8 @@ class AttachedTerm:
             raise TypeError(f"warm_up_steps: expected an integer, got {warm_up_steps!r}")
         if warm_up_steps < 0:
             raise ValueError(f"warm_up_steps: expected at least 0, got {warm_up_steps}")
+        if term.name in _RESERVED:
+            raise ValueError(f"name: {term.name!r} is the host's own; take another")
         if term.needs_selection:
             raise ValueError(f"{term.name}: needs the activations before a Top-k SAE's selection")
         if term.weighed_against != "raw":
@@ -95,6 +100,27 @@ class AttachedTerm:
         weighted = self.term.lam * warm * value
         said = {self.term.name: weighted.detach(), **metrics}
         return TermOfStep(weighted, {name: torch.as_tensor(v) for name, v in said.items()})
+
+
+class Replaced:
+    """Attributes that were put over an object's own, and what was there before.
+
+    Args:
+        target: the object.
+        attributes: by name.
+    """
+
+    def __init__(self, target: Any, attributes: dict[str, Any]) -> None:
+        self._target = target
+        self._before = {n: target.__dict__[n] for n in attributes if n in target.__dict__}
+        self._names = list(attributes)
+        target.__dict__.update(attributes)
+
+    def undo(self) -> None:
+        """Give the object back what it had."""
+        for name in self._names:
+            self._target.__dict__.pop(name, None)
+        self._target.__dict__.update(self._before)
 
 
 def require_embeddings(given: Any, what: str) -> None:

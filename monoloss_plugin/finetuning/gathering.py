@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def gather_rows(rows: Tensor) -> Tensor:
@@ -44,7 +45,8 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        return gradient[ctx.first : ctx.first + ctx.count]
+        total = gradient.clone(memory_format=torch.contiguous_format)  # others may hold this one
+        dist.all_reduce(total)
+        return total[ctx.first : ctx.first + ctx.count]

@@ -86,8 +86,9 @@ class MonoLayer(nn.Module):
 class MonoHead(nn.Linear):
     """A classifier with a :class:`MonoLayer` before it, in the classifier's own place.
 
-    It is a linear layer still, with ``weight`` and ``bias`` under their old names, so that
-    checkpoints of the plain model load but for the new layer's own tensors, ``mono.*``.
+    It is a linear layer still, with ``weight`` and ``bias`` under their old names; new are the
+    layer's own tensors, ``mono.*``. Its input has the features' width, not ``in_features``, so it
+    is trained as a whole: no LoRA on it.
     """
 
     def __init__(self, mono: MonoLayer, num_classes: int, bias: bool = True) -> None:
@@ -111,8 +112,9 @@ def insert_mono_layer(
     """Put a MonoLayer before a model's classifier, so that the model computes what it did.
 
     Logits are unchanged at the start where the width allows: without ReLU from the number of
-    classes on; with one from 2 d on, or from d on for features that are not negative, such as a
-    ResNet's. A selection drops what it does not keep.
+    classes on. With one from twice the number of classes on, but for widths from d to 2 d, which
+    are exact for features that are not negative, such as a ResNet's. A selection drops what it
+    does not keep.
 
     Args:
         model: any; it is changed in place.
@@ -139,10 +141,15 @@ def insert_mono_layer(
         >>> bool((model(x) - before).abs().max() < 1e-5)
         True
     """
+    if not classifier:
+        raise ValueError("classifier: expected a path in the model, such as 'fc', got ''")
     old = model.get_submodule(classifier)
-    if not isinstance(old, nn.Linear) or isinstance(old, MonoHead):
+    parts = classifier.split(".")
+    above = [model.get_submodule(".".join(parts[: n + 1])) for n in range(len(parts))]
+    if not isinstance(old, nn.Linear) or any(isinstance(m, (MonoHead, MonoLayer)) for m in above):
         raise TypeError(
-            f"classifier: expected a linear layer as {classifier!r}, got {type(old).__name__}"
+            f"classifier: expected a linear layer as {classifier!r}, without a MonoLayer, got "
+            f"{type(above[0] if isinstance(above[0], MonoHead) else old).__name__}"
         )
     layer = MonoLayer(old.in_features, width, relu=relu, selection=selection, k=k)
     head = MonoHead(layer, old.out_features, bias=old.bias is not None)
@@ -158,27 +165,29 @@ def insert_mono_layer(
 def _start_as(head: MonoHead, old: nn.Linear) -> None:
     """Give a head weights with which it computes what the classifier did, where it can."""
     linear, d = head.mono.linear, old.in_features
-    width = linear.out_features
+    width, relu = linear.out_features, head.mono.relu
+    classifier = old.weight.float()
+    into = torch.zeros(width, d, device=classifier.device)
+    out = torch.zeros(len(classifier), width, device=classifier.device)
+    if width >= d:
+        directions, shares = torch.eye(d, device=classifier.device), classifier
+    else:  # those that the classifier tells its classes apart by
+        left, singular, directions = torch.linalg.svd(classifier, full_matrices=False)
+        shares = left * singular
+    # With a ReLU, x is relu(x) less relu(-x); at the features' own width it is left at relu(x),
+    # which is x where they are not negative.
+    signs = (1, -1) if relu and (width < d or width >= 2 * d) else (1,)
+    rank = min(len(directions), width // len(signs))
+    used = 0
+    for sign in signs:
+        into[used : used + rank] = sign * directions[:rank]
+        out[:, used : used + rank] = sign * shares[:, :rank]
+        used += rank
+    if width > used:  # more latents see directions of their own, and wait for the head to use them
+        fresh = torch.randn(width - used, d, device=into.device)
+        into[used:] = nn.functional.normalize(fresh, dim=1)
+    linear.weight.copy_(into)
     linear.bias.zero_()
-    head.weight.zero_()
+    head.weight.copy_(out)
     if old.bias is not None:
         head.bias.copy_(old.bias)
-    if width < d:
-        # The directions that the classifier tells its classes apart by.
-        left, singular, right = torch.linalg.svd(old.weight.float(), full_matrices=False)
-        rank = min(width, len(singular))
-        nn.init.orthogonal_(linear.weight)
-        linear.weight[:rank] = right[:rank]
-        head.weight[:, :rank] = left[:, :rank] * singular[:rank]
-        return
-    identity = torch.eye(d, dtype=linear.weight.dtype, device=linear.weight.device)
-    linear.weight[:d] = identity
-    head.weight[:, :d] = old.weight
-    used = d
-    if head.mono.relu and width >= 2 * d:  # x is relu(x) less relu(-x)
-        linear.weight[d : 2 * d] = -identity
-        head.weight[:, d : 2 * d] = -old.weight
-        used = 2 * d
-    if width > used:  # more latents see directions of their own, and wait for the head to use them
-        fresh = torch.randn(width - used, d, dtype=torch.float32)
-        linear.weight[used:] = nn.functional.normalize(fresh, dim=1).to(linear.weight)

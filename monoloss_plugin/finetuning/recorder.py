@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -10,8 +11,11 @@ from torch import Tensor, nn
 from monoloss_plugin.finetuning.mono_layer import MonoLayer
 from monoloss_plugin.kernels.batch import GradientAt
 
-_WRAPPERS = {"", "base_model", "model", "module"}
+_WRAPPERS = {"base_model", "model", "module"}
 """Under which names wrappers keep the model."""
+
+_COPIES = re.compile(r"\.original_module|\.modules_to_save\.[^.]+")
+"""Where peft keeps a layer, and the copies of it that it trains."""
 
 
 class LatentRecorder:
@@ -24,7 +28,7 @@ class LatentRecorder:
     Raises:
         AttributeError: no module of that path.
         ValueError: no MonoLayer, or several, and none is named; or a model that is compiled
-            already, where a new hook would never be called.
+            already, where a new hook may never be called.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -65,7 +69,7 @@ class LatentRecorder:
         if latents is None:
             raise RuntimeError(
                 f"{self._name}: gave no output since it was last taken; is it part of the model's "
-                "forward pass, and was the loss added before the model was compiled?"
+                "forward pass (peft trains a copy), and was the loss added before compiling?"
             )
         if latents.ndim != 2:
             self._recorded = None
@@ -74,6 +78,11 @@ class LatentRecorder:
                 f"{tuple(latents.shape)}; name a layer after the pooling"
             )
         return latents
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the model copies its hooks, and them the recorder: without what it has recorded,
+        # which belongs to a graph and cannot be copied.
+        return {**self.__dict__, "_recorded": None, "_handles": []}
 
     def remove(self) -> None:
         """Take the hook away."""
@@ -96,39 +105,43 @@ class LatentRecorder:
 def _uncompiled(model: nn.Module) -> nn.Module:
     if hasattr(model, "_orig_mod"):
         raise ValueError(
-            "model: is compiled already, where a new hook is never called; add the loss first, and "
-            "compile then"
+            "model: is compiled already, where a new hook may never be called; add the loss first, "
+            "and compile then"
         )
     return model
 
 
 def _modules(model: nn.Module, layer: str | nn.Module | None) -> list[nn.Module]:
-    """Return the layer; of a MonoLayer that peft has copied to train, both, of which one runs."""
+    """Return the layer; where peft has copied it to train, all copies, of which one runs."""
     if isinstance(layer, nn.Module):
         return [layer]
-    if isinstance(layer, str):
-        return [_found(model, layer)]
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, MonoLayer)}
-    places = {_without_copies(name) for name in layers}
-    if len(places) == 1:
-        return list(layers.values())
-    found = ", ".join(sorted(layers)) or "none"
-    raise ValueError(f"latents: expected one MonoLayer in the model, found {found}; name a layer")
+    named = {name: _plain(name) for name, _ in model.named_modules()}
+    if layer is None:
+        layers = [n for n, m in model.named_modules() if isinstance(m, MonoLayer)]
+        places = {named[name] for name in layers}
+        if len(places) != 1:
+            found = ", ".join(sorted(places)) or "none"
+            raise ValueError(
+                f"latents: expected one MonoLayer in the model, found {found}; name a layer"
+            )
+        return [model.get_submodule(name) for name in layers]
+    exact = [name for name, plain in named.items() if layer in (name, plain)]
+    # Where the model is wrapped, as by peft or DDP, its own paths come after the wrapper's.
+    wrapped = [name for name, plain in named.items() if _below_wrappers(plain, layer)]
+    if not exact and not wrapped:
+        some = ", ".join(name for name, _ in list(model.named_children())[:8])
+        raise AttributeError(f"latents: the model has no module {layer!r}; it has {some}, ...")
+    return [model.get_submodule(name) for name in exact or wrapped]
 
 
-def _found(model: nn.Module, path: str) -> nn.Module:
-    """Return a module by its path, also where the model is wrapped, as by peft or DDP."""
-    modules: dict[str, nn.Module] = dict(model.named_modules())
-    for name, module in modules.items():
-        wrappers = name.removesuffix(path)
-        if name.endswith(path) and set(wrappers.split(".")) <= _WRAPPERS:
-            return module
-    some = ", ".join(name for name, _ in list(model.named_children())[:8])
-    raise AttributeError(f"latents: the model has no module {path!r}; it has {some}, ...")
+def _below_wrappers(name: str, path: str) -> bool:
+    before = name.removesuffix(f".{path}")
+    return before != name and set(before.split(".")) <= _WRAPPERS
 
 
-def _without_copies(name: str) -> str:
-    return name.replace(".original_module", "").replace(".modules_to_save.default", "")
+def _plain(name: str) -> str:
+    """Return a module's path without what peft puts in it for its copies."""
+    return _COPIES.sub("", name)
 
 
 def requires_gradient(latents: Tensor, name: str) -> Tensor:

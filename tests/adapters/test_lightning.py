@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -101,6 +103,36 @@ def test_the_module_is_given_back_as_it_was(tmp_path) -> None:
     trainer.validate(module, loader(), verbose=False)
     assert "monoscore" not in trainer.callback_metrics
     fit(module, [callback], tmp_path)
+
+
+class OnlyBatch(Classifier):
+    def training_step(self, batch):
+        return super().training_step(batch, 0)
+
+
+def test_training_steps_of_fewer_parameters_and_of_the_instances_own(tmp_path) -> None:
+    callback = MonoLossCallback(LOSS, embeddings=lambda batch: batch[2])
+    assert "monoscore" in fit(OnlyBatch(), [callback], tmp_path).callback_metrics
+    module, calls = Classifier(), []
+    step = module.training_step
+
+    def own(batch, batch_idx):
+        calls.append(batch_idx)
+        return step(batch, batch_idx)
+
+    module.training_step = own
+    assert "monoscore" in fit(module, [callback], tmp_path).callback_metrics
+    assert module.__dict__["training_step"] is own
+    assert calls
+
+
+def embeddings_of(batch):
+    return batch[2]
+
+
+def test_the_callback_can_be_sent_to_other_processes() -> None:
+    copied = pickle.loads(pickle.dumps(MonoLossCallback(LOSS, embeddings=embeddings_of)))
+    assert isinstance(copied, MonoLossCallback)
 
 
 def test_batches_that_are_dicts(tmp_path) -> None:

@@ -93,22 +93,49 @@ def test_evaluation_checkpoints_and_removal_are_the_hosts_own(batch) -> None:
     assert task.get_checkpoint_state().keys() == plain.get_checkpoint_state().keys()
     state, other = (t.get_checkpoint_state()["state_dict"] for t in (task, plain))
     assert state.keys() == other.keys()
-    task.get_trainable_module().eval()
-    assert "monoloss" not in task(images, target)
-    task.get_trainable_module().train()
+    with torch.no_grad():
+        assert "monoloss" not in task(images, target)
     handle.remove()
     handle.remove()
     assert set(task(images, target)) == {"loss", "output"}
     assert "forward" not in task.__dict__
 
 
-def test_an_ema_copy_of_the_model_runs(batch) -> None:
-    images, _, _ = batch
+def test_copies_of_the_model_run(batch) -> None:
+    images, target, h = batch
     model = model_of()
     task = task_of(model)
     task.add_loss(LOSS)
+    model(images)  # what it records has a graph, and cannot be copied
+    task.setup_ema()
     copied = copy.deepcopy(model).eval()
     assert copied(images).shape == (16, 5)
+    result = task(images, target, embeddings=h)
+    result["loss"].backward()
+    task.update_ema()
+    assert result["loss"].item() == pytest.approx(expected(images, target, h)[0], rel=1e-5)
+
+
+def test_two_terms_and_one_removed(batch) -> None:
+    images, target, h = batch
+    task = task_of(model_of())
+    first = task.add_loss(LOSS)
+    task.add_loss(MonoLoss(lam=0.1, units="raw", name="of_logits"), latents="fc")
+    result = task(images, target, embeddings=h)
+    assert {"monoloss", "monoscore", "of_logits", "of_logits_monoscore"} <= set(result)
+    first.remove()
+    result = task(images, target, embeddings=h)
+    assert "monoloss" not in result
+    assert "of_logits" in result
+
+
+def test_a_forward_of_the_users_own_is_given_back(batch) -> None:
+    images, target, _ = batch
+    task = task_of(model_of())
+    own = task.forward
+    task.forward = lambda input, target: {**own(input, target), "mine": 1}
+    task.add_loss(LOSS).remove()
+    assert task(images, target)["mine"] == 1
 
 
 def test_a_loss_added_before_compiling_is_seen(batch) -> None:
@@ -133,6 +160,13 @@ def test_what_is_wrong_is_named(batch) -> None:
         task.add_loss(LOSS, embeddings=h)
     with pytest.raises(ValueError, match="use units='raw'"):
         task.add_loss(MonoLoss(lam=3e-4))
+    with pytest.raises(TypeError, match=r"loss: expected a loss term.*got CrossEntropyLoss"):
+        task.add_loss(nn.CrossEntropyLoss())
+    with pytest.raises(ValueError, match="name: 'loss' is the host's own"):
+        task.add_loss(MonoLoss(lam=0.1, units="raw", name="loss"))
+    with pytest.raises(ValueError, match="the encoder shares parameters with the model"):
+        task.add_loss(LOSS, embeddings=task.get_trainable_module())
+    assert "forward" not in task.__dict__
     task.add_loss(LOSS)
     with pytest.raises(ValueError, match="a term of this name is attached already"):
         task.add_loss(LOSS)

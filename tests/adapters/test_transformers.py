@@ -245,8 +245,106 @@ def test_logs_evaluation_and_removal(data, tmp_path) -> None:
     assert trainer.evaluate()["eval_loss"] == pytest.approx(entropy.item(), rel=1e-4)
     handle.remove()
     handle.remove()
-    assert "compute_loss" not in trainer.__dict__
     assert not any(m._forward_hooks for m in model.modules())
+    trainer.train()
+    assert not any("monoscore" in entry for entry in trainer.state.log_history)
+
+
+class Strict(nn.Module):
+    """A model that takes what it names, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = model_of()
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, pixel_values, labels=None):
+        return self.inner(pixel_values=pixel_values, labels=labels)
+
+
+def test_removed_columns_are_never_the_models(data, tmp_path) -> None:
+    trainer = trainer_of(Strict(), data, tmp_path, learning_rate=1e-3, max_steps=4)
+    trainer.add_loss(LOSS, embeddings="embeddings").remove()
+    trainer.train()
+    described = data.add_column("other", data["embeddings"][:].numpy().tolist())
+    trainer = trainer_of(Strict(), described.with_format("torch"), tmp_path, max_steps=4)
+    first = trainer.add_loss(LOSS, embeddings="embeddings")
+    trainer.add_loss(MonoLoss(lam=0.1, units="raw", name="b"), embeddings="other")
+
+    class Remove(transformers.TrainerCallback):
+        def on_step_end(self, arguments, state, control, **_):
+            if state.global_step == 2:
+                first.remove()
+
+    trainer.add_callback(Remove())
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert ["monoloss" in entry for entry in logged] == [True, True, False, False]
+    assert all("b" in entry for entry in logged)
+
+
+def test_a_log_of_the_users_own_is_given_back(data, tmp_path) -> None:
+    trainer = trainer_of(model_of(), data, tmp_path)
+    own = trainer.log = lambda *_, **__: None
+    handle = trainer.add_loss(LOSS, embeddings=lambda inputs: inputs["pixel_values"].flatten(1))
+    assert trainer.log is not own
+    handle.remove()
+    assert trainer.log is own
+    assert "compute_loss" not in trainer.__dict__
+
+
+def test_a_trainer_that_computes_its_loss_itself(data, in_order, tmp_path) -> None:
+    class Own(Trainer):
+        def compute_loss(self, model, inputs, num_items_in_batch=None, **_):
+            return model(**inputs).loss
+
+    plain = trainer_of(model_of(), data, tmp_path)
+    trainer = Own(plain.model, plain.args, train_dataset=data)
+    trainer.add_loss(LOSS, embeddings="embeddings")
+    assert_close(trained_gradient(trainer), expected_gradient("vit", data, ROWS))
+
+
+def test_means_are_over_the_steps_that_had_the_term(data, tmp_path) -> None:
+    trainer = trainer_of(model_of(), data, tmp_path, max_steps=4, logging_steps=4)
+    trainer.add_loss(LOSS, embeddings="embeddings")
+    late = MonoLoss(lam=0.1, units="raw", name="late")
+
+    class Add(transformers.TrainerCallback):
+        def on_step_end(self, arguments, state, control, **_):
+            if state.global_step == 2:
+                trainer.add_loss(late, embeddings="embeddings")
+
+    trainer.add_callback(Add())
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert entry["late"] == pytest.approx(0.1 * (1 - entry["late_monoscore"]), rel=1e-5)
+    assert entry["monoloss"] == pytest.approx(LAM * (1 - entry["monoscore"]), rel=1e-5)
+
+
+def test_what_a_run_leaves_is_not_in_the_next_ones_log(data, tmp_path) -> None:
+    trainer = trainer_of(model_of(), data, tmp_path, max_steps=3, logging_steps=2)
+    trainer.add_loss(LOSS, embeddings="embeddings")
+    trainer.train()
+    attachment = trainer.__dict__["_monoloss_attachment"]
+    assert attachment.sums
+    attachment.sums = {"monoloss": (torch.tensor(100.0), 1)}
+    trainer.train()
+    assert trainer.state.log_history[0]["monoloss"] < 1
+
+
+def test_a_layer_is_not_inserted_twice() -> None:
+    with pytest.raises(TypeError, match="model: has a MonoLayer already"):
+        insert_mono_layer(model_of())
+
+
+@pytest.mark.parametrize("latents", [None, "classifier.mono"])
+def test_peft_adapters_of_any_name(latents, data, tmp_path) -> None:
+    config = peft.LoraConfig(target_modules=["q_proj", "query"], modules_to_save=["classifier"])
+    model = peft.get_peft_model(model_of(), config, adapter_name="mine")
+    trainer = trainer_of(model, data, tmp_path, learning_rate=0.1)
+    trainer.add_loss(LOSS, embeddings="embeddings", latents=latents)
+    trainer.train()
+    assert "monoscore" in trainer.state.log_history[0]
 
 
 def test_removed_it_leaves_the_hosts_own_run(data, tmp_path) -> None:
@@ -307,6 +405,21 @@ def test_lora_as_in_the_paper(data, tmp_path) -> None:
     pixels = data["pixel_values"][:]
     with torch.no_grad():
         assert torch.allclose(again.eval()(pixels).logits, model.eval()(pixels).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"torch_compile": True, "torch_compile_backend": "eager"},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    ],
+    ids=["compiled", "checkpointed", "checkpointed by reentry"],
+)
+def test_models_that_the_host_compiles_or_checkpoints(options, data, in_order, tmp_path) -> None:
+    trainer = trainer_of(model_of(), data, tmp_path, **options)
+    trainer.add_loss(LOSS, embeddings="embeddings")
+    assert_close(trained_gradient(trainer), expected_gradient("vit", data, ROWS))
 
 
 def test_two_terms_on_two_layers(data, tmp_path) -> None:

@@ -43,6 +43,11 @@ def work(rank, world, sizes, port, out) -> None:
     first = sum(sizes[:rank])
     rows = slice(first, first + sizes[rank])
     torch.save(gradients_of(parallel, x[rows], h[rows], gather=True), f"{out}/{rank}.pt")
+    own = torch.ones(2, 3, requires_grad=True)
+    gathered, kept = gather_rows(own), torch.ones(4, 3, requires_grad=True)
+    ((gathered + kept) ** 2).sum().backward()
+    assert torch.equal(kept.grad, torch.full((4, 3), 4.0))  # which the reduction must not touch
+    assert torch.equal(own.grad, torch.full((2, 3), 8.0))
     dist.barrier()
     dist.destroy_process_group()
 

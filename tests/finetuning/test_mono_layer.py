@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -128,10 +130,9 @@ def test_timms_own_ways_with_a_classifier_still_work() -> None:
     model.reset_classifier(5)
     assert type(model.get_classifier()) is nn.Linear
     assert logits_of(model, images).shape == (4, 5)
-    for num_classes in (0,):
-        headless = timm.create_model("resnet18", num_classes=num_classes, **TIMM["resnet18"])
-        with pytest.raises(ValueError, match="expected a linear classifier, got Identity"):
-            insert(headless)
+    headless = timm.create_model("resnet18", num_classes=0, **TIMM["resnet18"])
+    with pytest.raises(ValueError, match="expected a linear classifier, got Identity"):
+        insert(headless)
     insert(model)
     with pytest.raises(TypeError, match="got MonoHead"):
         insert(model)
@@ -147,6 +148,9 @@ def test_timms_own_ways_with_a_classifier_still_work() -> None:
         ({"width": 9}, False, False),
         ({"relu": True}, True, True),
         ({"relu": True}, False, False),
+        ({"relu": True, "width": 19}, False, False),
+        ({"relu": True, "width": 20}, False, True),
+        ({"relu": True, "width": 31}, False, True),
         ({"relu": True, "width": 64}, False, True),
         ({"relu": True, "width": 100}, False, True),
         ({"selection": "topk", "k": 64, "width": 64}, False, True),
@@ -162,6 +166,17 @@ def test_where_the_width_allows_the_start_is_exact(options, nonnegative, exact) 
     before = model(x)
     insert_mono_layer(model, "1", **options)
     assert torch.allclose(model(x), before, atol=1e-5) == exact
+
+
+@pytest.mark.parametrize("width", [None, 12, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_heads_of_other_precisions(dtype, width) -> None:
+    model = nn.Sequential(nn.Linear(32, 5)).to(dtype)
+    x = torch.randn(8, 32, dtype=dtype)
+    before = model(x)
+    layer = insert_mono_layer(model, "0", width=width)
+    assert layer.linear.weight.dtype == dtype
+    assert (model(x) - before).abs().max() < 0.05
 
 
 def test_selections_keep_what_they_say() -> None:
@@ -243,6 +258,39 @@ def test_the_recorder_says_what_is_missing() -> None:
         LatentRecorder(model)
 
 
+def test_an_exact_path_counts_before_one_below_a_wrapper() -> None:
+    class Module(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.Module()
+            self.model.fc = nn.Linear(4, 7)
+            self.modelfc = nn.Linear(4, 5)
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x):
+            self.model.fc(x), self.modelfc(x)
+            return self.fc(x)
+
+    module = Module()
+    recorder = LatentRecorder(module, "fc")
+    module(torch.ones(2, 4))
+    assert recorder.take().shape == (2, 3)
+    wrapped = LatentRecorder(nn.DataParallel(module.model), "fc")
+    module.model.fc(torch.ones(2, 4))
+    assert wrapped.take().shape == (2, 7)
+
+
+def test_a_model_that_is_recorded_can_be_copied() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    recorder = LatentRecorder(model, "0")
+    model(torch.ones(2, 4))
+    copied = copy.deepcopy(model)
+    recorder.take()
+    copied(torch.ones(2, 4))
+    with pytest.raises(RuntimeError, match="gave no output"):
+        recorder.take()
+
+
 def test_embeddings_stay_with_their_samples() -> None:
     x, y = torch.arange(50.0)[:, None], torch.arange(50)
     data = WithEmbeddings(TensorDataset(x, y), torch.stack([x[:, 0], -x[:, 0]], 1))
@@ -257,6 +305,10 @@ def test_embeddings_stay_with_their_samples() -> None:
     assert torch.equal(dicts[1]["h"], torch.eye(2)[1])
     with pytest.raises(ValueError, match=r"expected \(50, d\), one row a sample, got \(49, 2\)"):
         WithEmbeddings(TensorDataset(x, y), torch.zeros(49, 2))
+    with pytest.raises(ValueError, match="samples have 'h' already"):
+        WithEmbeddings(dicts, torch.eye(2), key="h")[0]
+    with pytest.raises(TypeError, match="samples that are tuples or dicts, got Tensor"):
+        WithEmbeddings(x, torch.zeros(50, 2))[0]
     with pytest.raises(TypeError, match="expected a floating-point tensor"):
         WithEmbeddings(TensorDataset(x, y), torch.zeros(50, 2).long())
 

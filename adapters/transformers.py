@@ -102,7 +102,6 @@ def add_loss(
         loss, trainer.model, latents=latents, warm_up_steps=warm_up_steps, sync=sync
     )
     attachment = attachment or _Attachment(trainer)
-    attachment = attachment or _Attachment(trainer)
     if isinstance(embeddings, str):
         # Or the host would drop the column as one that the model does not take.
         trainer._set_signature_columns_if_needed()

@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from numbers import Real
 from pathlib import Path, PurePosixPath
@@ -180,35 +180,24 @@ def stage_dictionary(
     """
     with tempfile.TemporaryDirectory(dir=root, prefix=".") as beside:
         folder = Path(beside) / "dictionary"
-        sparsity, drawn = None, None
-        if isinstance(sae, (str, Path)):
-            source = Path(sae)
-            if not source.is_dir():
-                raise FileNotFoundError(f"sae: no such folder: {source}")
-            loaded = dictionary.load(source, str(source))
-            sparsity = dictionary.sparsity_of(source, str(source), loaded.cfg.d_sae)
-            known = of_record(source)
-            drawn = source / CURVES
-        elif isinstance(sae, SAE):
-            loaded, known = sae, DictionaryRecord()
-        else:
-            got = f"the class {sae.__name__}" if isinstance(sae, type) else type(sae).__name__
-            raise TypeError(f"sae: expected a SAELens SAE or a folder, got {got}")
+        given = _given(sae)
         # Written and loaded again: what is published is what others will load.
-        dictionary.write(loaded, folder)
+        dictionary.write(given.sae, folder)
         plain = dictionary.load(folder, "sae")
-        inputs = _inputs(known, unit_norm)
+        inputs = _inputs(given.record, unit_norm)
         if take_any_norm:
             plain = _taking_any_norm(plain, inputs)
             inputs = "as they are"
             dictionary.write(plain, folder)
-        record = replace(_record(known, plain, evaluation, baseline, features), inputs=inputs)
+        record = _record(given.record, plain, evaluation, baseline, features)
+        record = replace(record, inputs=inputs)
         write_record(record, folder)
+        sparsity = given.sparsity
         if isinstance(evaluation, Evaluation):
             sparsity = torch.log10(evaluation.frequency.float() + _NEVER)
             _draw(folder / CURVES, record, evaluation, baseline)
-        elif evaluation is None and drawn is not None and drawn.is_file():
-            _keep_picture(drawn, folder / CURVES)
+        elif evaluation is None and given.picture is not None:
+            _keep_picture(given.picture, folder / CURVES)
         if sparsity is not None:
             save_file({"sparsity": _of_width(sparsity, plain)}, folder / dictionary.SPARSITY)
         sae_id = sae_id or _named(folder, plain, record)
@@ -216,6 +205,31 @@ def stage_dictionary(
         target.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(target)
     return sae_id
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What is to be published, and what its folder knows of it, where it comes from one."""
+
+    sae: SAE[Any]
+    record: DictionaryRecord = field(default_factory=DictionaryRecord)
+    sparsity: Tensor | None = None
+    picture: Path | None = None
+
+
+def _given(sae: SAE[Any] | str | Path) -> _Given:
+    if isinstance(sae, SAE):
+        return _Given(sae)
+    if not isinstance(sae, (str, Path)):
+        got = f"the class {sae.__name__}" if isinstance(sae, type) else type(sae).__name__
+        raise TypeError(f"sae: expected a SAELens SAE or a folder, got {got}")
+    folder = Path(sae)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"sae: no such folder: {folder}")
+    loaded = dictionary.load(folder, str(folder))
+    sparsity = dictionary.sparsity_of(folder, str(folder), loaded.cfg.d_sae)
+    picture = folder / CURVES
+    return _Given(loaded, of_record(folder), sparsity, picture if picture.is_file() else None)
 
 
 def of_record(folder: Path) -> DictionaryRecord:

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from timm.data.mixup import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.task import ClassificationTask
@@ -214,3 +216,39 @@ def test_a_step_with_mixup(batch) -> None:
     result = task(mixed, soft, embeddings=mixed_h)
     result["loss"].backward()
     assert torch.isfinite(result["loss"])
+
+
+def frozen_norms(model: nn.Module) -> nn.Module:
+    """Have batch normalisation use its running statistics, which know no batch."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    return model
+
+
+def work(rank: int, port: int, batch, out: str) -> None:
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    model = frozen_norms(model_of())
+    task = task_of(model)
+    task.add_loss(LOSS, sync=True)
+    task.prepare_distributed()
+    images, target, h = (part[8 * rank : 8 * rank + 8] for part in batch)
+    task(images, target, embeddings=h)["loss"].backward()
+    torch.save({k: p.grad for k, p in model.named_parameters()}, f"{out}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_processes_with_sync_are_one_with_the_whole_batch(batch, tmp_path, free_port) -> None:
+    mp.spawn(work, (free_port, batch, str(tmp_path)), nprocs=2)
+    images, target, h = batch
+    model = frozen_norms(model_of())
+    task = task_of(model)
+    task.add_loss(LOSS)
+    task(images, target, embeddings=h)["loss"].backward()
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        for name, p in model.named_parameters():
+            assert (found[name] - p.grad).abs().max() < 1e-5, name

@@ -19,6 +19,7 @@ from monoloss_plugin import MonoLoss, functional
 from monoloss_plugin.adapters.timm import add_loss, insert_mono_layer, mix_with_embeddings
 from monoloss_plugin.finetuning import LatentRecorder
 from tests.finetuning.test_mono_layer import TIMM
+from tests.processes import leave_together
 
 LOSS = MonoLoss(lam=0.5, units="raw")
 
@@ -237,8 +238,7 @@ def work(rank: int, port: int, batch, out: str) -> None:
     images, target, h = (part[8 * rank : 8 * rank + 8] for part in batch)
     task(images, target, embeddings=h)["loss"].backward()
     torch.save({k: p.grad for k, p in model.named_parameters()}, f"{out}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_together()
 
 
 def test_two_processes_with_sync_are_one_with_the_whole_batch(batch, tmp_path, free_port) -> None:

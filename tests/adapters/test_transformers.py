@@ -502,6 +502,7 @@ import datasets, torch
 from monoloss_plugin import MonoLoss
 import monoloss_plugin.adapters.transformers
 from tests.adapters.test_transformers import LOSS, model_of, trainer_of
+from tests.processes import leave_together
 
 torch.set_num_threads(1)
 data = datasets.load_from_disk(sys.argv[1]).with_format("torch")
@@ -511,6 +512,7 @@ trainer.train()
 if trainer.is_world_process_zero():
     torch.save(dict(trainer.model.state_dict()), sys.argv[2] + "/weights.pt")
     torch.save(trainer.state.log_history, sys.argv[2] + "/log.pt")
+leave_together()
 """
 
 

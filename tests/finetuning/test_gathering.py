@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from monoloss_plugin import MonoLoss
 from monoloss_plugin.finetuning import LatentRecorder, gather_rows, insert_mono_layer
+from tests.processes import leave_together
 
 SPLITS = {"equal": (12, 12), "unequal": (17, 7)}
 
@@ -48,8 +49,7 @@ def work(rank, world, sizes, port, out) -> None:
     ((gathered + kept) ** 2).sum().backward()
     assert torch.equal(kept.grad, torch.full((4, 3), 4.0))  # which the reduction must not touch
     assert torch.equal(own.grad, torch.full((2, 3), 8.0))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_together()
 
 
 @pytest.mark.parametrize("split", SPLITS)

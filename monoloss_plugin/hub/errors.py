@@ -70,14 +70,14 @@ def explained(repo_id: str, *, writing: bool = False) -> Iterator[None]:
         raise
 
 
-def status_of(error: HfHubHTTPError) -> int:
+def _status_of(error: HfHubHTTPError) -> int:
     """Return the status that the Hub answered with; 0 where there was no answer."""
     response = getattr(error, "response", None)
     return 0 if response is None else int(response.status_code)
 
 
 def _of_status(error: HfHubHTTPError, repo_id: str, writing: bool) -> Exception:
-    status = status_of(error)
+    status = _status_of(error)
     if status == 401:
         return PermissionError(
             f"token: the Hub does not accept it for {repo_id} (401); it is missing, wrong or "

@@ -81,7 +81,7 @@ def require_token(token: str | bool | None) -> str | bool | None:
     if not isinstance(token, str):
         return token
     token = token.strip()
-    if not token.isascii() or (not token.isalnum() and not re.fullmatch(r"[\w.-]+", token)):
+    if not re.fullmatch(r"[\w.-]+", token, re.ASCII):
         raise PermissionError("token: expected letters, digits and underscores; it is not shown")
     return token
 

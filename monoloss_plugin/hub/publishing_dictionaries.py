@@ -371,8 +371,8 @@ def _draw(
 
 
 def _keep_picture(source: Path, target: Path) -> None:
-    """Copy a picture; another file of that name, or what a link leads to, is left out."""
-    if not source.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n":
+    """Copy a PNG picture; another file of that name, or what a link leads to, is refused."""
+    if source.read_bytes()[:8] != b"\x89PNG\r\n\x1a\n":
         raise ValueError(f"{source}: not a PNG picture")
     shutil.copyfile(source, target)
 

@@ -4,13 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint docs bench bench-full bench-features clean
+.PHONY: demo test lint docs bench bench-full bench-features pins clean
 
 demo: $(VENV)/.demo ## compare SAEs without and with MonoLoss on real images
 	$(BIN)/monoloss demo
 
 test: lint ## everything that CI runs
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -28,6 +28,11 @@ bench-full: $(VENV)/.dev ## the same with more rounds and samples
 
 bench-features: $(VENV)/.dev ## extracting and loading features, about a quarter of an hour
 	$(BIN)/python -m benchmarks --features --full
+
+pins: $(VENV)/.release ## choose the versions in constraints.txt anew
+	$(BIN)/uv pip compile pyproject.toml --quiet --upgrade --universal --python-version 3.10 \
+	    --extra all --extra dev --extra release --no-annotate \
+	    --custom-compile-command "make pins" --no-emit-package monoloss_plugin --output-file constraints.txt
 
 clean:
 	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,11 +1,11 @@
 """From a folder of images to a SAELens dictionary, scored with its own features.
 
-python examples/extract_features.py [FOLDER ENCODER]     # such as: photos clip-vit-l14
+python examples/extract_features.py [FOLDER ENCODER] [--steps N]    # such as: photos clip-vit-l14
 
 Without arguments: handwritten digits, with their pixels as features.
 """
 
-import sys
+import argparse
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -21,10 +21,15 @@ from monoloss_plugin import MonoLoss
 from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.features import Encoder, FeatureBatches, FeatureSet, extract
 
+options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+options.add_argument("folder", nargs="?", help="of images; class subfolders become labels")
+options.add_argument("encoder", nargs="?", help="see monoloss extract --help")
+options.add_argument("--steps", type=int, default=1500)
+given = options.parse_args()
+
 work = Path(mkdtemp())
-if len(sys.argv) == 3:
-    folder, encoder = sys.argv[1:]
-else:
+folder, encoder = given.folder, given.encoder
+if encoder is None:
     folder, digits = work / "images", load_digits()
     for number, image in enumerate(digits.images):
         path = folder / str(digits.target[number]) / f"{number}.png"
@@ -40,7 +45,7 @@ batches = FeatureBatches(features, batch_size=min(256, len(features)))  # <- fea
 
 trainer = SAETrainer(
     cfg=SAETrainerConfig(
-        total_training_samples=1500 * batches.batch_size,
+        total_training_samples=given.steps * batches.batch_size,
         train_batch_size_samples=batches.batch_size,
         lr=1e-3,
         lr_end=1e-3,

@@ -8,6 +8,10 @@ import tempfile
 
 from tests.hub.server import LoopbackHub
 
+# Processes that share the cores would wait for each other's threads.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # The Hub's clients read these when they are imported: every test sees a Hub on loopback alone, and
 # a cache of its own.
 _HUB = LoopbackHub()

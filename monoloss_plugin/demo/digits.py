@@ -91,6 +91,26 @@ def digit_features(out: Path, seed: int = 0) -> DigitFeatures:
     return DigitFeatures(sets[0], sets[1], pixels.squeeze(1), accuracy)
 
 
+def digit_images(features: FeatureSet) -> Tensor:
+    """Return the images behind features of the digits, such as those bundled, by their image_id.
+
+    Args:
+        features: from ``load_features("digits", split)`` or :func:`digit_features`.
+
+    Returns:
+        (N, 8, 8) grey, in [0, 1], in the order of the features.
+
+    Raises:
+        ValueError: the features have no image_id, or one that is not a digit's file.
+    """
+    digits = load_digits()
+    image_ids = features.image_ids(torch.arange(len(features))) or [""]
+    names = [image_id.rpartition("/")[2].removesuffix(".png") for image_id in image_ids]
+    if not all(name.isdecimal() and int(name) < len(digits.images) for name in names):
+        raise ValueError(f"features: expected files of digits as image_id, got {image_ids[0]!r}")
+    return torch.tensor(digits.images[[int(name) for name in names]] / 16, dtype=torch.float32)
+
+
 def _split(seed: int) -> dict[str, list[int]]:
     count = len(load_digits().target)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from monoloss_plugin import cli
 from monoloss_plugin.cli.demo import ARCHITECTURES
-from monoloss_plugin.demo import dictionaries
+from monoloss_plugin.demo import dictionaries, digits
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,7 @@ def test_pictures_and_dictionaries_are_left(full_run) -> None:
 
 @pytest.mark.parametrize("arch", [a for a in ARCHITECTURES if a != "batchtopk"])
 def test_every_architecture_runs(arch, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(digits, "_EPOCHS", 2)
     monkeypatch.setattr(dictionaries, "_STEPS", 100)
     result = CliRunner().invoke(
         cli.app, ["demo", "--arch", arch, "--seeds", "1", "--out", str(tmp_path)]
@@ -69,6 +70,7 @@ def test_every_architecture_runs(arch, tmp_path, monkeypatch) -> None:
 
 
 def test_regularizers_alone_and_over_two_seeds(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(digits, "_EPOCHS", 2)
     monkeypatch.setattr(dictionaries, "_STEPS", 100)
     arguments = ["demo", "--lam", "0", "--seeds", "2", "--out", str(tmp_path)]
     arguments += ["--regularizer", "off-support-l1=0.5", "--regularizer", "l1_l2_ratio"]

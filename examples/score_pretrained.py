@@ -1,23 +1,28 @@
 """Load a published dictionary and its features, score it, and list its clearest latents.
 
-python examples/pretrained.py [REPO_ID SAE_ID FEATURES_REPO_ID SPLIT]    # on the Hub
+python examples/score_pretrained.py [REPO_ID [SAE_ID]] [--features REPO_ID] [--split held_out]
 
 Without arguments: the dictionary and features of handwritten digits that are bundled.
 """
 
-import sys
+import argparse
 
 from monoloss_plugin import list_pretrained, load_features, load_pretrained
 from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.features import FeatureBatches
 
-given = sys.argv[1:] or ["digits", None, "digits", "held_out"]
-repo_id, sae_id, features_id, split = given
-for one in list_pretrained(repo_id):
+options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+options.add_argument("repo_id", nargs="?", default="digits", help="of dictionaries on the Hub")
+options.add_argument("sae_id", nargs="?", help="which of them, where there are several")
+options.add_argument("--features", default="digits", help="repository of features on the Hub")
+options.add_argument("--split", default="held_out")
+given = options.parse_args()
+
+for one in list_pretrained(given.repo_id):
     print(f"{one.sae_id}: {one.architecture}, {one.d_sae} latents, lam {one.record.lam}")
 
-loaded = load_pretrained(repo_id, sae_id)  # <- the SAE, and what is known of it
-features = load_features(features_id, split)
+loaded = load_pretrained(given.repo_id, given.sae_id)  # <- the SAE, and what is known of it
+features = load_features(given.features, given.split)
 unit_norm = loaded.record.inputs == "unit norm"
 batches = FeatureBatches(features, shuffle="none", drop_last=False, normalize=unit_norm)
 result = evaluate(loaded.sae, batches)

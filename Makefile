@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint docs bench bench-full bench-features pins clean
+.PHONY: demo test lint docs release-check bench bench-full bench-features pins clean
 
 demo: $(VENV)/.demo ## compare SAEs without and with MonoLoss on real images
 	$(BIN)/monoloss demo
@@ -17,8 +17,11 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(VENV)/.docs ## build the site into site/
-	$(BIN)/mkdocs build --strict
+docs: $(VENV)/.docs ## build the site into site/, running its tutorials
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+release-check: $(VENV)/.release ## what a release must pass: build, metadata, clean installs
+	$(BIN)/python tests/release_check.py
 
 bench: $(VENV)/.dev ## speed and memory against the papers' algorithms, in under 3 minutes
 	$(BIN)/python -m benchmarks

@@ -123,8 +123,10 @@ def insert_mono_layer(
     Args:
         model: any timm classifier with a linear head, such as a ResNet, ViT or ConvNeXt.
         classifier: path of a linear layer; by default what ``get_classifier`` gives.
-        width, relu, selection, k: as for
-            :func:`~monoloss_plugin.finetuning.insert_mono_layer`.
+        width: number of latents; as for :func:`~monoloss_plugin.finetuning.insert_mono_layer`.
+        relu: whether latents are rectified, as there.
+        selection: a Top-k selection, as there.
+        k: how many it keeps, as there.
 
     Raises:
         ValueError: the model has no linear classifier, or options that do not go together.
@@ -160,6 +162,10 @@ def mix_with_embeddings(
 
     Returns:
         Images, soft targets (B, classes), and embeddings (B, d).
+
+    Raises:
+        ValueError: another kind of mixup, targets that are not (B,) classes, or embeddings of
+            another number of rows.
 
     Source: timm's ``Mixup``; each sample's own number as its class shows what it was mixed of.
     """

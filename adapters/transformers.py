@@ -143,8 +143,10 @@ def insert_mono_layer(
         model: such as ``ViTForImageClassification``. Insert before peft wraps it, and name the
             classifier in ``modules_to_save``, which trains both.
         classifier: path of the last linear layer; found by default.
-        width, relu, selection, k: as for
-            :func:`~monoloss_plugin.finetuning.insert_mono_layer`.
+        width: number of latents; as for :func:`~monoloss_plugin.finetuning.insert_mono_layer`.
+        relu: whether latents are rectified, as there.
+        selection: a Top-k selection, as there.
+        k: how many it keeps, as there.
 
     Raises:
         TypeError: a model that has a MonoLayer already.

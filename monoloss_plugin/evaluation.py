@@ -32,22 +32,32 @@ MEASURES: dict[str, str] = {
 class Dictionary(Protocol):
     """What is asked of an SAE: SAELens's classes have it."""
 
-    def encode(self, x: Tensor, /) -> Tensor: ...
+    def encode(self, x: Tensor, /) -> Tensor:
+        """Return the latents (B, M) of features (B, d_in); dense, or sparse COO."""
+        ...
 
-    def decode(self, latents: Tensor, /) -> Tensor: ...
+    def decode(self, latents: Tensor, /) -> Tensor:
+        """Return the reconstruction (B, d_in) of latents (B, M)."""
+        ...
 
 
 class Samples(Protocol):
     """A batch of samples: :class:`~monoloss_plugin.features.Batch` is one."""
 
     @property
-    def features(self) -> Tensor: ...
+    def features(self) -> Tensor:
+        """(B, d_in), what the SAE takes."""
+        ...
 
     @property
-    def embeddings(self) -> Tensor: ...
+    def embeddings(self) -> Tensor:
+        """(B, d), what samples are compared by; the features where there are none."""
+        ...
 
     @property
-    def labels(self) -> Tensor | None: ...
+    def labels(self) -> Tensor | None:
+        """(B,) integer classes; -1 where a sample has none."""
+        ...
 
 
 @dataclass(frozen=True)

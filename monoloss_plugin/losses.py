@@ -149,10 +149,12 @@ class MonoLoss(LossTerm):
 
     @property
     def weighed_against(self) -> LamUnits:
+        """The ``units``."""
         return self.units
 
     @property
     def needs_nonnegative(self) -> bool:
+        """Always."""
         return True
 
     def __call__(
@@ -166,6 +168,7 @@ class MonoLoss(LossTerm):
         return self.lam * functional.monoloss(latents, embeddings, gradient_at=gradient_at)
 
     def evaluate(self, step: StepTensors) -> TermValue:
+        """Return the loss, the mean MonoScore, and of how many latents it is the mean."""
         latents, embeddings = paired_rows(step.latents, step.embeddings, keep_sparse=True)
         batch = batch_scores(latents, embeddings, step.gradient_at)
         value = functional.monoloss_of(batch)
@@ -195,10 +198,12 @@ class _TopKRegularizer(LossTerm):
 
     @property
     def weighed_against(self) -> LamUnits:
+        """The ``lam_units``."""
         return self.lam_units
 
     @property
     def needs_nonnegative(self) -> bool:
+        """Where pre-activations are rectified."""
         return self.rectify
 
     @abstractmethod
@@ -210,6 +215,11 @@ class _TopKRegularizer(LossTerm):
         return self.lam * self._value(pre_acts, selected)
 
     def evaluate(self, step: StepTensors) -> TermValue:
+        """Return the penalty.
+
+        Raises:
+            ValueError: the host offers no pre-activations or selection.
+        """
         if step.pre_acts is None or step.selected is None:
             raise ValueError(
                 f"{self.name}: needs the activations before a Top-k selection and the selected "

@@ -84,10 +84,12 @@ class Moments:
 
     @property
     def num_latents(self) -> int:
+        """M."""
         return self.w.shape[0]
 
     @property
     def width(self) -> int:
+        """d, of the embeddings."""
         return self.w.shape[1]
 
     @torch.inference_mode(False)

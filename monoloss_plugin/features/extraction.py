@@ -89,12 +89,21 @@ def extract(
     that is killed goes on where it was when it is started again with the same arguments.
 
     Args:
-        source: see :func:`~monoloss_plugin.features.sources.open_source`, which also takes
-            ``split``, ``config``, ``streaming``, ``image``, ``label``, ``image_id`` and
-            ``source_revision`` (as ``revision``).
-        encoder: a name for :func:`~monoloss_plugin.features.encoders.load_encoder`, which also
-            takes ``output``, ``layer`` and ``revision``; or an :class:`Encoder`.
+        source: images, as :func:`~monoloss_plugin.features.sources.open_source` takes them: a
+            folder, ``open-images:FOLDER``, a Hub dataset's name, or a ``datasets`` object.
+        encoder: a name for :func:`~monoloss_plugin.features.encoders.load_encoder`, or an
+            :class:`Encoder`.
         out: the folder.
+        split: of the source.
+        config: of a Hub dataset.
+        streaming: read a Hub dataset without downloading it first.
+        image: column of images; found by its type by default.
+        label: column of labels, in the same way.
+        image_id: column of ids, in the same way; without one, row numbers and file names.
+        source_revision: commit, tag or branch of a Hub dataset.
+        output: ``"pooled"``, ``"cls"`` or ``"mean"``, as ``load_encoder`` takes it.
+        layer: name of a module whose output to take.
+        revision: commit of the encoder's weights.
         dtype: of the stored features.
         autocast: run the encoder in this precision; float32 by default.
         device: of the encoder; by default a GPU where there is one, ``LOCAL_RANK``'s under

@@ -41,6 +41,7 @@ class Forward:
 
     @torch.inference_mode()
     def __call__(self, inputs: Any) -> Tensor:
+        """Return the features (B, d) of a batch, in float32."""
         with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
             features = self.encoder.forward(to_device(inputs, self.device))
         if features.ndim != 2:
@@ -106,6 +107,7 @@ def batch_of(probe: Any, count: int) -> Any:
 
 
 def part_of(inputs: Any, rows: slice) -> Any:
+    """Return some rows of a tensor, or of each of a dict of tensors."""
     if isinstance(inputs, dict):
         return {name: one[rows] for name, one in inputs.items()}
     return inputs[rows]

@@ -259,6 +259,7 @@ def _stem(number: int) -> str:
 
 
 def temporary(path: Path) -> Path:
+    """Return a hidden name beside a file's, for what is not finished."""
     # Not the process's number alone: machines that share a folder may have the same.
     return path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}")
 

@@ -119,7 +119,10 @@ def insert_mono_layer(
     Args:
         model: any; it is changed in place.
         classifier: path of its last linear layer, such as ``"fc"`` or ``"head.fc"``.
-        width, relu, selection, k: as for :class:`MonoLayer`.
+        width: number of latents M, as for :class:`MonoLayer`; by default the features' width.
+        relu: whether latents are rectified, as there.
+        selection: a Top-k selection, as there.
+        k: how many it keeps, as there.
 
     Returns:
         The layer, which is in the model.

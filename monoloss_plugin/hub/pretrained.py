@@ -133,7 +133,11 @@ def list_pretrained(
     """List the dictionaries of a repository, by name, without their weights.
 
     Args:
-        repo_id, revision, token, cache_dir, local_files_only: as for :func:`load_pretrained`.
+        repo_id: as for :func:`load_pretrained`.
+        revision: as there.
+        token: as there.
+        cache_dir: as there.
+        local_files_only: as there.
 
     Raises:
         FileNotFoundError, ValueError, PermissionError, ConnectionError: as there.

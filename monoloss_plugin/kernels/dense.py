@@ -51,7 +51,8 @@ def dense_scores(latents: Tensor, h: Tensor, q: Tensor, statistics: Statistics) 
 
     Args:
         latents: (B, M).
-        h, q: as in :func:`dense_statistics`.
+        h: (N, d), as in :func:`dense_statistics`.
+        q: (N,), as there.
         statistics: of these latents, from whichever way.
     """
     range_, u, w, scores, defined, weight = statistics

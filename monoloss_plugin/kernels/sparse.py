@@ -41,7 +41,8 @@ def sparse_scores(support: Support, h: Tensor, q: Tensor) -> BatchScores:
 
     Args:
         support: the latents' entries; their values carry the gradient.
-        h, q: as in :func:`sparse_statistics`.
+        h: (N, d), as in :func:`sparse_statistics`.
+        q: (N,), as there.
     """
     with torch.no_grad():
         sums = _Sums(support, h, q)

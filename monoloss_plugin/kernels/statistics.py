@@ -36,6 +36,7 @@ class Range(NamedTuple):
 
     @classmethod
     def between(cls, lowest: Tensor, highest: Tensor) -> Range:
+        """Return the range of latents from their smallest and largest values (M,)."""
         span = highest - lowest
         # NaN activations compare as False; "not (small)" lets them through to the logged value.
         varies = ~(span <= torch.finfo(span.dtype).tiny)

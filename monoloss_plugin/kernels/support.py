@@ -166,7 +166,8 @@ def products_at(rows: Tensor, offsets: Tensor, of_latents: Tensor, of_samples: T
     """Return the product of each entry's latent and sample.
 
     Args:
-        rows, offsets: of a :class:`Support` of E entries.
+        rows: (E,), of a :class:`Support` of E entries.
+        offsets: (M + 1,), of the same.
         of_latents: (M, d).
         of_samples: (N, d).
 

@@ -1,0 +1,71 @@
+"""Run an example at several weights and seeds, and print mean ± standard deviation.
+
+python -m benchmarks.over_seeds finetune_timm --lam 0 0.1 1 --seeds 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.__main__ import machine
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def measured(example: str, *options: object) -> dict[str, float]:
+    """Run an example, and return the numbers that it prints, one on a line behind its name."""
+    command = [sys.executable, str(EXAMPLES / f"{example}.py"), *map(str, options)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    numbers = {}
+    for line in done.stdout.splitlines():
+        name, _, value = line.partition(" ")
+        try:
+            numbers[name] = float(value)
+        except ValueError:  # what the host prints of its own
+            continue
+    return numbers
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± standard deviation, to three digits."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    digits = 0 if max(values) >= 10 else 3
+    return f"{statistics.fmean(values):.{digits}f} ± {deviation:.{digits}f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.over_seeds",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    examples = [path.stem for path in sorted(EXAMPLES.glob("*.py")) if "--seed" in path.read_text()]
+    parser.add_argument("example", choices=examples)
+    parser.add_argument("--lam", nargs="+", default=["0", "0.1"], help="weights; 0 is without")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="file for every run, as JSON")
+    given, more = parser.parse_known_args()
+
+    runs: dict[str, list[dict[str, float]]] = {}
+    for lam in given.lam:
+        seeds = range(given.seeds)
+        runs[lam] = [measured(given.example, "--lam", lam, "--seed", n, *more) for n in seeds]
+    print(f"| {given.example} | " + " | ".join(f"lam {lam}" for lam in runs) + " |")
+    print("|---" * (1 + len(runs)) + "|")
+    for name in runs[given.lam[0]][0]:
+        cells = [spread([run[name] for run in of_lam]) for of_lam in runs.values()]
+        print(f"| {name.replace('_', ' ')} | " + " | ".join(cells) + " |")
+    if given.out:
+        report = {"example": given.example, "machine": machine(torch.device("cpu")), "runs": runs}
+        given.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

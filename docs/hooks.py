@@ -1,0 +1,98 @@
+"""Run the tutorials while the site is built, show what they print and draw, and typeset formulas.
+
+Each page below ``tutorials/`` is a notebook written as Markdown. It runs from its source in a
+kernel and a folder of its own, so no output is ever stored; a cell that fails ends the build. With
+MONOLOSS_DOCS_EXECUTE=0 in the environment, pages come without outputs, to look at their text.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import sysconfig
+import tempfile
+import time
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import jupytext
+from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+from nbclient import NotebookClient
+from nbconvert import MarkdownExporter
+from traitlets.config import Config
+
+logger = logging.getLogger("mkdocs.hooks.tutorials")
+
+_TUTORIALS = "tutorials/"
+_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+_SECONDS = 300
+"""A cell's time limit."""
+_SHELL = "%%bash\n"
+_INSTALL = f"{_SHELL}pip install "
+_QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "PYTHONWARNINGS": "ignore:IProgress not found,ignore:'pin_memory' argument",
+    "TQDM_DISABLE": "1",
+    "WANDB_MODE": "disabled",
+}
+_OVER_FILES = Config(KernelManager={"transport": "ipc"})
+"""How a kernel is spoken to: not over ports, which other users of the machine could read."""
+
+
+def on_startup(**_: Any) -> None:
+    """Give the kernels a Hub on loopback, so that the page on publishing publishes nothing."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from tests.hub.server import OWNER_TOKEN, LoopbackHub
+
+    hub = LoopbackHub()
+    hub.start()
+    os.environ.update(_QUIET, HF_ENDPOINT=hub.url, HF_TOKEN=OWNER_TOKEN, HF_HUB_DISABLE_XET="1")
+    # The commands of this environment, also where it is not activated.
+    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Return a tutorial with its outputs below each block; other pages as they are."""
+    name = page.file.src_uri
+    if not name.startswith(_TUTORIALS) or os.environ.get("MONOLOSS_DOCS_EXECUTE") == "0":
+        return markdown
+    started = time.perf_counter()
+    notebook = jupytext.reads(markdown, fmt="md")
+    for cell in notebook.cells:
+        if cell.source.startswith(_INSTALL):  # said, not done: what it asks for is here
+            cell.update(cell_type="markdown", source=f"```bash\n{cell.source[len(_SHELL) :]}\n```")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["HF_HOME"] = folder
+        where = {"metadata": {"path": folder}}
+        client = NotebookClient(
+            notebook,
+            kernel_name="python3",
+            timeout=_SECONDS,
+            resources=where,
+            coalesce_streams=True,
+            config=_OVER_FILES,
+        )
+        client.execute()
+    logger.info("Ran %s in %.0f s", name, time.perf_counter() - started)
+    body, resources = MarkdownExporter().from_notebook_node(notebook)
+    for picture, content in resources["outputs"].items():
+        stem = name.removesuffix(".md").replace("/", "-")
+        files.append(File.generated(config, f"images/{stem}-{picture}", content=content))
+        body = body.replace(f"]({picture})", f"](../images/{stem}-{picture})")
+    return re.sub(rf"```\w*\n{_SHELL}", "```bash\n", body)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Write formulas as MathML, which browsers show without a script."""
+
+    def mathml(found: re.Match[str]) -> str:
+        display = "block" if found[1] == "div" else "inline"
+        return convert(unescape(found[2]), display=display)
+
+    return _FORMULA.sub(mathml, html)

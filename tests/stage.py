@@ -1,0 +1,154 @@
+"""What the documents' snippets speak of, in small: a trainer, models, folders, checkpoints."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from datasets import Dataset
+from lightning import LightningModule
+from PIL import Image
+from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+from sae_lens.config import LoggingConfig, SAETrainerConfig
+from timm.models import save_for_hf
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
+
+from monoloss_plugin import load_features
+from monoloss_plugin.demo.digits import digit_images
+from monoloss_plugin.hub.bundled import folder_of
+from tests.convert.test_monoloss import save, untied
+
+BATCH = 128
+
+
+def features(split: str = "train") -> Tensor:
+    """(N, 64) of unit norm."""
+    return torch.nn.functional.normalize(load_features("digits", split).tensor().float(), dim=1)
+
+
+def labels(split: str = "train") -> Tensor:
+    found = load_features("digits", split).labels
+    assert found is not None
+    return found
+
+
+def sae_lens() -> tuple[SAETrainerConfig, BatchTopKTrainingSAE, Iterator[Tensor]]:
+    """``cfg``, ``sae`` and ``batches`` of a run of 20 steps."""
+    cfg = SAETrainerConfig(
+        total_training_samples=20 * BATCH,
+        train_batch_size_samples=BATCH,
+        lr=1e-3,
+        lr_end=1e-3,
+        n_batches_for_norm_estimate=4,
+        logger=LoggingConfig(log_to_wandb=False),
+    )
+    sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=64, d_sae=96, k=6))
+    x = features()
+
+    def batches() -> Iterator[Tensor]:
+        while True:
+            yield x[torch.randint(len(x), (BATCH,))]
+
+    return cfg, sae, batches()
+
+
+def hugging_face(*columns: str) -> tuple[Any, TrainingArguments, Dataset]:
+    """``model``, ``args`` and ``data``, of 64 images with these columns of embeddings."""
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+        num_labels=10,
+    )
+    args = TrainingArguments("runs", max_steps=2, save_strategy="no", report_to=[], use_cpu=True)
+    data = {
+        "pixel_values": digit_images(load_features("digits", "held_out"))[:64, None].numpy(),
+        "labels": labels("held_out")[:64].numpy(),
+        **{name: features("held_out")[:64].numpy() for name in columns},
+    }
+    return ViTForImageClassification(config), args, Dataset.from_dict(data).with_format("torch")
+
+
+def resnet() -> Any:
+    """Of timm, for (B, 1, 32, 32) images of 10 classes."""
+    size = {"channels": (8, 8, 16, 16), "stem_width": 8}
+    return timm.create_model("resnet18", num_classes=10, in_chans=1, **size)
+
+
+def images(count: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+    """``images`` for the ResNet, ``target`` and embeddings ``h``."""
+    pixels = digit_images(load_features("digits", "held_out"))[:count, None]
+    larger = torch.nn.functional.interpolate(pixels, scale_factor=4)
+    return larger, labels("held_out")[:count], features("held_out")[:count]
+
+
+def lightning() -> tuple[LightningModule, DataLoader[Any]]:
+    """``module`` with a ``model.fc``, and a ``loader`` of (images, target, h)."""
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = resnet()
+
+        def training_step(self, batch: Any) -> Tensor:
+            return torch.nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    return Module(), DataLoader([images()], batch_size=None)
+
+
+def latents() -> tuple[Tensor, Tensor, Tensor]:
+    """``latents``, ``embeddings`` and a ``reconstruction_loss``."""
+    _, sae, batches = sae_lens()
+    x = next(batches)
+    encoded = sae.encode(x)
+    return encoded, x, (sae.decode(encoded) - x).square().mean()
+
+
+def photos_and_encoder(folder: str = "photos") -> None:
+    """Make a folder of images, and ``encoder``, a model of timm's."""
+    for number, image in enumerate(digit_images(load_features("digits", "held_out"))[:80]):
+        path = Path(folder) / str(int(labels("held_out")[number])) / f"{number:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((image * 255).byte().numpy()).save(path)
+    size = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 64, "depth": 1}
+    encoder = timm.create_model("vit_tiny_patch16_224", num_classes=10, num_heads=2, **size)
+    encoder.pretrained_cfg |= {"input_size": (1, 8, 8), "crop_pct": 1.0}
+    save_for_hf(encoder, "encoder", model_args={"num_heads": 2, **size})
+
+
+def dictionaries() -> None:
+    """Make folders of dictionaries, and of the features that they take."""
+    bundled = folder_of("digits") / "models"
+    shutil.copytree(bundled / "batchtopk-256-monoloss-0.003", "dictionary")
+    shutil.copytree(bundled / "batchtopk-256", "dictionary-without")
+    for split, folder in (("train", "features"), ("held_out", "held-out")):
+        if not Path(folder).exists():
+            load_features("digits", split).dataset.save_to_disk(folder)
+
+
+def checkpoints() -> None:
+    """Make a checkpoint of each library that ``monoloss convert`` reads."""
+    from tests.convert import test_dictionary_learning
+
+    save(Path("checkpoint.pt"), untied(), "batch_topk", topk_k=5)
+    test_dictionary_learning.saved(Path("trainer_0"), "BatchTopKSAE")
+    state = {
+        "encoder.final_block.0.weight": torch.randn(48, 64),
+        "encoder.final_block.0.bias": torch.zeros(48),
+        "dictionary._weights": torch.randn(48, 64),
+        "dictionary.multiplier": torch.tensor(1.0),
+    }  # as overcomplete 0.3 names them; it is not there for Python 3.13
+    torch.save(state, "sae.pt")

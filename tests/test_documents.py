@@ -1,0 +1,116 @@
+"""Every block of code in the README and the documentation runs, in a folder of its own.
+
+Blocks of a page share their names, as a reader would type them one after another. What a page takes
+for given (``cfg``, ``photos/``) is made by blocks that the page hides in comments, with
+:mod:`tests.stage`. Commands run in this process; ``instead`` says what is smaller than it reads.
+The tutorials are not here: they run when the site is built (tests/e2e/test_site.py).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from importlib.metadata import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from sybil import Example, Lexeme, Sybil
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
+from typer.testing import CliRunner
+
+from monoloss_plugin import cli
+from tests import stage
+from tests.hub.server import OWNER_TOKEN
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(
+    str(path.relative_to(ROOT))
+    for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    if "tutorials" not in path.parts
+)
+EVERY_PAGE = [*PAGES, *(str(p.relative_to(ROOT)) for p in (ROOT / "docs/tutorials").glob("*.md"))]
+EXTRAS = set(metadata("monoloss_plugin").get_all("Provides-Extra"))
+
+
+def run_shell(example: Example) -> None:
+    """Run a block of commands, one line at a time."""
+    for line in str(example.parsed).replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words:
+            run_command(words)
+
+
+def run_command(words: list[str]) -> None:
+    match words:
+        case ["monoloss", *arguments]:
+            done = CliRunner().invoke(cli.app, arguments)
+            assert done.exit_code == 0, f"{words}: {done.output} {done.exception!r}"
+        case ["pip", "install", *arguments]:
+            check_requirements(arguments)
+        case ["make", target]:
+            subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True)
+        case ["python", "-m", "benchmarks.over_seeds", *arguments]:
+            small = ["--lam", "1", "--seeds", "1", "--epochs", "1"]
+            command = [sys.executable, "-m", "benchmarks.over_seeds", *arguments, *small]
+            subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+        case _:
+            raise AssertionError(f"no way to run {words} here")
+
+
+def check_requirements(arguments: list[str]) -> None:
+    """What is installed are extras that there are, or tests' own requirements."""
+    for argument in arguments:
+        if argument == "-e":
+            continue
+        requirement = Requirement(argument.replace(".[", "monoloss_plugin["))
+        assert requirement.name in ("monoloss_plugin", "scikit-learn"), argument
+        assert requirement.extras <= EXTRAS, argument
+
+
+def sybil() -> Sybil:
+    return Sybil([PythonCodeBlockParser(), CodeBlockParser("bash", run_shell)], path=str(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_runs(page: str, tmp_path, monkeypatch, hub) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", OWNER_TOKEN)
+    document = sybil().parse(ROOT / page)
+    document.namespace.update(stage=stage, monkeypatch=monkeypatch, instead={})
+    for example in document.examples():
+        text = example.parsed
+        for given, small in document.namespace["instead"].items():
+            text = text.replace(given, small)
+        example.parsed = Lexeme(text, example.parsed.offset, example.parsed.line_offset)
+        example.evaluate()
+
+
+@pytest.mark.parametrize("page", EVERY_PAGE)
+def test_no_block_is_of_a_language_that_is_not_run(page: str) -> None:
+    fences = re.findall(r"^ *```+(.*)$", (ROOT / page).read_text(), re.MULTILINE)
+    assert set(fences[::2]) <= {"python", "bash", ""}, "``` opens a block that nothing runs"
+    assert set(fences[1::2]) <= {""}
+
+
+@pytest.mark.parametrize("page", EVERY_PAGE)
+def test_what_pip_is_asked_for_is_there(page: str) -> None:
+    for line in re.findall(r"^ *pip install (.*)$", (ROOT / page).read_text(), re.MULTILINE):
+        check_requirements(shlex.split(line, comments=True))
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    text = (ROOT / "README.md").read_text()
+    local = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    assert len(local) > 5
+    headings = {
+        re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-")
+        for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    }
+    for link in local:
+        path, _, anchor = link.partition("#")
+        assert (ROOT / path).exists(), link
+        assert path or anchor in headings, link

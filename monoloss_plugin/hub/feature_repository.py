@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.features import FeatureSet
@@ -106,26 +106,39 @@ def shard_file(config: str, split: str, number: int, count: int) -> str:
     return f"{folder_of(config)}/{split}-{number:05d}-of-{count:05d}.parquet"
 
 
+class _Named(NamedTuple):
+    """What the path of a Parquet file says."""
+
+    config: str
+    split: str
+    files: int
+    """How many there are of that split."""
+
+
+def _named(path: str) -> _Named | None:
+    """Return what a path says; None for files of another layout."""
+    match = _PARQUET.fullmatch(path)
+    if not match or not is_inside(path):
+        return None
+    config = DEFAULT if match[1] == DATA else match[1]
+    return _Named(config, match[2], int(match[4]))
+
+
 def shards(repository: Repository) -> dict[tuple[str, str], list[str]]:
     """Return the Parquet files of each configuration and split that is there completely."""
-    found: dict[tuple[str, str, int], list[str]] = {}
+    found: dict[_Named, list[str]] = {}
     for path in sorted(repository.sizes):
-        match = _PARQUET.fullmatch(path)
-        if match and is_inside(path):
-            config = DEFAULT if match[1] == DATA else match[1]
-            found.setdefault((config, match[2], int(match[4])), []).append(path)
-    return {
-        (config, split): paths
-        for (config, split, count), paths in found.items()
-        if len(paths) == count
-    }
+        named = _named(path)
+        if named:
+            found.setdefault(named, []).append(path)
+    return {(n.config, n.split): paths for n, paths in found.items() if len(paths) == n.files}
 
 
 def is_of(path: str, config: str, split: str) -> bool:
     """Say whether a file belongs to a configuration's split."""
-    match = _PARQUET.fullmatch(path)
-    if match:
-        return (match[1], match[2]) == (folder_of(config), split)
+    named = _named(path)
+    if named:
+        return (named.config, named.split) == (config, split)
     return path == record_file(config, split)
 
 
@@ -151,9 +164,9 @@ def ours(paths: Iterable[str]) -> set[str]:
     """Return which files are features in our layout, and the records that belong to them."""
     found: set[str] = set()
     for path in paths:
-        match = _PARQUET.fullmatch(path)
-        if match and is_inside(path):
-            found |= {path, f"{match[1]}/{match[2]}.json"}
+        named = _named(path)
+        if named:
+            found |= {path, record_file(named.config, named.split)}
     return found
 
 

@@ -102,7 +102,7 @@ def add_loss(
         ValueError: a term of that name is there already, the architecture lacks what the term
             needs, or an argument is out of range.
 
-    Example:
+    Examples:
         >>> from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
         >>> from monoloss_plugin import MonoLoss
         >>> sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=8, d_sae=16, k=2))

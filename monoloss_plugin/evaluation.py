@@ -140,7 +140,7 @@ def evaluate(
             embeddings beside batches.
         ModuleNotFoundError: ``progress`` without tqdm.
 
-    Example:
+    Examples:
         >>> class Identity:
         ...     def encode(self, x): return x.relu()
         ...     def decode(self, latents): return latents

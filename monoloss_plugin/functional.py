@@ -47,7 +47,7 @@ def monoscore(latents: Tensor, embeddings: Tensor, *, undefined: float = 0.0) ->
         TypeError: an argument is not a floating-point tensor.
         ValueError: shapes that do not match, or NaN or infinite values.
 
-    Example:
+    Examples:
         >>> a = torch.tensor([[1.0, 0.0], [1.0, 3.0], [0.0, 3.0]])
         >>> e = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
         >>> monoscore(a, e)
@@ -81,7 +81,7 @@ def monoscore_pairwise(latents: Tensor, embeddings: Tensor, *, undefined: float 
         TypeError: an argument is not a floating-point tensor.
         ValueError: shapes that do not match, or NaN or infinite values.
 
-    Example:
+    Examples:
         >>> a = torch.tensor([[1.0, 0.0], [1.0, 3.0], [0.0, 3.0]])
         >>> e = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
         >>> monoscore_pairwise(a, e)
@@ -134,7 +134,7 @@ def monoloss(latents: Tensor, embeddings: Tensor, *, gradient_at: GradientAt = "
         TypeError: an argument is not a floating-point tensor, or ``gradient_at`` not bool.
         ValueError: shapes that do not match, or an unknown option.
 
-    Example:
+    Examples:
         >>> a = torch.tensor([[1.0, 0.0], [1.0, 3.0], [0.0, 3.0]], requires_grad=True)
         >>> e = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
         >>> monoloss(a, e).item()
@@ -182,7 +182,7 @@ def off_support_l1(
         TypeError: pre_acts not floating, or selected not bool.
         ValueError: shapes that do not match, or an unknown option.
 
-    Example:
+    Examples:
         >>> z = torch.tensor([[3.0, 1.0, 2.0], [1.0, 5.0, 4.0]])
         >>> kept = torch.tensor([[True, False, False], [False, True, False]])
         >>> off_support_l1(z, kept).item()
@@ -230,7 +230,7 @@ def l1_l2_ratio(
         TypeError: pre_acts not floating, or selected not bool.
         ValueError: shapes that do not match, or an unknown option.
 
-    Example:
+    Examples:
         >>> z = torch.tensor([[3.0, 4.0, 9.0]])
         >>> kept = torch.tensor([[True, True, False]])
         >>> round(l1_l2_ratio(z, kept).item(), 4)
@@ -268,7 +268,7 @@ def class_purity(latents: Tensor, labels: Tensor, num_classes: int) -> Purity:
         TypeError: latents not floating or labels not integer.
         ValueError: shapes that do not match, a label outside the classes, NaN or infinite values.
 
-    Example:
+    Examples:
         >>> a = torch.tensor([[2.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
         >>> class_purity(a, torch.tensor([0, 0, 1]), num_classes=2)
         Purity(binary=tensor([0.6667, nan], dtype=torch.float64),

@@ -129,7 +129,7 @@ class MonoLoss(LossTerm):
             "raw". For adapters; a call by hand applies lam as it is.
         name: name in the host's logs; give each its own to attach several.
 
-    Example:
+    Examples:
         >>> import torch
         >>> loss = MonoLoss(lam=0.5)
         >>> latents = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
@@ -319,7 +319,7 @@ def lam_factor(
     Raises:
         ValueError: an unknown option, or X not positive.
 
-    Example:
+    Examples:
         >>> round(3e-4 * lam_factor("mse", width=768, mean_square_norm=1.0, reduction="sum"), 4)
         0.2304
 

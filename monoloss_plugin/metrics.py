@@ -58,7 +58,7 @@ class MonoScore:
     Memory is one (M, d) float64 array and does not grow with the number of samples. Batches,
     shards and ranks may come in any order.
 
-    Example:
+    Examples:
         >>> metric = MonoScore()
         >>> metric.update(torch.tensor([[1.0], [1.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
         >>> metric.update(torch.tensor([[0.0]]), torch.tensor([[0.0, 1.0]]))
@@ -174,7 +174,7 @@ class ClassPurity:
     Raises:
         ValueError: num_classes below 1.
 
-    Example:
+    Examples:
         >>> purity = ClassPurity(num_classes=2)
         >>> purity.update(torch.tensor([[2.0], [1.0], [1.0]]), torch.tensor([0, 0, 1]))
         >>> purity.compute().mean_weighted
@@ -290,7 +290,7 @@ class R2:
     variance. Means and squared deviations are merged in float64 (Chan et al. 1983), so long
     streams and large offsets cost no accuracy.
 
-    Example:
+    Examples:
         >>> r2 = R2()
         >>> r2.update(torch.tensor([[0.0], [2.0]]), torch.tensor([[0.0], [1.0]]))
         >>> r2.compute()

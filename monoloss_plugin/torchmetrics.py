@@ -107,7 +107,7 @@ class MonoScore(_AllReduced):
     Raises:
         ValueError: an unknown reduction.
 
-    Example:
+    Examples:
         >>> metric = MonoScore()
         >>> metric.update(torch.tensor([[1.0], [1.0], [0.0]]), torch.eye(2)[[0, 0, 1]])
         >>> metric.compute()
@@ -146,7 +146,7 @@ class ClassPurity(_AllReduced):
     Raises:
         ValueError: num_classes below 1.
 
-    Example:
+    Examples:
         >>> purity = ClassPurity(num_classes=2)
         >>> purity.update(torch.tensor([[2.0], [1.0], [1.0]]), torch.tensor([0, 0, 1]))
         >>> purity.compute()["purity_weighted"]

@@ -67,7 +67,7 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         ValueError: an argument out of its range, sets without an image in common, or fewer images
             than a batch needs.
 
-    Example:
+    Examples:
         >>> from datasets import Dataset, Features, Sequence, Value
         >>> columns = Features({"features": Sequence(Value("float32"), length=2)})
         >>> some = Dataset.from_dict({"features": [[3.0, 4.0], [0.0, 2.0]]}, features=columns)

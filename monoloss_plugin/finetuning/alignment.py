@@ -57,7 +57,7 @@ class WithEmbeddings(Dataset[Any]):
         TypeError: embeddings that are not floating.
         ValueError: another number of rows than samples.
 
-    Example:
+    Examples:
         >>> from torch.utils.data import TensorDataset
         >>> images, labels = torch.zeros(4, 3, 8, 8), torch.arange(4)
         >>> data = WithEmbeddings(TensorDataset(images, labels), torch.eye(4))

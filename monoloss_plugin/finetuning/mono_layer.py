@@ -132,7 +132,7 @@ def insert_mono_layer(
         TypeError: not a linear layer, or one that has a MonoLayer already.
         ValueError: as for :class:`MonoLayer`.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
         >>> x = torch.randn(2, 4)
         >>> before = model(x)

@@ -30,7 +30,7 @@ class LatentRecorder:
         ValueError: no MonoLayer, or several, and none is named; or a model that is compiled
             already, where a new hook may never be called.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> with LatentRecorder(model, "1") as recorder:
         ...     logits = model(torch.randn(3, 4))

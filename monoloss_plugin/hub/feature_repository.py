@@ -62,7 +62,7 @@ def load_features(
         PermissionError: the Hub asks for a token, or for its conditions to be accepted.
         ConnectionError: the Hub cannot be reached, and the features are not in the cache.
 
-    Example:
+    Examples:
         >>> load_features("digits", "train")
         FeatureSet(1198 x 64, torch.float16)
     """

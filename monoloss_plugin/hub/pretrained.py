@@ -95,7 +95,7 @@ def load_pretrained(
         PermissionError: the Hub asks for a token, or for its conditions to be accepted.
         ConnectionError: the Hub cannot be reached, and the dictionary is not in the cache.
 
-    Example:
+    Examples:
         >>> loaded = load_pretrained("digits")
         >>> loaded.record.lam, loaded.sae.cfg.d_sae
         (0.003, 256)
@@ -142,7 +142,7 @@ def list_pretrained(
     Raises:
         FileNotFoundError, ValueError, PermissionError, ConnectionError: as there.
 
-    Example:
+    Examples:
         >>> for one in list_pretrained("digits"):
         ...     print(one.sae_id, one.record.lam)
         batchtopk-256 0.0
@@ -164,7 +164,9 @@ def listed(repository: Repository) -> list[Listed]:
     found = []
     ids = sae_ids(repository)
     files = [path for i in ids for path in (at(i, CONFIG), at(i, RECORD)) if path in repository]
-    repository.fetch(path for path in files if repository.is_short(path))
+    short = [path for path in files if repository.is_short(path)]
+    if short:
+        repository.fetch(short)
     for sae_id in ids:
         with _said(f"{repository.name}/{sae_id}"):
             config = repository.json(at(sae_id, CONFIG))

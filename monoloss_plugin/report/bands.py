@@ -32,7 +32,7 @@ def activation_bands(activations: Tensor, count: int = 5) -> ActivationBands:
     Raises:
         ValueError: activations not of one latent, or count below 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> bands = activation_bands(torch.tensor([0.0, 3.0, 1.0, 2.0]), count=1)
         >>> bands.top.tolist(), bands.middle.tolist(), bands.bottom.tolist()

@@ -23,7 +23,7 @@ class Encoder:
 
     :func:`load_encoder` makes one from a name; a model of your own becomes one by its four parts.
 
-    Example:
+    Examples:
         >>> from torchvision.transforms.functional import pil_to_tensor
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 16))
         >>> encoder = Encoder(

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("package")  # one process builds the wheel
+
 ROOT = Path(__file__).parents[1]
 SITE_PACKAGES = sysconfig.get_paths()["purelib"]
 

@@ -15,6 +15,8 @@ from monoloss_plugin import cli
 from monoloss_plugin.cli.demo import ARCHITECTURES
 from monoloss_plugin.demo import dictionaries, digits
 
+pytestmark = pytest.mark.xdist_group("demo")  # one process runs it in full
+
 
 @pytest.fixture(scope="module")
 def full_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:

@@ -12,6 +12,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("site")  # one process builds it
+
 ROOT = Path(__file__).parents[2]
 TUTORIALS = sorted(path.stem for path in (ROOT / "docs" / "tutorials").glob("*.md"))
 
@@ -55,7 +57,8 @@ def test_every_tutorial_shows_what_it_printed(site: Path) -> None:
     for name in TUTORIALS:
         source = (ROOT / "docs" / "tutorials" / f"{name}.md").read_text()
         page = (site / "tutorials" / name / "index.html").read_text()
-        assert page.count('<div class="highlight">') > len(re.findall("^```.", source, re.M)), name
+        assert page.count('class="language-python highlight"') == source.count("```python\n"), name
+        assert 'class="language-text highlight"' in page, name
         for unwanted in ("Traceback", "%%bash", str(ROOT), "Warning"):
             assert unwanted not in page, (name, unwanted)
 

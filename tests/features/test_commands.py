@@ -97,10 +97,17 @@ def test_errors_are_one_line_and_no_traceback(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     filled = [a.format(images=image_folder, vit=vit) for a in arguments]
-    done = monoloss(*filled)
-    assert done.returncode != 0
-    assert said in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
+    done = invoke(*filled)
+    assert done.exit_code != 0
+    assert isinstance(done.exception, SystemExit)  # anything else would be a traceback
+    assert said in done.output + str(done.exception.code)
+
+
+def test_a_process_ends_with_one_line(tmp_path) -> None:
+    done = monoloss("features", "info", tmp_path / "nothing")
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(f"monoloss: folder: no feature dataset in {tmp_path / 'nothing'}")
 
 
 def test_two_processes_at_the_same_shard_are_told(tmp_path) -> None:

@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 demo: $(VENV)/.demo ## compare SAEs without and with MonoLoss on real images
 	$(BIN)/monoloss demo
 
-test: lint ## everything that CI runs
+test: lint ## ruff, mypy and every test
 	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup
 
 lint: $(VENV)/.dev

@@ -128,7 +128,12 @@ def insert_mono_layer(
         selection: a Top-k selection, as there.
         k: how many it keeps, as there.
 
+    Returns:
+        The layer, which is in the model.
+
     Raises:
+        AttributeError: no layer of that path.
+        TypeError: not a linear layer, or a model that has a MonoLayer already.
         ValueError: the model has no linear classifier, or options that do not go together.
     """
     if not hasattr(model, "get_classifier"):

@@ -148,8 +148,12 @@ def insert_mono_layer(
         selection: a Top-k selection, as there.
         k: how many it keeps, as there.
 
+    Returns:
+        The layer, which is in the model.
+
     Raises:
-        TypeError: a model that has a MonoLayer already.
+        AttributeError: no layer of that path.
+        TypeError: not a linear layer, or a model that has a MonoLayer already.
         ValueError: no linear classifier is found, or options that do not go together.
     """
     options: dict[str, Any] = {"width": width, "relu": relu, "selection": selection, "k": k}

@@ -34,6 +34,9 @@ _SECONDS = 300
 """A cell's time limit."""
 _ROLE = re.compile(r":(?:class|data|func|meth|mod):<code>~?([\w.]+)</code>")
 """How docstrings name what is documented elsewhere."""
+_HIDDEN = re.compile(r"<!--- invisible-code-block.*?-->\n+", re.DOTALL)
+"""What the tests need to run a page's blocks (tests/test_documents.py)."""
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _SHELL = "%%bash\n"
 _INSTALL = f"{_SHELL}pip install "
 _QUIET = {
@@ -57,8 +60,9 @@ def on_startup(**_: Any) -> None:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Return a tutorial with its outputs below each block; other pages as they are."""
+    """Return a tutorial with its outputs below each block, and other pages as they are written."""
     name = page.file.src_uri
+    markdown = _HIDDEN.sub("", markdown)  # or it would come between the tabs of a set
     if not name.startswith(_TUTORIALS) or os.environ.get("MONOLOSS_DOCS_EXECUTE") == "0":
         return markdown
     started = time.perf_counter()
@@ -83,6 +87,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         stem = name.removesuffix(".md").replace("/", "-")
         files.append(File.generated(config, f"images/{stem}-{picture}", content=content))
         body = body.replace(f"]({picture})", f"](../images/{stem}-{picture})")
+    body = _COLOUR.sub("", body)  # kernels ask for it, also where nobody can see it
     return re.sub(rf"```\w*\n{_SHELL}", "```bash\n", body)
 
 

@@ -1,17 +1,16 @@
 """From a folder of images to a SAELens dictionary, scored with its own features.
 
-python examples/extract_features.py [FOLDER ENCODER] [--steps N]    # such as: photos clip-vit-l14
+python examples/extract_features.py [FOLDER ENCODER] [--out FOLDER] [--steps N]
 
 Without arguments: handwritten digits, with their pixels as features.
 """
 
 import argparse
 from pathlib import Path
-from tempfile import mkdtemp
 
 import torch
 from PIL import Image
-from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, SAETrainer
+from sae_lens import SAE, BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, SAETrainer
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sklearn.datasets import load_digits
 from torchvision.transforms.functional import pil_to_tensor
@@ -25,12 +24,14 @@ options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 options.add_argument("folder", nargs="?", help="of images; class subfolders become labels")
 options.add_argument("encoder", nargs="?", help="see monoloss extract --help")
 options.add_argument("--steps", type=int, default=1500)
+options.add_argument("--out", type=Path, default="extracted", help="folder of the results")
 given = options.parse_args()
+if given.folder and not given.encoder:
+    options.error("FOLDER needs an ENCODER, such as clip-vit-l14")
 
-work = Path(mkdtemp())
 folder, encoder = given.folder, given.encoder
 if encoder is None:
-    folder, digits = work / "images", load_digits()
+    folder, digits = given.out / "images", load_digits()
     for number, image in enumerate(digits.images):
         path = folder / str(digits.target[number]) / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,14 +40,15 @@ if encoder is None:
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LayerNorm(64))
     encoder = Encoder(model, lambda i: pil_to_tensor(i) / 255, model, {"name": "pixels"}, "L")
 
-extract(folder, encoder, work / "features")  # <- images to features, once
-features = FeatureSet.open(work / "features")
+extract(folder, encoder, given.out / "features")  # <- images to features; goes on if killed
+features = FeatureSet.open(given.out / "features")
 batches = FeatureBatches(features, batch_size=min(256, len(features)))  # <- features to batches
 
 trainer = SAETrainer(
     cfg=SAETrainerConfig(
         total_training_samples=given.steps * batches.batch_size,
         train_batch_size_samples=batches.batch_size,
+        dead_feature_window=300,  # in so short a run
         lr=1e-3,
         lr_end=1e-3,
         logger=LoggingConfig(log_to_wandb=False),
@@ -55,7 +57,8 @@ trainer = SAETrainer(
     data_provider=batches.tensors(),
 )
 trainer.add_loss(MonoLoss(lam=3e-4))
-sae = trainer.fit()
+trainer.fit().save_inference_model(given.out / "dictionary")
+sae = SAE.load_from_disk(given.out / "dictionary")
 everything = FeatureBatches(features, shuffle="none", drop_last=False)
 for name, value in evaluate(sae, everything).summary().items():
     print(f"{name:20} {value:.3f}")

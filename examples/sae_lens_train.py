@@ -8,7 +8,7 @@ Features: handwritten digits as a small vision transformer sees them, which come
 import argparse
 
 import torch
-from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, SAETrainer
+from sae_lens import SAE, BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, SAETrainer
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 
 import monoloss_plugin.adapters.sae_lens  # noqa: F401  # <- gives SAETrainer its add_loss
@@ -20,7 +20,7 @@ options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 options.add_argument("--lam", type=float, default=3e-3, help="weight; 0 trains without")
 options.add_argument("--steps", type=int, default=1500)
 options.add_argument("--seed", type=int, default=0)
-options.add_argument("--out", help="folder to save the dictionary to")
+options.add_argument("--out", default="dictionary", help="folder of the dictionary")
 given = options.parse_args()
 
 torch.manual_seed(given.seed)
@@ -30,6 +30,7 @@ trainer = SAETrainer(
     cfg=SAETrainerConfig(
         total_training_samples=256 * given.steps,
         train_batch_size_samples=256,
+        dead_feature_window=300,  # in so short a run
         lr=1e-3,
         lr_end=1e-3,
         logger=LoggingConfig(log_to_wandb=False),
@@ -40,9 +41,8 @@ trainer = SAETrainer(
 
 trainer.add_loss(MonoLoss(lam=given.lam), warm_up_steps=100)  # <- the one line
 
-trainer.fit()
-if given.out:
-    sae.save_inference_model(given.out)  # for SAE.load_from_disk, without this package too
+trainer.fit().save_inference_model(given.out)
+sae = SAE.load_from_disk(given.out)  # as everybody loads it, without this package too
 held_out = FeatureBatches(load_features("digits", "held_out"), shuffle="none", drop_last=False)
 for name, value in evaluate(sae, held_out).summary().items():
     print(f"{name:20} {value:.3f}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -118,6 +119,10 @@ def evaluate(
     Batches go to the SAE's device one by one, and the sums stay there: features larger than an
     accelerator's memory, or memory-mapped ones, are fine. Sparse latents cost what is active.
 
+    A BatchTopK SAE in training selects over the batch it is given, and what SAELens saves of it has
+    a threshold instead: other latents are active. Save it, and evaluate what
+    ``SAE.load_from_disk`` gives.
+
     Args:
         sae: anything with ``encode`` and ``decode``, such as a SAELens SAE.
         features: (N, d_in), what the SAE takes; leading dimensions are flattened. Or batches that
@@ -140,6 +145,9 @@ def evaluate(
             embeddings beside batches.
         ModuleNotFoundError: ``progress`` without tqdm.
 
+    Warns:
+        UserWarning: a BatchTopK SAE in training.
+
     Examples:
         >>> class Identity:
         ...     def encode(self, x): return x.relu()
@@ -149,19 +157,23 @@ def evaluate(
 
     Source: Nasiri-Sarvi et al. 2026, section 4.1 and appendix B.
     """
+    _warn_of_selection_over_batches(sae)
     total: int | None
     if isinstance(features, Tensor):
         x = as_rows(features, "features")
         total = len(x)
         batches: Iterable[Samples] = _batches_of(x, labels, embeddings, batch_size)
-        if labels is not None and num_classes is None and labels.numel():
+        if labels is not None and num_classes is None and bool((labels >= 0).any()):
             num_classes = int(labels.max()) + 1
+        elif labels is not None and num_classes is None and len(labels) == len(x):
+            labels = None  # no sample has one
     else:
+        if not isinstance(features, Iterable) or hasattr(features, "tensor"):
+            got = type(features).__name__
+            remedy = "; FeatureBatches makes batches of it" if hasattr(features, "tensor") else ""
+            raise TypeError(f"features: expected a tensor or batches of samples, got {got}{remedy}")
         if labels is not None or embeddings is not None:
             raise ValueError("features: batches bring their own labels and embeddings")
-        if not isinstance(features, Iterable):
-            got = type(features).__name__
-            raise TypeError(f"features: expected a tensor or batches of samples, got {got}")
         batches, total = features, getattr(features, "num_rows", None)
         num_classes = num_classes or getattr(features, "num_classes", None)
     place = torch.device(device) if device is not None else _device_of(sae)
@@ -202,6 +214,17 @@ def evaluate(
         l0=float(counts.sum()) / seen,
         frequency=counts / seen,
     )
+
+
+def _warn_of_selection_over_batches(sae: Dictionary) -> None:
+    architecture = getattr(getattr(sae, "cfg", None), "architecture", None)
+    if callable(architecture) and "batchtopk" in str(architecture()):
+        warnings.warn(
+            "sae: a BatchTopK SAE in training selects over each batch, and its scores depend on "
+            "the batch size; save it with save_inference_model, and evaluate what "
+            "SAE.load_from_disk gives, which is what others will use",
+            stacklevel=3,
+        )
 
 
 def _labelled(

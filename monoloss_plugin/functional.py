@@ -109,11 +109,12 @@ def monoscore_pairwise(latents: Tensor, embeddings: Tensor, *, undefined: float 
 def monoloss(latents: Tensor, embeddings: Tensor, *, gradient_at: GradientAt = "all") -> Tensor:
     """MonoLoss of a batch: one minus the mean MonoScore of the latents that have one in it.
 
-    L = 1 - (1/|K|) Σ_{k in K} MS_k, where K are the latents with a non-zero denominator in this
-    batch; 1 where K is empty. The gradient in the latents is the closed form (see
-    :mod:`monoloss_plugin.kernels.dense`); there is none in the embeddings. Sums are float32 or
-    wider under autocast, an accelerator is not made to wait, and dense activations are never
-    copied whole. Values are not checked here: a NaN shows in the result.
+    L = 1 - (1/|K|) Σ_{k in K} MS_k, where K are the latents whose denominator in this batch, of
+    activations rescaled to [0, 1], exceeds 1e-5 (1e-12 in float64); 1 where K is empty. The
+    gradient in the latents is the closed form (see :mod:`monoloss_plugin.kernels.dense`); there is
+    none in the embeddings. Sums are float32 or wider under autocast, an accelerator is not made to
+    wait, and dense activations are never copied whole. Values are not checked here: a NaN shows in
+    the result.
 
     Say ``gradient_at="active"`` where the latents come from a ReLU, a TopK or a BatchTopK: these
     pass no gradient to latents that are zero, and leaving it out makes the loss many times faster

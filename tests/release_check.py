@@ -18,6 +18,7 @@ import zipfile
 from email import message_from_string
 from email.message import Message
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -61,14 +62,14 @@ PROMISED = {
 HOSTS = ("sae_lens", "transformers", "timm", "datasets", "lightning", "torchmetrics", "typer")
 
 
-def run(*command: object, **options: object) -> str:
+def run(*command: object, **options: Any) -> str:
     """Run a command; its output is shown where it fails."""
     done = subprocess.run(
         [str(part) for part in command],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        **options,  # type: ignore[call-overload]
+        **options,
     )
     if done.returncode:
         sys.exit(f"{done.stdout}\nfailed: {' '.join(map(str, command))}")
@@ -136,7 +137,6 @@ def check_environment(artifact: Path, extra: str | None, version: str, scratch: 
 
 def main() -> None:
     """Check everything, and say what was checked."""
-    sys.path.insert(0, str(ROOT))
     version = re.findall(
         r'^__version__ = "(.+)"$', (ROOT / "monoloss_plugin/__init__.py").read_text(), re.MULTILINE
     )[0]
@@ -151,7 +151,8 @@ def main() -> None:
             check_environment(wheel, extra, version, scratch)
         for extra in (None, "all"):
             check_environment(sdist, extra, version, scratch)
-    print(f"{version} may be released")
+    begun = f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+    print(f"{version} {'may be released' if begun else 'is right but for CHANGELOG.md, see there'}")
 
 
 if __name__ == "__main__":

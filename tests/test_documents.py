@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     str(path.relative_to(ROOT))
     for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
-    if "tutorials" not in path.parts
+    if "tutorials" not in path.relative_to(ROOT).parts
 )
 EVERY_PAGE = [*PAGES, *(str(p.relative_to(ROOT)) for p in (ROOT / "docs/tutorials").glob("*.md"))]
 EXTRAS = set(metadata("monoloss_plugin").get_all("Provides-Extra"))

@@ -42,7 +42,7 @@ def demo(
 
     Trains a small vision transformer on a split of scikit-learn's digits, then SAEs on its
     features with SAELens's own trainer, without and with the loss terms at the same seed, and
-    compares them on held-out images. Needs no network and takes about two minutes on two cores.
+    compares them on held-out images. Needs no network, and a minute or two on two cores.
     """
     if arch not in ARCHITECTURES:
         raise typer.BadParameter(

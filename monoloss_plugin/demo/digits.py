@@ -104,11 +104,15 @@ def digit_images(features: FeatureSet) -> Tensor:
         ValueError: the features have no image_id, or one that is not a digit's file.
     """
     digits = load_digits()
-    image_ids = features.image_ids(torch.arange(len(features))) or [""]
-    names = [image_id.rpartition("/")[2].removesuffix(".png") for image_id in image_ids]
-    if not all(name.isdecimal() and int(name) < len(digits.images) for name in names):
-        raise ValueError(f"features: expected files of digits as image_id, got {image_ids[0]!r}")
-    return torch.tensor(digits.images[[int(name) for name in names]] / 16, dtype=torch.float32)
+    files = {f"{label}/{n:04d}.png": n for n, label in enumerate(digits.target)}
+    image_ids = features.image_ids(torch.arange(len(features)))
+    if image_ids is None:
+        raise ValueError("features: have no image_id, by which the digits are found")
+    for image_id in image_ids:
+        if image_id not in files:
+            raise ValueError(f"features: expected a digit's file as image_id, got {image_id!r}")
+    numbers = [files[image_id] for image_id in image_ids]
+    return torch.tensor(digits.images[numbers] / 16, dtype=torch.float32)
 
 
 def _split(seed: int) -> dict[str, list[int]]:

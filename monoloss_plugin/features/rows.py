@@ -31,14 +31,13 @@ class Rows:
         column: of fixed-length lists of floats, without missing values.
 
     Raises:
-        TypeError: a column of another type.
-        ValueError: missing values.
+        ValueError: a column of another type, or missing values.
     """
 
     def __init__(self, column: pa.ChunkedArray) -> None:
         kind = column.type
         if not pa.types.is_fixed_size_list(kind) or str(kind.value_type) not in _TYPES:
-            raise TypeError(
+            raise ValueError(
                 f"features: expected a column of fixed-length lists of floats, got {kind}"
             )
         if column.null_count:

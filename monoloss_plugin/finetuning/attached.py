@@ -60,7 +60,9 @@ class AttachedTerm:
         """Raise what the class raises, before there is a model."""
         if not isinstance(term, LossTerm):
             got = f"the class {term.__name__}" if isinstance(term, type) else type(term).__name__
-            raise TypeError(f"loss: expected a loss term such as MonoLoss(lam=0.1), got {got}")
+            raise TypeError(
+                f"loss: expected a loss term such as MonoLoss(lam=0.1, units='raw'), got {got}"
+            )
         if isinstance(warm_up_steps, bool) or not isinstance(warm_up_steps, int):
             raise TypeError(f"warm_up_steps: expected an integer, got {warm_up_steps!r}")
         if warm_up_steps < 0:

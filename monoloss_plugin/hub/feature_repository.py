@@ -91,19 +91,19 @@ def load_features(
     return FeatureSet(dataset, _record(repository, record_path) if has_record else None)
 
 
-def folder_of(config: str) -> str:
+def config_folder(config: str) -> str:
     """Return the folder of a configuration's files."""
     return DATA if config == DEFAULT else config
 
 
 def record_file(config: str, split: str) -> str:
     """Return the path of a split's record."""
-    return f"{folder_of(config)}/{split}.json"
+    return f"{config_folder(config)}/{split}.json"
 
 
 def shard_file(config: str, split: str, number: int, count: int) -> str:
     """Return the path of one of a split's Parquet files."""
-    return f"{folder_of(config)}/{split}-{number:05d}-of-{count:05d}.parquet"
+    return f"{config_folder(config)}/{split}-{number:05d}-of-{count:05d}.parquet"
 
 
 class _Named(NamedTuple):
@@ -118,7 +118,8 @@ class _Named(NamedTuple):
 def _named(path: str) -> _Named | None:
     """Return what a path says; None for files of another layout."""
     match = _PARQUET.fullmatch(path)
-    if not match or not is_inside(path):
+    # A folder of the default's name would be taken for the default's own folder.
+    if not match or match[1] == DEFAULT or not is_inside(path):
         return None
     config = DEFAULT if match[1] == DATA else match[1]
     return _Named(config, match[2], int(match[4]))

@@ -80,7 +80,8 @@ def load_pretrained(
     Args:
         repo_id: ``user/name`` on the Hub; ``"digits"``, which is bundled; or a ``Path`` of a folder
             that is laid out like a repository.
-        sae_id: which of its dictionaries; may be left out where there is only one.
+        sae_id: which of its dictionaries; may be left out where there is only one, and of
+            ``"digits"``, which then gives the one with MonoLoss.
         revision: a branch, tag or commit of the repository.
         device: where to load it.
         dtype: of the parameters, such as ``"float32"``; as stored by default.
@@ -171,7 +172,7 @@ def listed(repository: Repository) -> list[Listed]:
         with _said(f"{repository.name}/{sae_id}"):
             config = repository.json(at(sae_id, CONFIG))
             record = DictionaryRecord()
-            with _said(f"{repository.name}/{sae_id}"):
+            with _said(f"the record of {repository.name}/{sae_id}"):
                 record = _record(repository, sae_id)
             size = sum(repository.sizes.get(path, 0) for path in _paths(sae_id))
             found.append(

@@ -91,7 +91,8 @@ def publish_dictionary(
         sae_id: its folder in the repository, by default made of architecture, size and losses, such
             as ``batchtopk-8192-monoloss-0.0003``.
         evaluation: what :func:`~monoloss_plugin.evaluation.evaluate` found, or such numbers by
-            name. It replaces the measurements that a folder's record has.
+            name; of a BatchTopK SAE, once it was saved and loaded. It replaces the measurements
+            that a folder's record has.
         baseline: the same of a dictionary trained without the losses, to compare with.
         features: the :class:`~monoloss_plugin.features.FeatureSet` it was evaluated on; encoder
             and images are taken from its record.
@@ -108,7 +109,8 @@ def publish_dictionary(
         tags: more tags for the card.
         private: make a new repository private.
         overwrite: replace a dictionary of this name.
-        dry_run: upload nothing, and say what would be. Whether the token may write is not asked.
+        dry_run: upload nothing, and say what would be. Whether the token may write is not asked;
+            where the Hub cannot be reached, it is what a new repository would get.
         token: by default the one that the machine is logged in with.
 
     Returns:
@@ -123,7 +125,7 @@ def publish_dictionary(
         FileNotFoundError: no such folder, or no dictionary in it.
         PermissionError: no token, or one that may not write there; or a private repository is asked
             for, and it is public.
-        ConnectionError: the Hub cannot be reached.
+        ConnectionError: the Hub cannot be reached, and it is no dry run.
     """
     require_repo_id(repo_id)
     if sae_id is not None:

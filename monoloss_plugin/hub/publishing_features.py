@@ -16,8 +16,8 @@ from monoloss_plugin.hub.cards import images_on_hub, opened
 from monoloss_plugin.hub.dataset_card import PublishedSplit, dataset_card
 from monoloss_plugin.hub.feature_repository import (
     DEFAULT,
+    config_folder,
     features_in,
-    folder_of,
     is_of,
     ours,
     record_file,
@@ -122,7 +122,7 @@ def publish_features(
 
 def stage_features(features: FeatureSet, root: Path, *, config: str, split: str) -> None:
     """Write a split's Parquet files and record below ``root``, the same for the same features."""
-    (root / folder_of(config)).mkdir(parents=True, exist_ok=True)
+    (root / config_folder(config)).mkdir(parents=True, exist_ok=True)
     columns = [name for name in _COLUMNS if name in features.dataset.column_names]
     rows = features.dataset.select_columns(columns)
     size = len(features) * features.width * features.dtype.itemsize
@@ -168,7 +168,7 @@ class _Card:
                     f"configuration ({given['columns']} and {columns}); give another config"
                 )
         splits = [
-            PublishedSplit(c, s, f"{folder_of(c)}/{s}-*.parquet", record)
+            PublishedSplit(c, s, f"{config_folder(c)}/{s}-*.parquet", record)
             for (c, s), record in sorted(every.items(), key=lambda one: one[0])
         ]
         return dataset_card(existing.card, self.repo_id, splits, self.metadata)

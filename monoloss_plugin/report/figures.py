@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +12,7 @@ from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.report.bands import activation_bands
 
 try:
+    import numpy as np
     from matplotlib.figure import Figure, SubFigure
 except ModuleNotFoundError as error:
     raise missing_extra(error, "report") from error

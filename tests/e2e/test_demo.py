@@ -11,7 +11,7 @@ import pytest
 from sae_lens import SAE
 from typer.testing import CliRunner
 
-from monoloss_plugin import cli
+from monoloss_plugin import __version__, cli
 from monoloss_plugin.cli.demo import ARCHITECTURES
 from monoloss_plugin.demo import dictionaries, digits
 
@@ -115,4 +115,4 @@ def test_bad_options_are_named_before_any_work(arguments, said, tmp_path) -> Non
 
 def test_help_and_version() -> None:
     assert "Compare SAEs" in CliRunner().invoke(cli.app, ["demo", "--help"]).output
-    assert CliRunner().invoke(cli.app, ["--version"]).output.strip() == "0.1.0"
+    assert CliRunner().invoke(cli.app, ["--version"]).output.strip() == __version__

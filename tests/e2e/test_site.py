@@ -59,7 +59,7 @@ def test_every_tutorial_shows_what_it_printed(site: Path) -> None:
         page = (site / "tutorials" / name / "index.html").read_text()
         assert page.count('class="language-python highlight"') == source.count("```python\n"), name
         assert 'class="language-text highlight"' in page, name
-        for unwanted in ("Traceback", "%%bash", str(ROOT), "Warning"):
+        for unwanted in ("Traceback", "%%bash", str(ROOT), "Warning", "\x1b"):
             assert unwanted not in page, (name, unwanted)
 
 
@@ -71,6 +71,11 @@ def test_pictures_of_tutorials_are_shown(site: Path) -> None:
         for picture in pictures:
             content = (site / "tutorials" / name / picture).resolve().read_bytes()
             assert content.startswith(b"\x89PNG")
+
+
+def test_what_the_tests_hide_is_not_shown_and_tabs_stay_together(site: Path) -> None:
+    assert not [p for p in site.rglob("*.html") if "invisible-code-block" in p.read_text()]
+    assert 'data-tabs="1:4"' in (site / "finetuning" / "index.html").read_text()
 
 
 def test_formulas_are_typeset(site: Path) -> None:

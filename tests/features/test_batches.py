@@ -433,7 +433,7 @@ def test_what_is_no_feature_set_is_named(digits: FeatureSet, tmp_path: Path) -> 
         FeatureSet(str(tmp_path))
     with pytest.raises(ValueError, match="expected a column 'features', found x"):
         FeatureSet(Dataset.from_dict({"x": [1]}))
-    with pytest.raises(TypeError, match="fixed-length lists of floats"):
+    with pytest.raises(ValueError, match="fixed-length lists of floats"):
         FeatureSet(Dataset.from_dict({"features": [[1.0, 2.0]]}))
     missing = dataset_of(PIXELS[:2]).map(lambda row, i: {"features": None}, with_indices=True)
     with pytest.raises(ValueError, match="2 rows have no features"):

@@ -70,8 +70,6 @@ def encoder_of(tower: Tower, output: Output | None, layer: str | None) -> Encode
     Raises:
         ValueError: an output that the tower does not have, or an unknown layer.
     """
-    if output not in (None, "pooled", "cls", "mean"):
-        raise ValueError(f"output: expected 'pooled', 'cls' or 'mean', got {output!r}")
     if layer is None and output in (None, "pooled"):
         run: Callable[[Inputs], Tensor] = tower.pooled
         chosen: Output = "pooled"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
+from monoloss_plugin._checks import require_choice
 from monoloss_plugin.features.encoders.encoder import Encoder, Output, encoder_of
 
 
@@ -78,6 +79,8 @@ def load_encoder(
         ValueError: a name, output or layer that is not there.
         ModuleNotFoundError: the library is not installed.
     """
+    if output is not None:
+        require_choice(output, "output", get_args(Output))
     if name in SHORT_NAMES:
         if revision is not None:
             raise ValueError(

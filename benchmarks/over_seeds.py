@@ -20,7 +20,11 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def measured(example: str, *options: object) -> dict[str, float]:
-    """Run an example, and return the numbers that it prints, one on a line behind its name."""
+    """Run an example, and return the numbers that it prints, one on a line behind its name.
+
+    Raises:
+        ValueError: it printed none.
+    """
     command = [sys.executable, str(EXAMPLES / f"{example}.py"), *map(str, options)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     numbers = {}
@@ -30,6 +34,8 @@ def measured(example: str, *options: object) -> dict[str, float]:
             numbers[name] = float(value)
         except ValueError:  # what the host prints of its own
             continue
+    if not numbers:
+        raise ValueError(f"{example}: printed no number behind a name")
     return numbers
 
 

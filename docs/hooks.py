@@ -38,7 +38,8 @@ _HIDDEN = re.compile(r"<!--- invisible-code-block.*?-->\n+", re.DOTALL)
 """What the tests need to run a page's blocks (tests/test_documents.py)."""
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _SHELL = "%%bash\n"
-_INSTALL = f"{_SHELL}pip install "
+_INSTALL = re.compile(rf"{_SHELL}pip install .*\n?")
+_IN_PYTHON = "---\njupyter:\n  jupytext:\n    main_language: python\n---\n"
 _QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "PYTHONWARNINGS": "ignore:IProgress not found,ignore:'pin_memory' argument",
@@ -50,11 +51,13 @@ _QUIET = {
 def on_startup(**_: Any) -> None:
     """Give the kernels a Hub on loopback, so that the page on publishing publishes nothing."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
+    from tests.hub.environment import only_hub
     from tests.hub.server import OWNER_TOKEN, LoopbackHub
 
     hub = LoopbackHub()
     hub.start()
-    os.environ.update(_QUIET, HF_ENDPOINT=hub.url, HF_TOKEN=OWNER_TOKEN, HF_HUB_DISABLE_XET="1")
+    only_hub(hub.url, "")
+    os.environ.update(_QUIET, HF_TOKEN=OWNER_TOKEN)
     # The commands of this environment, also where it is not activated.
     os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
 
@@ -66,12 +69,12 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if not name.startswith(_TUTORIALS) or os.environ.get("MONOLOSS_DOCS_EXECUTE") == "0":
         return markdown
     started = time.perf_counter()
-    notebook = jupytext.reads(markdown, fmt="md")
+    notebook = jupytext.reads(_IN_PYTHON + markdown, fmt="md")
     for cell in notebook.cells:
-        if cell.source.startswith(_INSTALL):  # said, not done: what it asks for is here
+        if _INSTALL.fullmatch(cell.source):  # said, not done: what it asks for is here
             cell.update(cell_type="markdown", source=f"```bash\n{cell.source[len(_SHELL) :]}\n```")
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["HF_HOME"] = folder
+        os.environ.update(HF_HOME=f"{folder}/.hub", IPYTHONDIR=f"{folder}/.ipython")
         where = {"metadata": {"path": folder}}
         client = NotebookClient(
             notebook,
@@ -98,8 +101,13 @@ def on_page_content(html: str, **_: Any) -> str:
         display = "block" if found[1] == "div" else "inline"
         return convert(unescape(found[2]), display=display)
 
+    documented = re.findall(r'id="([\w.]+)"', html)
+
     def link(found: re.Match[str]) -> str:
-        shown = f"<code>{found[1].rpartition('.')[2]}</code>"
-        return f'<autoref identifier="{found[1]}" optional>{shown}</autoref>'
+        name = found[1]
+        # A short name is of the page it stands on.
+        full = next((one for one in documented if one.endswith(f".{name}")), name)
+        shown = f"<code>{name.rpartition('.')[2]}</code>"
+        return f'<autoref identifier="{full}" optional>{shown}</autoref>'
 
     return _ROLE.sub(link, _FORMULA.sub(mathml, html))

@@ -40,19 +40,21 @@ class Host(nn.Module):
 
 def add_loss(host: Host, term: LossTerm) -> LossHandle:
     """Add a term to the loss of this one host; everything else of it stays."""
-    recorder, inner = LatentRecorder(host, "encode"), host.loss
+    if "loss" in host.__dict__:
+        raise ValueError(f"{term.name}: a term is attached already; remove it first")
+    recorder, inner, factor = LatentRecorder(host, "encode"), host.loss, None
 
     def loss_with_term(x):
+        nonlocal factor
         base = inner(x)
+        if factor is None:  # <- what the paper's weight is against this host's loss
+            scale = float(x.square().sum(1).mean())  # read once: it makes a GPU wait
+            units, width = term.weighed_against, x.shape[1]
+            factor = lam_factor(
+                units, width=width, mean_square_norm=scale, reduction="sum", degree=term.degree
+            )
         # A ReLU's latents pass no gradient where they are zero: "active" says so, and is faster.
         step = StepTensors(recorder.take(), embeddings=x, gradient_at="active")
-        factor = lam_factor(  # <- what the paper's weight is against this host's loss
-            term.weighed_against,
-            width=x.shape[1],
-            mean_square_norm=float(x.square().sum(1).mean()),
-            reduction="sum",
-            degree=term.degree,
-        )
         return base + factor * term.lam * term.evaluate(step).value
 
     def undo():

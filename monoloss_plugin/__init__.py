@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 # The Hub's libraries are imported by who asks for them; a star import does with torch alone.
-__getattr__ = later(
+__getattr__, __dir__ = later(
     __name__,
     {
         "list_pretrained": "hub",

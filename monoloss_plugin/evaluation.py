@@ -163,10 +163,9 @@ def evaluate(
         x = as_rows(features, "features")
         total = len(x)
         batches: Iterable[Samples] = _batches_of(x, labels, embeddings, batch_size)
-        if labels is not None and num_classes is None and bool((labels >= 0).any()):
-            num_classes = int(labels.max()) + 1
-        elif labels is not None and num_classes is None and len(labels) == len(x):
-            labels = None  # no sample has one
+        if labels is not None and num_classes is None and labels.numel():
+            # Where no sample has a label (all are -1), of one class: no latent then has a purity.
+            num_classes = max(int(labels.max()), 0) + 1
     else:
         if not isinstance(features, Iterable) or hasattr(features, "tensor"):
             got = type(features).__name__
@@ -223,7 +222,7 @@ def _warn_of_selection_over_batches(sae: Dictionary) -> None:
             "sae: a BatchTopK SAE in training selects over each batch, and its scores depend on "
             "the batch size; save it with save_inference_model, and evaluate what "
             "SAE.load_from_disk gives, which is what others will use",
-            stacklevel=3,
+            stacklevel=4,  # past torch.no_grad
         )
 
 

@@ -6,6 +6,7 @@ import os
 import socket
 import tempfile
 
+from tests.hub.environment import only_hub
 from tests.hub.server import LoopbackHub
 
 # Processes that share the cores would wait for each other's threads.
@@ -16,12 +17,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # a cache of its own.
 _HUB = LoopbackHub()
 _HUB.start()
-os.environ["HF_ENDPOINT"] = _HUB.url
 _HOME = tempfile.TemporaryDirectory(prefix="monoloss-tests-", ignore_cleanup_errors=True)
-os.environ["HF_HOME"] = _HOME.name
-os.environ["HF_HUB_DISABLE_XET"] = "1"  # its storage speaks a protocol of its own
-os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-os.environ.pop("HF_TOKEN", None)
+only_hub(_HUB.url, _HOME.name)
 
 import pytest  # noqa: E402
 from torch import Tensor  # noqa: E402

@@ -1,14 +1,15 @@
 """What a release must pass: ``make release-check``.
 
 Builds sdist and wheel, checks their metadata, and installs each into clean environments: the core
-alone, every extra by itself, and all of them, where the demo runs from what was installed. uv lets
-environments share files; the first run downloads what the extras need.
+alone, every extra for users by itself, and all of them, where the demo runs from what was
+installed. uv lets environments share files; the first run downloads what the extras need.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -43,6 +44,8 @@ PROMISED = {
     "sae-lens": "import monoloss_plugin.adapters.sae_lens, monoloss_plugin.convert.monoloss",
     "vision": "import monoloss_plugin.adapters.timm, monoloss_plugin.adapters.transformers\n"
     "from monoloss_plugin.features import FeatureBatches, extract, load_encoder\n"
+    "from transformers import TrainingArguments\n"
+    "TrainingArguments('runs', use_cpu=True)\n"
     "import monoloss_plugin.features.encoders.from_open_clip",
     "hub": "from monoloss_plugin import load_features\n"
     "from monoloss_plugin.features import FeatureBatches\n"
@@ -58,6 +61,9 @@ PROMISED = {
     "assert load_pretrained('digits').sae.cfg.d_sae == 256",
 }
 """What each extra is for, tried in an environment that has it alone."""
+
+OF_A_CHECKOUT = {"dev", "docs", "release"}
+"""Extras that are for work on the package itself."""
 
 HOSTS = ("sae_lens", "transformers", "timm", "datasets", "lightning", "torchmetrics", "typer")
 
@@ -91,6 +97,8 @@ def check_metadata(sdist: Path, wheel: Path, version: str) -> Message:
         assert not any(n.startswith("adapters/") for n in packed.namelist()), "shadows AdapterHub's"
     with tarfile.open(sdist) as packed_source:
         names = {n.partition("/")[2] for n in packed_source.getnames()}
+    tracked = set(run("git", "-C", ROOT, "ls-files").splitlines())
+    assert names <= tracked | {"PKG-INFO"}, f"not in the repository: {names - tracked}"
     for needed in ("LICENSE", "CHANGELOG.md", "CITATION.cff", "adapters/sae_lens.py"):
         assert needed in names, f"{needed} is not in the sdist"
     assert metadata["Version"] == version
@@ -99,9 +107,7 @@ def check_metadata(sdist: Path, wheel: Path, version: str) -> Message:
     for minor in range(10, 14):
         classifier = f"Programming Language :: Python :: 3.{minor}"
         assert classifier in metadata.get_all("Classifier"), classifier
-    assert set(PROMISED) <= set(metadata.get_all("Provides-Extra"))
-    changes = (ROOT / "CHANGELOG.md").read_text()
-    assert re.search(rf"^## \[(Unreleased|{re.escape(version)})\]", changes, re.MULTILINE)
+    assert set(metadata.get_all("Provides-Extra")) == {*PROMISED, *OF_A_CHECKOUT}
     return metadata
 
 
@@ -116,8 +122,9 @@ def check_files() -> None:
 def check_environment(artifact: Path, extra: str | None, version: str, scratch: Path) -> None:
     """Install into a clean environment, and try there what it is for."""
     started = time.perf_counter()
-    place = Path(tempfile.mkdtemp(dir=scratch))
+    place = scratch / f"{artifact.suffix[1:]}-{extra}"
     python = place / "env" / "bin" / "python"
+    place.mkdir()
     run(BIN / "uv", "venv", "--quiet", "--python", sys.executable, place / "env")
     wanted = f"monoloss_plugin[{extra}] @ {artifact.as_uri()}" if extra else str(artifact)
     run(BIN / "uv", "pip", "install", "--quiet", "--python", python, wanted)
@@ -132,6 +139,7 @@ def check_environment(artifact: Path, extra: str | None, version: str, scratch: 
         demo = (place / "env" / "bin" / "monoloss", "demo", "--seeds", "1")
         run(*demo, cwd=place, env=environment)
         assert (place / "monoloss-demo" / "results.json").exists()
+    shutil.rmtree(place)
     print(f"  {kind}, {extra or 'core'}: {time.perf_counter() - started:.0f} s", flush=True)
 
 
@@ -151,8 +159,10 @@ def main() -> None:
             check_environment(wheel, extra, version, scratch)
         for extra in (None, "all"):
             check_environment(sdist, extra, version, scratch)
-    begun = f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
-    print(f"{version} {'may be released' if begun else 'is right but for CHANGELOG.md, see there'}")
+    if f"\n## [{version}] - " in (ROOT / "CHANGELOG.md").read_text():
+        print(f"{version} may be released")
+    else:
+        print(f"all is right; to release it, give CHANGELOG.md a heading '## [{version}] - DATE'")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def test_examples_run(name: str) -> None:
     assert doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE).failed == 0
 
 
-def test_public_functions_have_examples() -> None:
+def test_modules_of_the_core_have_examples() -> None:
     finder = doctest.DocTestFinder(exclude_empty=True)
     for name in ("functional", "metrics", "losses", "evaluation", "adapters.sae_lens"):
         module = importlib.import_module(f"monoloss_plugin.{name}")

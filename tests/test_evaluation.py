@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sklearn.metrics import r2_score
 
-from monoloss_plugin import functional
+from monoloss_plugin import functional, load_features
 from monoloss_plugin.evaluation import evaluate
 
 
@@ -179,3 +180,25 @@ def test_progress_is_shown_when_asked_for(data, capsys) -> None:
     assert "70.0/70.0" in shown
     evaluate(RandomDictionary(), data[0])
     assert capsys.readouterr().err == ""
+
+
+def test_where_no_sample_has_a_label_no_latent_has_a_purity() -> None:
+    found = evaluate(RandomDictionary(), torch.rand(6, 6), torch.full((6,), -1)).purity
+    assert found is not None
+    assert found.binary.isnan().all()
+
+
+def test_a_batchtopk_sae_in_training_is_said_to_select_over_batches(recwarn) -> None:
+    training = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=6, d_sae=8, k=2))
+    x = torch.randn(16, 6)
+    with pytest.warns(UserWarning, match="selects over each batch"):
+        evaluate(training, x)
+    assert evaluate(training, x, batch_size=4).l0 == 2.0  # over each batch, as it says
+    recwarn.clear()
+    evaluate(RandomDictionary(), x)
+    assert not recwarn
+
+
+def test_a_feature_set_is_said_to_need_batches() -> None:
+    with pytest.raises(TypeError, match="got FeatureSet; FeatureBatches makes batches of it"):
+        evaluate(RandomDictionary(), load_features("digits", "held_out"))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["from_dictionary_learning", "from_monoloss", "from_overcomplete"]
 
-__getattr__ = later(
+__getattr__, __dir__ = later(
     __name__,
     {
         "from_dictionary_learning": "dictionary_learning",

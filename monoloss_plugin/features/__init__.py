@@ -32,7 +32,7 @@ __all__ = [
     "verify",
 ]
 
-__getattr__ = later(
+__getattr__, __dir__ = later(
     __name__,
     {
         "Encoder": "encoders",

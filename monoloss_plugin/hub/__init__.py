@@ -30,7 +30,7 @@ __all__ = [
     "publish_features",
 ]
 
-__getattr__ = later(
+__getattr__, __dir__ = later(
     __name__,
     {
         "DictionaryRecord": "record",

@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
-from benchmarks import finetune_case
+from benchmarks import finetune_case, over_seeds
 from benchmarks.data import Shape
 from benchmarks.setting import Setting
 
@@ -65,3 +66,22 @@ def test_a_step_of_fine_tuning_is_benchmarked(monkeypatch) -> None:
     assert len(found["seconds"]["with MonoLoss"]["runs"]) == 3
     assert 0 < found["the term alone over a step"]["median"] < 1
     assert "the term alone" in found["says"]
+
+
+def test_an_example_is_run_over_weights_and_seeds(tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "toy.py").write_text(
+        "import sys\n"
+        "given = dict(zip(sys.argv[1::2], sys.argv[2::2]))  # --lam, --seed\n"
+        "print('Epoch 1 of the host')\n"
+        "print('score', float(given['--lam']) + int(given['--seed']))\n"
+    )
+    monkeypatch.setattr(over_seeds, "EXAMPLES", tmp_path)
+    out = tmp_path / "runs.json"
+    arguments = ["toy", "--lam", "0", "0.5", "--seeds", "3", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["over_seeds", *arguments])
+    over_seeds.main()
+    assert "| score | 1.000 ± 1.000 | 1.500 ± 1.000 |" in capsys.readouterr().out
+    assert json.loads(out.read_text())["runs"]["0.5"] == [{"score": s + 0.5} for s in range(3)]
+    (tmp_path / "toy.py").write_text("# --seed\nprint('nothing')\n")
+    with pytest.raises(ValueError, match="printed no number"):
+        over_seeds.main()

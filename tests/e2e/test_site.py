@@ -33,8 +33,10 @@ class _Page(HTMLParser):
             self.anchors.add(str(given["id"]))
         if tag == "a" and given.get("href"):
             self.links.append(str(given["href"]))
-        if tag == "img" and given.get("src"):
+        if tag in ("img", "script") and given.get("src"):
             self.links.append(str(given["src"]))
+        if tag == "link" and given.get("rel") == "stylesheet":
+            self.links.append(str(given["href"]))
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,7 @@ def test_every_tutorial_shows_what_it_printed(site: Path) -> None:
         source = (ROOT / "docs" / "tutorials" / f"{name}.md").read_text()
         page = (site / "tutorials" / name / "index.html").read_text()
         assert page.count('class="language-python highlight"') == source.count("```python\n"), name
+        assert page.count('class="language-bash highlight"') == source.count("```bash\n"), name
         assert 'class="language-text highlight"' in page, name
         for unwanted in ("Traceback", "%%bash", str(ROOT), "Warning", "\x1b"):
             assert unwanted not in page, (name, unwanted)

@@ -300,3 +300,14 @@ def test_anothers_broken_record_is_only_said(hub, caplog) -> None:
         assert len(load_features(REPO, "train")) == 60
         assert "<img" not in hub.files(REPO, "dataset")["README.md"].decode()
     assert "data/train.json is left out" in caplog.text
+
+
+def test_a_folder_named_default_is_not_the_default_features(digits, hub) -> None:
+    held_out = digits["held_out"]
+    publish_features(held_out, REPO, split="held_out")
+    shard = next(content for name, content in hub.files(REPO, "dataset").items() if "-of-" in name)
+    foreign = "default/held_out-00000-of-00001.parquet"
+    hub.put(REPO, {foreign: shard}, "dataset")
+    assert len(load_features(REPO)) == len(held_out)
+    planned = publish_features(held_out, REPO, split="held_out", overwrite=True, dry_run=True)
+    assert foreign not in [file.path for file in planned.files]

@@ -2,7 +2,8 @@
 
 ::
 
-    callback = MonoLossCallback(MonoLoss(lam=0.1, units="raw"), embeddings=lambda batch: batch[2])
+    loss = MonoLoss(lam=0.1, lam_units="raw")
+    callback = MonoLossCallback(loss, embeddings=lambda batch: batch[2])
     Trainer(callbacks=[callback]).fit(module, loader)
 
 The callback adds the term to what the module's ``training_step`` returns while it fits, and gives
@@ -38,7 +39,7 @@ class MonoLossCallback(Callback):
     term and all. The weighted term is logged under its name, and the batch's mean MonoScore.
 
     Args:
-        loss: such as ``MonoLoss(lam=0.1, units="raw")``.
+        loss: such as ``MonoLoss(lam=0.1, lam_units="raw")``.
         embeddings: from the batch to (B, d): a callable, a frozen encoder that takes the batch, or
             the key of a batch that is a dict.
         latents: the layer whose output they are, or its path in the module; by default its

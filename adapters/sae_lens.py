@@ -390,7 +390,7 @@ def _add_terms(
         )
         # At weight 0 the term is only measured, so that the host's run stays what it was.
         with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
-            value, metrics = term.evaluate(_step_tensors(sae, attachment, attached, output))
+            value, metrics = term.compute_loss(_step_tensors(sae, attachment, attached, output))
             weighted = weight * value
         if weight != 0:
             output.loss = output.loss + weighted
@@ -477,7 +477,7 @@ def _factor(
     device. It is kept in the SAE's metadata, so that a resumed run goes on with the same weight.
     """
     term = attached.term
-    if term.weighed_against == "raw":
+    if term.lam_units == "raw":
         factor = 1.0
     else:
         if attachment.mean_square_norm is None:
@@ -487,7 +487,7 @@ def _factor(
                 inputs.detach().float().square().sum(1).mean()
             )
         factor = lam_factor(
-            term.weighed_against,
+            term.lam_units,
             width=inputs.shape[1],
             mean_square_norm=attachment.mean_square_norm,
             reduction="sum",
@@ -512,7 +512,7 @@ def _announce(
         "and sees a mean squared input norm of %s",
         term.name,
         term.lam,
-        term.weighed_against,
+        term.lam_units,
         term.lam * factor,
         sae.cfg.d_in,
         attachment.mean_square_norm,

@@ -6,7 +6,7 @@ script around timm's own tasks takes one line more::
     import monoloss_plugin.adapters.timm as adapter
     adapter.insert_mono_layer(model)
     task = ClassificationTask(model, criterion)
-    task.add_loss(MonoLoss(lam=0.1, units="raw"), embeddings=frozen_encoder)
+    task.add_loss(MonoLoss(lam=0.1, lam_units="raw"), embeddings=frozen_encoder)
 
 Add the loss before ``task.compile()``. For loops without a task, see
 :class:`~monoloss_plugin.finetuning.LatentRecorder`.
@@ -54,7 +54,7 @@ def add_loss(
 
     Args:
         task: such as timm's ``ClassificationTask``; it is not changed but for this instance.
-        loss: such as ``MonoLoss(lam=0.1, units="raw")``.
+        loss: such as ``MonoLoss(lam=0.1, lam_units="raw")``.
         embeddings: a frozen encoder, or any callable, from the batch's images to (B, d). It sees
             images as the model does: mixed by mixup, its embeddings are those of the mixed images.
             Without one, give them in each call: ``task(images, target, embeddings=h)``.

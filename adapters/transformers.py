@@ -5,7 +5,7 @@ Importing this module is the opt-in: it gives ``Trainer`` a method ``add_loss``:
     import monoloss_plugin.adapters.transformers as adapter
     adapter.insert_mono_layer(model)                  # before the Trainer, and before peft
     trainer = Trainer(model, args, train_dataset=data)
-    trainer.add_loss(MonoLoss(lam=0.1, units="raw"), embeddings="embeddings")
+    trainer.add_loss(MonoLoss(lam=0.1, lam_units="raw"), embeddings="embeddings")
 
 The term attaches to one Trainer instance, at methods that the host itself calls: ``compute_loss``,
 whose result it adds to; ``prediction_step``, which must not see the embeddings; and ``log``. The
@@ -56,7 +56,7 @@ def add_loss(
 
     Args:
         trainer: it is not changed but for this instance.
-        loss: such as ``MonoLoss(lam=0.1, units="raw")``.
+        loss: such as ``MonoLoss(lam=0.1, lam_units="raw")``.
         embeddings: the column of the dataset that has them, (d,) a sample, which the model does
             not get to see (to be added before training, which drops other columns); or a frozen
             encoder, a module from ``pixel_values`` to (B, d); or any callable from the batch's

@@ -1,4 +1,4 @@
-"""Activations of a BatchTopK dictionary's shape and the features they come from."""
+"""Activations of a BatchTopK SAE's shape and the features they come from."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a dictionary and its batches; by default the MonoLoss paper's."""
+    """Sizes of an SAE and its batches; by default the MonoLoss paper's."""
 
     batch: int = 2048
     width: int = 768

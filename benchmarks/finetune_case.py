@@ -25,10 +25,10 @@ def finetuning(setting: Setting) -> Found:
     target = torch.arange(BATCH, device=setting.device) % 1000
     h = torch.randn(BATCH, EMBEDDING, device=setting.device)
     plain, with_loss = (_task(setting) for _ in range(2))
-    add_loss(with_loss, MonoLoss(lam=0.1, units="raw"))
+    add_loss(with_loss, MonoLoss(lam=0.1, lam_units="raw"))
     width = plain.get_trainable_module().get_classifier().in_features  # type: ignore[union-attr, operator]
     latents = torch.randn(BATCH, width, device=setting.device).relu_().requires_grad_()
-    loss = MonoLoss(lam=0.1, units="raw")
+    loss = MonoLoss(lam=0.1, lam_units="raw")
 
     def term() -> None:
         latents.grad = None

@@ -1,4 +1,4 @@
-"""SAELens's own trainer of a BatchTopK dictionary of the benchmark's sizes."""
+"""SAELens's own trainer of a BatchTopK SAE of the benchmark's sizes."""
 
 from __future__ import annotations
 

@@ -49,13 +49,16 @@ def add_loss(host: Host, term: LossTerm) -> LossHandle:
         base = inner(x)
         if factor is None:  # <- what the paper's weight is against this host's loss
             scale = float(x.square().sum(1).mean())  # read once: it makes a GPU wait
-            units, width = term.weighed_against, x.shape[1]
             factor = lam_factor(
-                units, width=width, mean_square_norm=scale, reduction="sum", degree=term.degree
+                term.lam_units,
+                width=x.shape[1],
+                mean_square_norm=scale,
+                reduction="sum",
+                degree=term.degree,
             )
         # A ReLU's latents pass no gradient where they are zero: "active" says so, and is faster.
         step = StepTensors(recorder.take(), embeddings=x, gradient_at="active")
-        return base + factor * term.lam * term.evaluate(step).value
+        return base + factor * term.lam * term.compute_loss(step).value
 
     def undo():
         host.__dict__.pop("loss", None)

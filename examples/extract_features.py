@@ -1,4 +1,4 @@
-"""From a folder of images to a SAELens dictionary, scored with its own features.
+"""From a folder of images to a SAELens SAE, scored with its own features.
 
 python examples/extract_features.py [FOLDER ENCODER] [--out FOLDER] [--steps N]
 
@@ -57,8 +57,8 @@ trainer = SAETrainer(
     data_provider=batches.tensors(),
 )
 trainer.add_loss(MonoLoss(lam=3e-4))
-trainer.fit().save_inference_model(given.out / "dictionary")
-sae = SAE.load_from_disk(given.out / "dictionary")
+trainer.fit().save_inference_model(given.out / "sae")
+sae = SAE.load_from_disk(given.out / "sae")
 everything = FeatureBatches(features, shuffle="none", drop_last=False)
 for name, value in evaluate(sae, everything).summary().items():
     print(f"{name:20} {value:.3f}")

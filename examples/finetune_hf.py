@@ -59,7 +59,8 @@ trainer_of(model, epochs=5).train()
 adapter.insert_mono_layer(model, width=128, relu=True)  # <- twice the width: changes nothing
 trainer = trainer_of(model, given.epochs)
 if given.lam:
-    trainer.add_loss(MonoLoss(lam=given.lam, units="raw"), embeddings="embeddings")  # <- the line
+    loss = MonoLoss(lam=given.lam, lam_units="raw")
+    trainer.add_loss(loss, embeddings="embeddings")  # <- the line to add
 seconds = trainer.train().metrics["train_runtime"] / given.epochs
 
 score = MonoScore()

@@ -37,7 +37,7 @@ def images_of(split):
 def fit(model, epochs, lam=0.0):
     task = ClassificationTask(model, torch.nn.CrossEntropyLoss(), verbose=False)
     if lam:
-        task.add_loss(MonoLoss(lam=lam, units="raw"))  # <- the line to add
+        task.add_loss(MonoLoss(lam=lam, lam_units="raw"))  # <- the line to add
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-4)
     started = time.perf_counter()
     for _ in range(epochs):

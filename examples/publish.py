@@ -1,8 +1,8 @@
-"""Publish a dictionary and its features to the Hub, with their measurements, and load them back.
+"""Publish an SAE and its features to the Hub, with their measurements, and load them back.
 
 python examples/publish.py USER/NAME [--upload]    # without --upload: only say what would be sent
 
-Here the bundled dictionary of handwritten digits; log in with `hf auth login` to upload.
+Here the bundled SAE of handwritten digits; log in with `hf auth login` to upload.
 """
 
 import argparse
@@ -10,14 +10,14 @@ import argparse
 from monoloss_plugin import (
     load_features,
     load_pretrained,
-    publish_dictionary,
     publish_features,
+    publish_sae,
 )
 from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.features import FeatureBatches
 
 options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-options.add_argument("repo_id", help="USER/NAME of the dictionaries; features go to USER/NAME-data")
+options.add_argument("repo_id", help="USER/NAME of the SAEs; features go to USER/NAME-data")
 options.add_argument("--upload", action="store_true")
 given = options.parse_args()
 
@@ -29,7 +29,7 @@ evaluation, baseline = evaluate(sae, batches), evaluate(without, batches)
 print(f"MonoScore {evaluation.monoscore.mean:.3f}, without {baseline.monoscore.mean:.3f}")
 
 published = [
-    publish_dictionary(
+    publish_sae(
         sae,  # or the folder that save_inference_model wrote
         given.repo_id,
         evaluation=evaluation,

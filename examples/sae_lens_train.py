@@ -20,7 +20,7 @@ options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 options.add_argument("--lam", type=float, default=3e-3, help="weight; 0 trains without")
 options.add_argument("--steps", type=int, default=1500)
 options.add_argument("--seed", type=int, default=0)
-options.add_argument("--out", default="dictionary", help="folder of the dictionary")
+options.add_argument("--out", default="sae", help="folder of the SAE")
 given = options.parse_args()
 
 torch.manual_seed(given.seed)

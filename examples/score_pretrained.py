@@ -1,8 +1,8 @@
-"""Load a published dictionary and its features, score it, and list its clearest latents.
+"""Load a published SAE and its features, score it, and list its clearest latents.
 
 python examples/score_pretrained.py [REPO_ID [SAE_ID]] [--features REPO_ID] [--split held_out]
 
-Without arguments: the dictionary and features of handwritten digits that are bundled.
+Without arguments: the SAE and features of handwritten digits that are bundled.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.features import FeatureBatches
 
 options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-options.add_argument("repo_id", nargs="?", default="digits", help="of dictionaries on the Hub")
+options.add_argument("repo_id", nargs="?", default="digits", help="of SAEs on the Hub")
 options.add_argument("sae_id", nargs="?", help="which of them, where there are several")
 options.add_argument("--features", default="digits", help="repository of features on the Hub")
 options.add_argument("--split", default="held_out")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from monoloss_plugin import functional
 from monoloss_plugin._later import later
+from monoloss_plugin.batch import Batch
 from monoloss_plugin.losses import L1L2Ratio, LossTerm, MonoLoss, OffSupportL1
 from monoloss_plugin.metrics import ClassPurity, MonoScore
 
@@ -13,12 +14,13 @@ if TYPE_CHECKING:
     from monoloss_plugin.hub import list_pretrained as list_pretrained
     from monoloss_plugin.hub import load_features as load_features
     from monoloss_plugin.hub import load_pretrained as load_pretrained
-    from monoloss_plugin.hub import publish_dictionary as publish_dictionary
     from monoloss_plugin.hub import publish_features as publish_features
+    from monoloss_plugin.hub import publish_sae as publish_sae
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Batch",
     "ClassPurity",
     "L1L2Ratio",
     "LossTerm",
@@ -36,7 +38,7 @@ __getattr__, __dir__ = later(
         "list_pretrained": "hub",
         "load_features": "hub",
         "load_pretrained": "hub",
-        "publish_dictionary": "hub",
+        "publish_sae": "hub",
         "publish_features": "hub",
     },
 )

@@ -2,28 +2,57 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 import torch
 from torch import Tensor
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-def as_rows(tensor: Tensor, name: str, *, keep_sparse: bool = False) -> Tensor:
-    """Return ``tensor`` (..., width) as (rows, width), dense.
+
+def as_tensor(value: Any, name: str) -> Tensor:
+    """Return a tensor as it is, and a numpy array or a list of numbers as a tensor.
+
+    Raises:
+        TypeError: anything else; the error names the argument.
+    """
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, (list, tuple)) or hasattr(value, "__array_interface__"):
+        try:
+            with warnings.catch_warnings():
+                # Nothing here writes to what it is given.
+                warnings.filterwarnings("ignore", message=".*not writable.*")
+                return torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise TypeError(
+                f"{name}: expected a tensor, a numpy array or a list of numbers, got "
+                f"{type(value).__name__} that is none: {error}"
+            ) from None
+    got = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+    raise TypeError(f"{name}: expected a tensor, a numpy array or a list of numbers, got {got}")
+
+
+def as_rows(value: Any, name: str, *, keep_sparse: bool = False) -> Tensor:
+    """Return a tensor (..., width), a numpy array or a list as rows (N, width), dense.
 
     Only shape and dtype are looked at, never values, so that no check makes an accelerator wait.
 
     Args:
-        tensor: (..., width).
+        value: (..., width).
         name: of the argument, for the error.
         keep_sparse: leave sparse COO rows as they are.
 
     Raises:
-        TypeError: not a floating-point tensor.
+        TypeError: not floating-point numbers of 16 bits or more.
         ValueError: fewer than two dimensions.
     """
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+    tensor = as_tensor(value, name)
+    if tensor.dtype not in _FLOATS:
+        raise TypeError(
+            f"{name}: expected a floating-point tensor of 16 bits or more, got {tensor.dtype}"
+        )
     if tensor.ndim < 2:
         raise ValueError(
             f"{name}: expected at least 2 dimensions (samples, width), got shape "
@@ -38,7 +67,7 @@ def as_rows(tensor: Tensor, name: str, *, keep_sparse: bool = False) -> Tensor:
 
 
 def paired_rows(
-    latents: Tensor, embeddings: Tensor, *, keep_sparse: bool = False
+    latents: Any, embeddings: Any, *, keep_sparse: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Return latents as (N, M) and embeddings as (N, d), one row for each sample.
 
@@ -47,6 +76,7 @@ def paired_rows(
     Raises:
         TypeError, ValueError: as :func:`as_rows`, or the leading dimensions differ.
     """
+    latents, embeddings = as_tensor(latents, "latents"), as_tensor(embeddings, "embeddings")
     latent_rows = as_rows(latents, "latents", keep_sparse=keep_sparse)
     embedding_rows = as_rows(embeddings, "embeddings")
     if latents.shape[:-1] != embeddings.shape[:-1]:

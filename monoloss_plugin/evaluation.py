@@ -1,4 +1,4 @@
-"""Every metric of the papers from one pass over a dictionary's features."""
+"""Every metric of the papers from one pass over an SAE's features."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from monoloss_plugin._checks import as_rows, require_at_least
 from monoloss_plugin._optional import missing_extra
+from monoloss_plugin.batch import Batch
 from monoloss_plugin.kernels.support import Support, is_sparse, support_of
 from monoloss_plugin.metrics import R2, ClassPurity, MonoScore, MonoScoreResult
 from monoloss_plugin.purity import Purity
@@ -30,7 +31,7 @@ MEASURES: dict[str, str] = {
 """What :meth:`Evaluation.summary` holds, and how a table calls it."""
 
 
-class Dictionary(Protocol):
+class SAE(Protocol):
     """What is asked of an SAE: SAELens's classes have it."""
 
     def encode(self, x: Tensor, /) -> Tensor:
@@ -42,28 +43,9 @@ class Dictionary(Protocol):
         ...
 
 
-class Samples(Protocol):
-    """A batch of samples: :class:`~monoloss_plugin.features.Batch` is one."""
-
-    @property
-    def features(self) -> Tensor:
-        """(B, d_in), what the SAE takes."""
-        ...
-
-    @property
-    def embeddings(self) -> Tensor:
-        """(B, d), what samples are compared by; the features where there are none."""
-        ...
-
-    @property
-    def labels(self) -> Tensor | None:
-        """(B,) integer classes; -1 where a sample has none."""
-        ...
-
-
 @dataclass(frozen=True)
 class Evaluation:
-    """What one pass over a dataset says of a dictionary of M latents."""
+    """What one pass over a dataset says of an SAE of M latents."""
 
     monoscore: MonoScoreResult
     """MonoScore of each latent."""
@@ -104,8 +86,8 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    sae: Dictionary,
-    features: Tensor | Iterable[Samples],
+    sae: SAE,
+    features: Tensor | Iterable[Batch],
     labels: Tensor | None = None,
     *,
     num_classes: int | None = None,
@@ -114,7 +96,7 @@ def evaluate(
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> Evaluation:
-    """Score a dictionary on features, in one pass through the SAE.
+    """Score an SAE on features, in one pass through the SAE.
 
     Batches go to the SAE's device one by one, and the sums stay there: features larger than an
     accelerator's memory, or memory-mapped ones, are fine. Sparse latents cost what is active.
@@ -137,7 +119,7 @@ def evaluate(
         progress: show a progress bar (needs tqdm).
 
     Returns:
-        Scores of each latent and of the dictionary, on the CPU.
+        Scores of each latent and of the SAE, on the CPU.
 
     Raises:
         TypeError: features not floating or labels not integer.
@@ -162,7 +144,7 @@ def evaluate(
     if isinstance(features, Tensor):
         x = as_rows(features, "features")
         total = len(x)
-        batches: Iterable[Samples] = _batches_of(x, labels, embeddings, batch_size)
+        batches: Iterable[Batch] = _batches_of(x, labels, embeddings, batch_size)
         if labels is not None and num_classes is None and labels.numel():
             # Where no sample has a label (all are -1), of one class: no latent then has a purity.
             num_classes = max(int(labels.max()), 0) + 1
@@ -191,8 +173,7 @@ def evaluate(
             # The entries are looked for once, and everything sums over them.
             found = support_of(latents) if is_sparse(latents) else latents
             r2.update(given, decode(latents, found))
-            embeddings_of = getattr(batch, "embeddings", batch.features)
-            monoscore.update(found, embeddings_of.to(given.device))
+            monoscore.update(found, batch.similarity.to(given.device))
             if batch.labels is not None:
                 if num_classes is None:
                     raise ValueError("num_classes: needed for the purity of batches with labels")
@@ -215,7 +196,7 @@ def evaluate(
     )
 
 
-def _warn_of_selection_over_batches(sae: Dictionary) -> None:
+def _warn_of_selection_over_batches(sae: SAE) -> None:
     architecture = getattr(getattr(sae, "cfg", None), "architecture", None)
     if callable(architecture) and "batchtopk" in str(architecture()):
         warnings.warn(
@@ -237,17 +218,9 @@ def _labelled(
     return dense[~unlabelled], labels[~unlabelled]
 
 
-class _Part(NamedTuple):
-    """Consecutive samples of tensors."""
-
-    features: Tensor
-    embeddings: Tensor
-    labels: Tensor | None
-
-
 def _batches_of(
     x: Tensor, labels: Tensor | None, embeddings: Tensor | None, batch_size: int
-) -> Iterator[_Part]:
+) -> Iterator[Batch]:
     """Check tensors against each other, and return their batches."""
     labels = None if labels is None else labels.flatten()
     embeddings = x if embeddings is None else as_rows(embeddings, "embeddings")
@@ -256,7 +229,7 @@ def _batches_of(
             raise ValueError(f"{name}: expected {len(x)} rows to match features, got {len(given)}")
     require_at_least(1, batch_size, "batch_size")
     return (
-        _Part(x[rows], embeddings[rows], None if labels is None else labels[rows])
+        Batch(x[rows], embeddings[rows], None if labels is None else labels[rows])
         for rows in (slice(start, start + batch_size) for start in range(0, len(x), batch_size))
     )
 
@@ -267,7 +240,7 @@ class _Decoder:
     Whether it can is tried on the first such batch, against what it makes of dense latents.
     """
 
-    def __init__(self, sae: Dictionary) -> None:
+    def __init__(self, sae: SAE) -> None:
         self.decode = sae.decode
         self.takes_sparse: bool | None = None
 
@@ -306,7 +279,7 @@ class _Activity:
         self.counts = self.counts.to(counts.device) + counts
 
 
-def _device_of(sae: Dictionary) -> torch.device | None:
+def _device_of(sae: SAE) -> torch.device | None:
     """Return where a module's parameters are; None for anything else."""
     if isinstance(sae, torch.nn.Module):
         for tensor in (*sae.parameters(), *sae.buffers()):

@@ -76,6 +76,7 @@ class LossTerm(ABC):
 
     Args:
         lam: weight, finite and at least 0.
+        lam_units: the reconstruction loss that lam is measured against: "mse", "nmse" or "raw".
         name: name in the host's losses, coefficients and logs.
 
     Raises:
@@ -84,6 +85,7 @@ class LossTerm(ABC):
     """
 
     lam: float
+    lam_units: LamUnits = field(default="mse", kw_only=True)
     name: str = field(default="", kw_only=True)
 
     needs_selection: ClassVar[bool] = False
@@ -100,11 +102,7 @@ class LossTerm(ABC):
             raise ValueError(f"lam: expected a finite weight of at least 0, got {self.lam}")
         if not self.name:
             raise ValueError("name: expected a name for the host's logs, got an empty one")
-
-    @property
-    @abstractmethod
-    def weighed_against(self) -> LamUnits:
-        """The reconstruction loss that ``lam`` is measured against."""
+        require_choice(self.lam_units, "lam_units", get_args(LamUnits))
 
     @property
     def needs_nonnegative(self) -> bool:
@@ -112,7 +110,7 @@ class LossTerm(ABC):
         return False
 
     @abstractmethod
-    def evaluate(self, step: StepTensors) -> TermValue:
+    def compute_loss(self, step: StepTensors) -> TermValue:
         """Return the value before the weight. Must not make the device wait."""
 
 
@@ -124,8 +122,8 @@ class MonoLoss(LossTerm):
     ``lam * functional.monoloss(latents, embeddings)`` for a loop of your own.
 
     Args:
-        lam: weight; the paper uses 3e-5 to 7e-4 (units "mse") and 0.09 to 0.9 (units "nmse").
-        units: the reconstruction loss that lam is measured against: "mse" (default), "nmse" or
+        lam: weight; the paper uses 3e-5 to 7e-4 ("mse") and 0.09 to 0.9 ("nmse").
+        lam_units: the reconstruction loss that lam is measured against: "mse" (default), "nmse" or
             "raw". For adapters; a call by hand applies lam as it is.
         name: name in the host's logs; give each its own to attach several.
 
@@ -140,17 +138,7 @@ class MonoLoss(LossTerm):
     Source: Nasiri-Sarvi et al. 2026, section 3.3 and eq. 3.
     """
 
-    units: LamUnits = field(default="mse", kw_only=True)
     name: str = field(default="monoloss", kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_choice(self.units, "units", get_args(LamUnits))
-
-    @property
-    def weighed_against(self) -> LamUnits:
-        """The ``units``."""
-        return self.units
 
     @property
     def needs_nonnegative(self) -> bool:
@@ -167,7 +155,7 @@ class MonoLoss(LossTerm):
         """
         return self.lam * functional.monoloss(latents, embeddings, gradient_at=gradient_at)
 
-    def evaluate(self, step: StepTensors) -> TermValue:
+    def compute_loss(self, step: StepTensors) -> TermValue:
         """Return the loss, the mean MonoScore, and of how many latents it is the mean."""
         latents, embeddings = paired_rows(step.latents, step.embeddings, keep_sparse=True)
         batch = batch_scores(latents, embeddings, step.gradient_at)
@@ -194,12 +182,6 @@ class _TopKRegularizer(LossTerm):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_choice(self.units, "units", get_args(Units))
-        require_choice(self.lam_units, "lam_units", get_args(LamUnits))
-
-    @property
-    def weighed_against(self) -> LamUnits:
-        """The ``lam_units``."""
-        return self.lam_units
 
     @property
     def needs_nonnegative(self) -> bool:
@@ -214,7 +196,7 @@ class _TopKRegularizer(LossTerm):
         """Return ``lam`` times the penalty of pre_acts (B, M) and selected (B, M) bool."""
         return self.lam * self._value(pre_acts, selected)
 
-    def evaluate(self, step: StepTensors) -> TermValue:
+    def compute_loss(self, step: StepTensors) -> TermValue:
         """Return the penalty.
 
         Raises:
@@ -296,7 +278,7 @@ class L1L2Ratio(_TopKRegularizer):
 
 
 def lam_factor(
-    units: LamUnits,
+    lam_units: LamUnits,
     *,
     width: int,
     mean_square_norm: float,
@@ -310,7 +292,7 @@ def lam_factor(
     times "nmse". A term that grows with the activations (degree 1) has itself grown by sqrt(X).
 
     Args:
-        units: what lam is measured against; "raw" gives 1.
+        lam_units: what lam is measured against; "raw" gives 1.
         width: d, width of the SAE's input.
         mean_square_norm: X, mean of ||x||² over samples, as the host's loss sees x.
         reduction: how the host reduces its squared error over the d elements.
@@ -325,14 +307,14 @@ def lam_factor(
 
     Source: Nasiri-Sarvi et al. 2026, eq. 3 and appendix B; derivation in docs/lam.md.
     """
-    require_choice(units, "units", get_args(LamUnits))
+    require_choice(lam_units, "lam_units", get_args(LamUnits))
     require_choice(reduction, "reduction", ("sum", "mean"))
-    if units == "raw":
+    if lam_units == "raw":
         return 1.0
     if not 0 < mean_square_norm < float("inf"):
         raise ValueError(
             f"mean_square_norm: expected a positive finite number, got {mean_square_norm}"
         )
     per_sample = mean_square_norm if reduction == "sum" else mean_square_norm / width
-    host_loss = per_sample * width if units == "mse" else per_sample
+    host_loss = per_sample * width if lam_units == "mse" else per_sample
     return float(host_loss / mean_square_norm ** (degree / 2))

@@ -53,7 +53,7 @@ class MonoScoreResult:
 
 
 class MonoScore:
-    """MonoScore of every latent of a dictionary, in one pass over any amount of data.
+    """MonoScore of every latent of an SAE, in one pass over any amount of data.
 
     Memory is one (M, d) float64 array and does not grow with the number of samples. Batches,
     shards and ranks may come in any order.

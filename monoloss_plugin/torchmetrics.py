@@ -136,7 +136,7 @@ class MonoScore(_AllReduced):
 class ClassPurity(_AllReduced):
     """Mean class purity over the latents that are ever active.
 
-    ``compute`` gives a dictionary with "purity_binary" and "purity_weighted"; see
+    ``compute`` gives a dict with "purity_binary" and "purity_weighted"; see
     :class:`monoloss_plugin.ClassPurity`.
 
     Args:

@@ -129,11 +129,11 @@ def photos_and_encoder(folder: str = "photos") -> None:
     save_for_hf(encoder, "encoder", model_args={"num_heads": 2, **size})
 
 
-def dictionaries() -> None:
-    """Make folders of dictionaries, and of the features that they take."""
+def saes() -> None:
+    """Make folders of SAEs, and of the features that they take."""
     bundled = folder_of("digits") / "models"
-    shutil.copytree(bundled / "batchtopk-256-monoloss-0.003", "dictionary")
-    shutil.copytree(bundled / "batchtopk-256", "dictionary-without")
+    shutil.copytree(bundled / "batchtopk-256-monoloss-0.003", "my-sae")
+    shutil.copytree(bundled / "batchtopk-256", "my-sae-without")
     for split, folder in (("train", "features"), ("held_out", "held-out")):
         if not Path(folder).exists():
             load_features("digits", split).dataset.save_to_disk(folder)

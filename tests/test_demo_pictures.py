@@ -40,7 +40,7 @@ def test_same_latent_pairs_are_defined_and_well_filled_in_both() -> None:
     assert titles == [("a: latent 0, score 0.90", "b: latent 0, score 0.10")]
 
 
-def test_dictionaries_with_nothing_defined_have_no_pairs() -> None:
+def test_saes_with_nothing_defined_have_no_pairs() -> None:
     empty = scored("a", [0.0, 0.0], [False, False], [0, 0])
     assert pairs_of_the_same_rank(empty, empty) == []
     assert pairs_of_the_same_latent(empty, empty) == []

@@ -1,4 +1,4 @@
-"""One pass over a dictionary equals the metrics taken one by one."""
+"""One pass over an SAE equals the metrics taken one by one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from monoloss_plugin import functional, load_features
 from monoloss_plugin.evaluation import evaluate
 
 
-class RandomDictionary:
+class RandomSAE:
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
         self.encoder = torch.randn(6, 20, generator=generator)
@@ -33,7 +33,7 @@ def data():
 @pytest.mark.parametrize("batch_size", [7, 64, 1000])
 def test_one_pass_gives_every_metric(data, batch_size) -> None:
     x, labels = data
-    sae = RandomDictionary()
+    sae = RandomSAE()
     result = evaluate(sae, x, labels, batch_size=batch_size)
     a = sae.encode(x)
     scores = functional.monoscore(a, x)
@@ -48,7 +48,7 @@ def test_one_pass_gives_every_metric(data, batch_size) -> None:
     assert summary["defined_share"] == pytest.approx((scores != 0).float().mean().item())
 
 
-class SparseDictionary(RandomDictionary):
+class SparseSAE(RandomSAE):
     """A hundred latents, few of them on."""
 
     def __init__(self) -> None:
@@ -67,17 +67,17 @@ class SparseDictionary(RandomDictionary):
         return latents @ self.decoder + 1
 
 
-class KnowsNoSparse(SparseDictionary):
+class KnowsNoSparse(SparseSAE):
     def decode(self, latents):
         return super().decode(latents.view(len(latents), 1, -1)).squeeze(1)
 
 
-class MistakesSparse(SparseDictionary):
+class MistakesSparse(SparseSAE):
     def decode(self, latents):
         return super().decode(latents) * (1 if latents.layout == torch.strided else 2)
 
 
-class EncodesToCOO(SparseDictionary):
+class EncodesToCOO(SparseSAE):
     def encode(self, x):
         return super().encode(x).to_sparse()
 
@@ -85,7 +85,7 @@ class EncodesToCOO(SparseDictionary):
 @pytest.mark.parametrize(
     ("kind", "layouts"),
     [
-        (SparseDictionary, [torch.strided] + 5 * [torch.sparse_csr]),
+        (SparseSAE, [torch.strided] + 5 * [torch.sparse_csr]),
         (KnowsNoSparse, 5 * [torch.strided]),
         (MistakesSparse, [torch.strided, torch.sparse_csr] + 4 * [torch.strided]),
         (EncodesToCOO, 5 * [torch.sparse_coo]),
@@ -97,7 +97,7 @@ def test_sparse_latents_are_decoded_sparse_where_that_is_the_same(data, kind, la
     result = evaluate(sae, x, labels, batch_size=14)
     assert sae.decoded == layouts[: len(sae.decoded)]
     assert len(sae.decoded) >= 5
-    plain = SparseDictionary()
+    plain = SparseSAE()
     a = plain.encode(x)
     assert result.r2 == pytest.approx(r2_score(x.numpy(), plain.decode(a).numpy()), abs=1e-5)
     torch.testing.assert_close(result.monoscore.scores.float(), functional.monoscore(a, x))
@@ -129,7 +129,7 @@ def test_features_in_half_precision_and_a_module(data) -> None:
 
 def test_another_similarity_space_and_no_labels(data) -> None:
     x, _ = data
-    sae = RandomDictionary()
+    sae = RandomSAE()
     other = torch.randn(70, 3, generator=torch.Generator().manual_seed(2))
     result = evaluate(sae, x, embeddings=other, batch_size=30)
     expected = functional.monoscore(sae.encode(x), other)
@@ -143,7 +143,7 @@ def test_a_nan_is_named_whatever_way_is_taken(data) -> None:
     x, _ = data
     bad = x.clone()
     bad[3, 2] = float("nan")
-    for sae in (RandomDictionary(), SparseDictionary()):
+    for sae in (RandomSAE(), SparseSAE()):
         with pytest.raises(ValueError, match="contains NaN or infinite"):
             evaluate(sae, bad)
 
@@ -151,39 +151,39 @@ def test_a_nan_is_named_whatever_way_is_taken(data) -> None:
 def test_leading_dimensions_go_together(data) -> None:
     x, labels = data
     folded = evaluate(
-        RandomDictionary(),
+        RandomSAE(),
         x.reshape(7, 10, 6),
         labels.reshape(7, 10),
         embeddings=x.reshape(7, 10, 6),
     )
-    assert folded.summary() == evaluate(RandomDictionary(), x, labels).summary()
+    assert folded.summary() == evaluate(RandomSAE(), x, labels).summary()
 
 
 def test_bad_input_is_named(data) -> None:
     x, labels = data
     with pytest.raises(ValueError, match="num_classes: expected at least 1, got 0"):
-        evaluate(RandomDictionary(), x, labels, num_classes=0)
+        evaluate(RandomSAE(), x, labels, num_classes=0)
     with pytest.raises(ValueError, match="labels: expected 70 rows to match features, got 69"):
-        evaluate(RandomDictionary(), x, labels[:-1])
+        evaluate(RandomSAE(), x, labels[:-1])
     with pytest.raises(ValueError, match="features: expected at least one sample"):
-        evaluate(RandomDictionary(), x[:0])
+        evaluate(RandomSAE(), x[:0])
     with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
-        evaluate(RandomDictionary(), x, batch_size=0)
+        evaluate(RandomSAE(), x, batch_size=0)
     with pytest.raises(TypeError, match="features: expected a floating-point tensor"):
-        evaluate(RandomDictionary(), labels.unsqueeze(1))
+        evaluate(RandomSAE(), labels.unsqueeze(1))
 
 
 def test_progress_is_shown_when_asked_for(data, capsys) -> None:
-    evaluate(RandomDictionary(), data[0], batch_size=30, progress=True)
+    evaluate(RandomSAE(), data[0], batch_size=30, progress=True)
     shown = capsys.readouterr().err
     assert "Evaluating" in shown
     assert "70.0/70.0" in shown
-    evaluate(RandomDictionary(), data[0])
+    evaluate(RandomSAE(), data[0])
     assert capsys.readouterr().err == ""
 
 
 def test_where_no_sample_has_a_label_no_latent_has_a_purity() -> None:
-    found = evaluate(RandomDictionary(), torch.rand(6, 6), torch.full((6,), -1)).purity
+    found = evaluate(RandomSAE(), torch.rand(6, 6), torch.full((6,), -1)).purity
     assert found is not None
     assert found.binary.isnan().all()
 
@@ -195,10 +195,10 @@ def test_a_batchtopk_sae_in_training_is_said_to_select_over_batches(recwarn) -> 
         evaluate(training, x)
     assert evaluate(training, x, batch_size=4).l0 == 2.0  # over each batch, as it says
     recwarn.clear()
-    evaluate(RandomDictionary(), x)
+    evaluate(RandomSAE(), x)
     assert not recwarn
 
 
 def test_a_feature_set_is_said_to_need_batches() -> None:
     with pytest.raises(TypeError, match="got FeatureSet; FeatureBatches makes batches of it"):
-        evaluate(RandomDictionary(), load_features("digits", "held_out"))
+        evaluate(RandomSAE(), load_features("digits", "held_out"))

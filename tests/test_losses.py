@@ -30,17 +30,17 @@ def test_calling_a_term_gives_lam_times_its_formula() -> None:
 def test_monoloss_reports_the_mean_score_and_the_number_of_defined_latents() -> None:
     a = torch.tensor([[1.0, 0.0, 0.0], [1.0, 2.0, 0.0], [0.0, 0.0, 0.0]])
     e = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
-    value, metrics = MonoLoss(lam=1).evaluate(StepTensors(a, e))
+    value, metrics = MonoLoss(lam=1).compute_loss(StepTensors(a, e))
     assert metrics["monoscore"].item() == pytest.approx(0.5**0.5)
     assert metrics["monoscore_defined"].item() == 1
     assert value.item() == pytest.approx(1 - 0.5**0.5)
-    _, renamed = MonoLoss(lam=1, name="second_encoder").evaluate(StepTensors(a, e))
+    _, renamed = MonoLoss(lam=1, name="second_encoder").compute_loss(StepTensors(a, e))
     assert set(renamed) == {"second_encoder_monoscore", "second_encoder_monoscore_defined"}
 
 
 def test_terms_are_plain_values() -> None:
     assert MonoLoss(lam=3e-4) == MonoLoss(lam=3e-4)
-    assert MonoLoss(lam=3e-4) != MonoLoss(lam=3e-4, units="raw")
+    assert MonoLoss(lam=3e-4) != MonoLoss(lam=3e-4, lam_units="raw")
     assert copy.deepcopy(OffSupportL1(lam=0.1)) == OffSupportL1(lam=0.1)
     with pytest.raises(AttributeError):
         MonoLoss(lam=1).lam = 2  # type: ignore[misc]
@@ -57,8 +57,8 @@ def test_bad_weights_are_named(term) -> None:
 
 
 def test_unknown_options_list_the_allowed_ones() -> None:
-    with pytest.raises(ValueError, match=r"units: expected one of \['mse', 'nmse', 'raw'\]"):
-        MonoLoss(lam=1, units="paper")
+    with pytest.raises(ValueError, match=r"lam_units: expected one of \['mse', 'nmse', 'raw'\]"):
+        MonoLoss(lam=1, lam_units="paper")
     with pytest.raises(ValueError, match=r"units: expected one of \['batch_active', 'all'\]"):
         L1L2Ratio(lam=1, units="mse")
     with pytest.raises(ValueError, match=r"lam_units: expected one of"):
@@ -71,7 +71,7 @@ def test_unknown_options_list_the_allowed_ones() -> None:
 
 def test_regularizers_say_what_they_need() -> None:
     with pytest.raises(ValueError, match="l1_l2_ratio: needs the activations before a Top-k"):
-        L1L2Ratio(lam=1).evaluate(StepTensors(torch.rand(3, 2), torch.rand(3, 4)))
+        L1L2Ratio(lam=1).compute_loss(StepTensors(torch.rand(3, 2), torch.rand(3, 4)))
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])

@@ -33,8 +33,8 @@ def demo(
             f"{', '.join(REGULARIZERS)}. May be given twice."
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Pairs of dictionaries to train.")] = 3,
-    out: Annotated[Path, typer.Option(help="Folder for dictionaries, figures and results.")] = Path(
+    seeds: Annotated[int, typer.Option(min=1, help="Pairs of SAEs to train.")] = 3,
+    out: Annotated[Path, typer.Option(help="Folder for SAEs, figures and results.")] = Path(
         "monoloss-demo"
     ),
 ) -> None:
@@ -79,7 +79,7 @@ def demo(
     console.print(table)
     for what, path in result.files.items():
         console.print(f"{what}: {path}", soft_wrap=True)
-    console.print(f"dictionaries, for SAE.load_from_disk: {out}/seed-*/with", soft_wrap=True)
+    console.print(f"SAEs, for SAE.load_from_disk: {out}/seed-*/with", soft_wrap=True)
     console.print(
         f"to publish one: monoloss publish sae {out}/seed-0/with USER/NAME --dry-run --features "
         f"{out}/features/held-out --baseline {out}/seed-0/without",

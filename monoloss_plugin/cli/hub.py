@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from monoloss_plugin.hub import Publication
 
 publish = typer.Typer(
-    help="Publish dictionaries and features to the Hugging Face Hub. Log in first: hf auth login.",
+    help="Publish SAEs and features to the Hugging Face Hub. Log in first: hf auth login.",
     no_args_is_help=True,
 )
 
@@ -44,7 +44,7 @@ _Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.")]
 @publish.command()
 def sae(
     folder: Annotated[
-        Path, typer.Argument(help="A dictionary: what SAELens's save_inference_model wrote.")
+        Path, typer.Argument(help="An SAE: what SAELens's save_inference_model wrote.")
     ],
     repository: _Repository,
     name: Annotated[
@@ -59,7 +59,7 @@ def sae(
     ] = None,
     baseline: Annotated[
         Path | None,
-        typer.Option(help="A dictionary trained without the losses, to measure beside it."),
+        typer.Option(help="An SAE trained without the losses, to measure beside it."),
     ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="It was trained on features that are not of unit norm.")
@@ -80,10 +80,10 @@ def sae(
     overwrite: _Overwrite = False,
     dry_run: _DryRun = False,
 ) -> None:
-    """Publish a dictionary; with --features, its measurements and their picture too."""
+    """Publish an SAE; with --features, its measurements and their picture too."""
     with readable_errors():
         from monoloss_plugin.features import FeatureSet
-        from monoloss_plugin.hub import publish_dictionary
+        from monoloss_plugin.hub import publish_sae
 
         if baseline is not None and features is None:
             raise ValueError("--baseline: needs --features to measure it on")
@@ -92,7 +92,7 @@ def sae(
             None if opened is None or one is None else _measured(one, opened, raw)
             for one in (folder, baseline)
         )
-        done = publish_dictionary(
+        done = publish_sae(
             folder,
             repository,
             sae_id=name,
@@ -157,7 +157,7 @@ def pretrained(
     ],
     revision: _Revision = None,
 ) -> None:
-    """List the dictionaries of a repository."""
+    """List the SAEs of a repository."""
     with readable_errors():
         from monoloss_plugin.hub import list_pretrained
 
@@ -166,8 +166,8 @@ def pretrained(
             Path(repository).expanduser() if is_folder else repository, revision
         )
     if not found:
-        sys.exit(f"monoloss: {repository} holds no dictionary in SAELens's format")
-    table = Table(Column("dictionary", no_wrap=True), "size", "losses", "R²", "MonoScore", "bytes")
+        sys.exit(f"monoloss: {repository} holds no SAE in SAELens's format")
+    table = Table(Column("SAE", no_wrap=True), "size", "losses", "R²", "MonoScore", "bytes")
     for one in found:
         losses = [f"{term.get('name')} {term.get('lam')}" for term in one.record.losses]
         metrics = (one.record.metrics.get(name) for name in ("r2", "monoscore"))
@@ -185,7 +185,7 @@ def convert(
     source: Annotated[
         Path, typer.Argument(help="A checkpoint's file, or the folder of ae.pt and config.json.")
     ],
-    out: Annotated[Path, typer.Argument(help="A new folder for the dictionary.")],
+    out: Annotated[Path, typer.Argument(help="A new folder for the SAE.")],
     library: Annotated[
         str,
         typer.Option("--from", help="Who wrote it: monoloss, dictionary-learning, overcomplete."),
@@ -205,7 +205,7 @@ def convert(
         float | None, typer.Option(help="Of overcomplete's BatchTopKSAE: its running_threshold.")
     ] = None,
 ) -> None:
-    """Convert another library's dictionary to SAELens's format, to load or publish it."""
+    """Convert another library's SAE to SAELens's format, to load or publish it."""
     with readable_errors():
         from monoloss_plugin import convert as converters
 
@@ -238,11 +238,11 @@ def _batches(folder: Path) -> Any:
 
 
 def _measured(folder: Path, features: FeatureSet, raw: bool) -> Evaluation:
-    """Score a dictionary's folder on features, of the norm that it takes."""
+    """Score an SAE's folder on features, of the norm that it takes."""
     from monoloss_plugin.evaluation import evaluate
     from monoloss_plugin.features import FeatureBatches
-    from monoloss_plugin.hub.dictionary import load
-    from monoloss_plugin.hub.publishing_dictionaries import of_record
+    from monoloss_plugin.hub.publishing_saes import of_record
+    from monoloss_plugin.hub.sae_folder import load
 
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder: {folder}")

@@ -1,4 +1,4 @@
-"""Dictionaries of other libraries as SAELens's own: same latents, same reconstruction.
+"""SAEs of other libraries as SAELens's own: same latents, same reconstruction.
 
 Checkpoints are read without unpickling anything but tensors and plain values. Needs the extra
 ``sae-lens``.

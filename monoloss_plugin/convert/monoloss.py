@@ -16,9 +16,9 @@ from torch import Tensor
 
 from monoloss_plugin._checks import as_rows
 from monoloss_plugin._optional import missing_extra
+from monoloss_plugin.batch import Batch
 from monoloss_plugin.convert.checkpoint import Weights, read_checkpoint, whole
 from monoloss_plugin.convert.to_sae_lens import sae_of
-from monoloss_plugin.evaluation import Samples
 
 try:
     from sae_lens import SAE
@@ -34,7 +34,7 @@ _BATCH = 2048
 
 
 def from_monoloss(
-    source: str | os.PathLike[str], *, features: Tensor | Iterable[Samples] | None = None
+    source: str | os.PathLike[str], *, features: Tensor | Iterable[Batch] | None = None
 ) -> SAE[Any]:
     """Convert a checkpoint of the MonoLoss authors.
 
@@ -142,12 +142,12 @@ def _terms(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
         return {}
     # The paper weighs it against another reconstruction term for TopK.
     units = "nmse" if kind == "topk" else "mse"
-    term = {"term": "MonoLoss", "name": "monoloss", "lam": lam, "units": units}
+    term = {"term": "MonoLoss", "name": "monoloss", "lam": lam, "lam_units": units}
     return {"monoloss": term}
 
 
 @torch.no_grad()
-def _threshold(sae: SAE[Any], k: int, features: Tensor | Iterable[Samples]) -> float:
+def _threshold(sae: SAE[Any], k: int, features: Tensor | Iterable[Batch]) -> float:
     """Return what divides the activations that a batch keeps from those that it does not."""
     between = []
     for batch in _batches(features):
@@ -165,7 +165,7 @@ def _threshold(sae: SAE[Any], k: int, features: Tensor | Iterable[Samples]) -> f
     return sum(between) / len(between)
 
 
-def _batches(features: Tensor | Iterable[Samples]) -> Iterator[Tensor]:
+def _batches(features: Tensor | Iterable[Batch]) -> Iterator[Tensor]:
     batches: Iterable[Any] = features
     if isinstance(features, Tensor):
         batches = as_rows(features, "features").split(_BATCH)

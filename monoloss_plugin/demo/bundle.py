@@ -1,4 +1,4 @@
-"""Make what is bundled as ``"digits"``: the demo's features, and two dictionaries of them.
+"""Make what is bundled as ``"digits"``: the demo's features, and two SAEs of them.
 
 ``python -m monoloss_plugin.demo.bundle`` writes it into the package anew; a maintainer's job.
 """
@@ -9,14 +9,14 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from monoloss_plugin.demo.dictionaries import train_dictionary
 from monoloss_plugin.demo.digits import digit_features
+from monoloss_plugin.demo.saes import train_sae
 from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.features import FeatureBatches, FeatureSet
 from monoloss_plugin.hub.bundled import BUNDLED, folder_of
 from monoloss_plugin.hub.feature_repository import DEFAULT
-from monoloss_plugin.hub.publishing_dictionaries import stage_dictionary
 from monoloss_plugin.hub.publishing_features import stage_features
+from monoloss_plugin.hub.publishing_saes import stage_sae
 from monoloss_plugin.losses import MonoLoss
 
 from sae_lens import SAE  # isort: skip  # after the demo, whose error names the extra
@@ -39,9 +39,9 @@ def write_bundle(root: Path) -> None:
         baseline = None
         for terms in ((), (MonoLoss(lam=3e-3),)):
             folder = Path(scratch) / f"{len(terms)}-terms"
-            train_dictionary(data.train, "batchtopk", terms, seed=0, folder=folder)
+            train_sae(data.train, "batchtopk", terms, seed=0, folder=folder)
             evaluation = evaluate(SAE.load_from_disk(folder), batches)
-            stage_dictionary(
+            stage_sae(
                 folder,
                 root / "models",
                 sae_id=None,

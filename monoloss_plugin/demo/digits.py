@@ -50,7 +50,7 @@ class DigitFeatures:
     """scikit-learn's 1,797 handwritten digits as a frozen encoder sees them."""
 
     train: FeatureSet
-    """What the encoder and the dictionaries are trained on."""
+    """What the encoder and the SAEs are trained on."""
     held_out: FeatureSet
     """What neither has seen."""
     held_out_images: Tensor
@@ -104,14 +104,14 @@ def digit_images(features: FeatureSet) -> Tensor:
         ValueError: the features have no image_id, or one that is not a digit's file.
     """
     digits = load_digits()
-    files = {f"{label}/{n:04d}.png": n for n, label in enumerate(digits.target)}
-    image_ids = features.image_ids(torch.arange(len(features)))
-    if image_ids is None:
+    files = {_file(label, number): number for number, label in enumerate(digits.target)}
+    ids = features.ids_of(torch.arange(len(features)))
+    if ids is None:
         raise ValueError("features: have no image_id, by which the digits are found")
-    for image_id in image_ids:
+    for image_id in ids:
         if image_id not in files:
             raise ValueError(f"features: expected a digit's file as image_id, got {image_id!r}")
-    numbers = [files[image_id] for image_id in image_ids]
+    numbers = [files[image_id] for image_id in ids]
     return torch.tensor(digits.images[numbers] / 16, dtype=torch.float32)
 
 
@@ -122,10 +122,15 @@ def _split(seed: int) -> dict[str, list[int]]:
     return {"train": order[:cut], "held-out": order[cut:]}
 
 
+def _file(label: int, number: int) -> str:
+    """Name a digit's file below the folder of its class; its image_id."""
+    return f"{label}/{number:04d}.png"
+
+
 def _write_images(folder: Path, numbers: list[int]) -> None:
     digits = load_digits()
     for number in numbers:
-        path = folder / str(digits.target[number]) / f"{number:04d}.png"
+        path = folder / _file(digits.target[number], number)
         path.parent.mkdir(parents=True, exist_ok=True)
         grey = (digits.images[number] * (255 / 16)).round().astype(np.uint8)
         Image.fromarray(grey).save(path)

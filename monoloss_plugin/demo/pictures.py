@@ -1,4 +1,4 @@
-"""Which latents of two dictionaries to lay side by side."""
+"""Which latents of two SAEs to lay side by side."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PLACES = (0.1, 0.4, 0.7)
 
 
 class Scored(NamedTuple):
-    """A dictionary on held-out images."""
+    """An SAE on held-out images."""
 
     name: str
     monoscore: MonoScoreResult

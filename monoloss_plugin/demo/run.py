@@ -1,4 +1,4 @@
-"""Train dictionaries without and with the loss terms, compare them on held-out images, and draw."""
+"""Train SAEs without and with the loss terms, compare them on held-out images, and draw."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from monoloss_plugin.demo.dictionaries import NUM_LATENTS, train_dictionary
 from monoloss_plugin.demo.digits import digit_features
 from monoloss_plugin.demo.pictures import (
     BAND,
@@ -19,6 +18,7 @@ from monoloss_plugin.demo.pictures import (
     pairs_of_the_same_latent,
     pairs_of_the_same_rank,
 )
+from monoloss_plugin.demo.saes import NUM_LATENTS, train_sae
 from monoloss_plugin.evaluation import MEASURES as EVALUATED
 from monoloss_plugin.evaluation import Evaluation, evaluate
 from monoloss_plugin.features import FeatureBatches
@@ -58,12 +58,12 @@ class DemoResult:
 def run_demo(
     architecture: str, terms: Sequence[LossTerm], seeds: Sequence[int], out: Path
 ) -> DemoResult:
-    """Run the demo and write its dictionaries, figures and results to a folder.
+    """Run the demo and write its SAEs, figures and results to a folder.
 
     Args:
-        architecture: a key of :data:`monoloss_plugin.demo.dictionaries.ARCHITECTURES`.
+        architecture: a key of :data:`monoloss_plugin.demo.saes.ARCHITECTURES`.
         terms: the loss terms of the "with" runs.
-        seeds: one pair of dictionaries for each.
+        seeds: one pair of SAEs for each.
         out: a folder, made if it is not there.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -74,8 +74,8 @@ def run_demo(
     for seed in seeds:
         for run in RUNS:
             print(f"{architecture}, seed {seed}, {run} {' + '.join(t.name for t in terms)}")
-            folder = dictionary_folder(out, seed, run)
-            seconds = train_dictionary(
+            folder = sae_folder(out, seed, run)
+            seconds = train_sae(
                 data.train,
                 architecture,
                 terms if run == "with" else (),
@@ -105,8 +105,8 @@ def run_demo(
     return result
 
 
-def dictionary_folder(out: Path, seed: int, run: str) -> Path:
-    """Where a run's dictionary is saved, for ``SAE.load_from_disk``."""
+def sae_folder(out: Path, seed: int, run: str) -> Path:
+    """Where a run's SAE is saved, for ``SAE.load_from_disk``."""
     return out / f"seed-{seed}" / run
 
 
@@ -125,13 +125,13 @@ def _draw(
 
     scored = []
     for run in RUNS:
-        sae = SAE.load_from_disk(dictionary_folder(out, result.seeds[0], run))
+        sae = SAE.load_from_disk(sae_folder(out, result.seeds[0], run))
         with torch.no_grad():
             activations = sae.encode(features)
         scored.append(Scored(run, evaluations[run][0].monoscore, activations))
     for file, pairs, title in (
         ("same rank", pairs_of_the_same_rank(*scored), "latents of the same rank by MonoScore"),
-        ("same latent", pairs_of_the_same_latent(*scored), "the same latent in both dictionaries"),
+        ("same latent", pairs_of_the_same_latent(*scored), "the same latent in both SAEs"),
     ):
         if not pairs:
             result.files.pop(file)

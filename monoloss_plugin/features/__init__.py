@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from monoloss_plugin._later import later
-from monoloss_plugin.features.batches import Batch, FeatureBatches
-from monoloss_plugin.features.feature_set import FeatureSet, Sample
+from monoloss_plugin.features.batches import FeatureBatches
+from monoloss_plugin.features.feature_set import FeatureSet
 from monoloss_plugin.features.shards import SettingsError
 from monoloss_plugin.features.whole import verify
 
@@ -19,12 +19,10 @@ if TYPE_CHECKING:
     from monoloss_plugin.features.extraction import Extraction, TooManyUnreadableError, extract
 
 __all__ = [
-    "Batch",
     "Encoder",
     "Extraction",
     "FeatureBatches",
     "FeatureSet",
-    "Sample",
     "SettingsError",
     "TooManyUnreadableError",
     "extract",

@@ -6,38 +6,25 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from monoloss_plugin._checks import require_at_least, require_choice, require_share
+from monoloss_plugin.batch import Batch
 from monoloss_plugin.embeddings import unit_rows
 from monoloss_plugin.features.buffers import Buffers
 from monoloss_plugin.features.feature_set import FeatureSet, rows_in_common
 from monoloss_plugin.features.order import Order, Shuffle
 
 
-class Batch(NamedTuple):
-    """Samples of one step, on the batches' device."""
-
-    features: Tensor
-    """(B, d) float32, unit norm unless asked otherwise."""
-    embeddings: Tensor
-    """(B, d') of the same images, the similarity space: unit vectors of the embeddings' sets, or
-    without any the features."""
-    labels: Tensor | None
-    """(B,) int64; None where the set has none."""
-    rows: Tensor
-    """(B,) int64 on the CPU, where in the feature set these are."""
-    image_ids: list[str] | None
-    """Their ids, where asked for."""
-
-
 class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
     """Shuffled batches of a feature set, and of others aligned with it.
 
-    Iterating gives one epoch of :class:`Batch`; the next time, another.
+    Iterating gives one epoch of :class:`~monoloss_plugin.batch.Batch`, on the device asked for; the
+    next time, another. Features are float32, and so are embeddings: unit vectors of the
+    embeddings' sets, or without any the features.
     :meth:`tensors` is an endless iterator of features alone, SAELens's data provider. The order
     depends on seed and epoch alone. Where a batch comes from a disk or goes to a GPU, the next is
     on its way while one is at work.
@@ -54,7 +41,7 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         seed: of the order.
         drop_last: leave out the last, incomplete batch of an epoch.
         normalize: scale features to unit norm, in float32; a zero vector stays zero.
-        image_ids: give the ids with each batch.
+        ids: give the ids with each batch.
         device: where batches go.
         resident: hold the whole set on that device in its stored type; by default on a GPU where
             it takes at most half of the free memory. On the CPU it makes a copy in memory.
@@ -87,7 +74,7 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         seed: int = 0,
         drop_last: bool = True,
         normalize: bool = True,
-        image_ids: bool = False,
+        ids: bool = False,
         device: torch.device | str = "cpu",
         resident: bool | None = None,
         buffer_rows: int = 1 << 17,
@@ -103,7 +90,7 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         if resident and shuffle == "buffer":
             raise ValueError("resident: a set that is held in memory needs no shuffle buffer")
         self.features, self.batch_size, self.normalize = features, batch_size, normalize
-        self.image_ids, self.device = image_ids, torch.device(device)
+        self.ids, self.device = ids, torch.device(device)
         self.shard = require_share(shard)
         matched = rows_in_common(features, others)
         self.num_rows = len(features) if matched is None else len(matched[0])
@@ -197,13 +184,17 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         Raises:
             ValueError: no batch was given yet, or it had another number of rows.
         """
-        if self._given is None or len(self._given.embeddings) != len(features):
-            had = "none was given yet" if self._given is None else f"it has {len(self._given.rows)}"
+        if self._given is None or len(self._given.features) != len(features):
+            had = (
+                "none was given yet"
+                if self._given is None
+                else f"it has {len(self._given.features)}"
+            )
             raise ValueError(
                 f"embeddings: expected the batch that tensors() gave last, of {len(features)} "
                 f"rows, but {had}; use the trainer with data_provider=batches.tensors()"
             )
-        return self._given.embeddings.to(features.device)
+        return self._given.similarity.to(features.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, and what it depends on.
@@ -265,12 +256,12 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         of_set = self._read.numbers(rows)
         labels = None if self.features.labels is None else self.features.labels[of_set]
         return Batch(
-            features=features,
+            features,
             # The cosine of concatenated unit vectors is the mean of their cosines.
             embeddings=torch.cat(unit, 1) / math.sqrt(len(unit)) if unit else features,
             labels=None if labels is None else labels.to(self.device),
+            ids=self.features.ids_of(of_set) if self.ids else None,
             rows=of_set,
-            image_ids=self.features.image_ids(of_set) if self.image_ids else None,
         )
 
 

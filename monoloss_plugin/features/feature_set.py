@@ -8,12 +8,13 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from monoloss_plugin._optional import missing_extra
+from monoloss_plugin.batch import Batch
 from monoloss_plugin.features import shards, whole
 from monoloss_plugin.features.rows import Rows
 
@@ -28,20 +29,12 @@ except ModuleNotFoundError as error:
 logger = logging.getLogger(__name__)
 
 
-class Sample(NamedTuple):
-    """Features of some images, or of one."""
-
-    features: Tensor
-    labels: Tensor | None
-    image_ids: Any
-    """A list of ids, or one; None where the set has none."""
-
-
-class FeatureSet(torch.utils.data.Dataset[Sample]):
+class FeatureSet(torch.utils.data.Dataset[Batch]):
     """Features of N images, read from the memory map of a ``datasets.Dataset``.
 
-    As a map-style ``torch`` dataset it gives :class:`Sample`; a ``DataLoader`` asks it for whole
-    batches at once. For training, :class:`~monoloss_plugin.features.FeatureBatches` is faster.
+    As a map-style ``torch`` dataset it gives :class:`~monoloss_plugin.batch.Batch`; a
+    ``DataLoader`` asks it for whole batches at once. For training,
+    :class:`~monoloss_plugin.features.FeatureBatches` is faster.
 
     Args:
         dataset: with a column ``features`` of fixed-length lists, and ``label`` and ``image_id``
@@ -136,26 +129,25 @@ class FeatureSet(torch.utils.data.Dataset[Sample]):
         """Return every row (N, d) in the stored type, in memory."""
         return self._rows.take(torch.arange(len(self)))
 
-    def image_ids(self, numbers: Tensor) -> list[str] | None:
+    def ids_of(self, numbers: Tensor) -> list[str] | None:
         """Return the ids of some rows (B,)."""
         if self.ids is None:
             return None
         found: list[str] = self.ids.take(pa.array(numbers.numpy())).to_pylist()
         return found
 
-    def __getitem__(self, number: int) -> Sample:
+    def __getitem__(self, number: int) -> Batch:
         if not -len(self) <= number < len(self):
             raise IndexError(f"row {number} of {len(self)}")
         row = torch.tensor([number % len(self)])
-        ids = self.image_ids(row)
         labels = None if self.labels is None else self.labels[row][0]
-        return Sample(self.take(row)[0], labels, None if ids is None else ids[0])
+        return Batch(self.take(row)[0], labels=labels, ids=self.ids_of(row), rows=row[0])
 
-    def __getitems__(self, numbers: Sequence[int]) -> Sample:
+    def __getitems__(self, numbers: Sequence[int]) -> Batch:
         """Return a whole batch: pass ``collate_fn=lambda batch: batch`` to a DataLoader."""
         rows = torch.as_tensor(numbers)
         labels = None if self.labels is None else self.labels[rows]
-        return Sample(self.take(rows), labels, self.image_ids(rows))
+        return Batch(self.take(rows), labels=labels, ids=self.ids_of(rows), rows=rows)
 
     def fingerprint(self) -> str:
         """Return a checksum of some of its rows, by which to tell it from another set."""

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from monoloss_plugin.features import FeatureSet
 
 
-def aligned_embeddings(features: FeatureSet, image_ids: Sequence[str]) -> Tensor:
+def aligned_embeddings(features: FeatureSet, ids: Sequence[str]) -> Tensor:
     """Return the features of images in the order of their ids.
 
     Args:
         features: a set with ``image_id``, such as ``extract`` makes with the frozen encoder.
-        image_ids: one for each sample of the data to train on.
+        ids: one for each sample of the data to train on.
 
     Returns:
         (N, d) in float32.
@@ -33,13 +33,13 @@ def aligned_embeddings(features: FeatureSet, image_ids: Sequence[str]) -> Tensor
         if image_id in rows:
             raise ValueError(f"features: the image_id {image_id!r} occurs twice")
         rows[image_id] = row
-    missing = [str(one) for one in image_ids if str(one) not in rows]
+    missing = [str(one) for one in ids if str(one) not in rows]
     if missing:
         raise ValueError(
-            f"image_ids: {len(missing)} of {len(image_ids)} images have no features, such as "
+            f"ids: {len(missing)} of {len(ids)} images have no features, such as "
             f"{missing[0]!r}; the set has ids such as {next(iter(rows), None)!r}"
         )
-    numbers = torch.tensor([rows[str(one)] for one in image_ids], dtype=torch.int64)
+    numbers = torch.tensor([rows[str(one)] for one in ids], dtype=torch.int64)
     return features.take(numbers).float()
 
 

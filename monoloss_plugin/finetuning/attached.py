@@ -31,7 +31,7 @@ class AttachedTerm:
     """A loss term, and where its latents come from.
 
     Args:
-        term: such as ``MonoLoss(lam=0.1, units="raw")``.
+        term: such as ``MonoLoss(lam=0.1, lam_units="raw")``.
         model: what it is attached to.
         latents: a layer of the model or its path; by default its MonoLayer.
         warm_up_steps: the weight grows from 0 over this many steps.
@@ -61,7 +61,7 @@ class AttachedTerm:
         if not isinstance(term, LossTerm):
             got = f"the class {term.__name__}" if isinstance(term, type) else type(term).__name__
             raise TypeError(
-                f"loss: expected a loss term such as MonoLoss(lam=0.1, units='raw'), got {got}"
+                f"loss: expected a loss term such as MonoLoss(lam=0.1, lam_units='raw'), got {got}"
             )
         if isinstance(warm_up_steps, bool) or not isinstance(warm_up_steps, int):
             raise TypeError(f"warm_up_steps: expected an integer, got {warm_up_steps!r}")
@@ -71,10 +71,10 @@ class AttachedTerm:
             raise ValueError(f"name: {term.name!r} is the host's own; take another")
         if term.needs_selection:
             raise ValueError(f"{term.name}: needs the activations before a Top-k SAE's selection")
-        if term.weighed_against != "raw":
+        if term.lam_units != "raw":
             raise ValueError(
-                f"{term.name}: lam is measured against {term.weighed_against!r}, a reconstruction "
-                "loss, and there is none here; use units='raw'"
+                f"{term.name}: lam is measured against {term.lam_units!r}, a reconstruction "
+                "loss, and there is none here; use lam_units='raw'"
             )
 
     def __call__(self, embeddings: Tensor, step: int) -> TermOfStep:
@@ -96,8 +96,8 @@ class AttachedTerm:
             )
         if self.sync:
             latents, given = gather_rows(latents), gather_rows(given)
-        gradient_at = self.recorder.gradient_at
-        value, metrics = self.term.evaluate(StepTensors(latents, given, gradient_at=gradient_at))
+        step_tensors = StepTensors(latents, given, gradient_at=self.recorder.gradient_at)
+        value, metrics = self.term.compute_loss(step_tensors)
         warm = min(1.0, step / self.warm_up_steps) if self.warm_up_steps else 1.0
         weighted = self.term.lam * warm * value
         said = {self.term.name: weighted.detach(), **metrics}

@@ -1,6 +1,6 @@
-"""The Hugging Face Hub: publish and load dictionaries and features.
+"""The Hugging Face Hub: publish and load SAEs and features.
 
-Features need the extra ``hub``; dictionaries, which are SAELens's, need ``sae-lens`` too.
+Features need the extra ``hub``; SAEs, which are SAELens's, need ``sae-lens`` too.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ if TYPE_CHECKING:
     from monoloss_plugin.hub.feature_repository import load_features
     from monoloss_plugin.hub.pretrained import Listed, Pretrained, list_pretrained, load_pretrained
     from monoloss_plugin.hub.publication import PlannedFile, Publication
-    from monoloss_plugin.hub.publishing_dictionaries import publish_dictionary
     from monoloss_plugin.hub.publishing_features import publish_features
-    from monoloss_plugin.hub.record import DictionaryRecord
+    from monoloss_plugin.hub.publishing_saes import publish_sae
+    from monoloss_plugin.hub.record import SAERecord
 
 __all__ = [
-    "DictionaryRecord",
     "Listed",
     "PlannedFile",
     "Pretrained",
     "Publication",
+    "SAERecord",
     "list_pretrained",
     "load_features",
     "load_pretrained",
-    "publish_dictionary",
     "publish_features",
+    "publish_sae",
 ]
 
 __getattr__, __dir__ = later(
     __name__,
     {
-        "DictionaryRecord": "record",
+        "SAERecord": "record",
         "Listed": "pretrained",
         "PlannedFile": "publication",
         "Pretrained": "pretrained",
@@ -41,7 +41,7 @@ __getattr__, __dir__ = later(
         "list_pretrained": "pretrained",
         "load_features": "feature_repository",
         "load_pretrained": "pretrained",
-        "publish_dictionary": "publishing_dictionaries",
+        "publish_sae": "publishing_saes",
         "publish_features": "publishing_features",
     },
 )

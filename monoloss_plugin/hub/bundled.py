@@ -9,7 +9,7 @@ from monoloss_plugin.hub.repository import Kind, Repository, of_folder, of_hub
 _FOLDER = Path(__file__).parent / "bundled_data"
 
 BUNDLED = {"digits": "batchtopk-256-monoloss-0.003"}
-"""Names that need no network, each with the dictionary that it stands for by default."""
+"""Names that need no network, each with the SAE that it stands for by default."""
 
 
 def folder_of(name: str) -> Path:

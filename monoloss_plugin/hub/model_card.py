@@ -1,4 +1,4 @@
-"""The card of a repository of dictionaries."""
+"""The card of a repository of SAEs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.evaluation import MEASURES
 from monoloss_plugin.hub.cards import escaped, images_on_hub, merged, settings_table, table
 from monoloss_plugin.hub.pretrained import Listed, at
-from monoloss_plugin.hub.record import RECORD, DictionaryRecord
+from monoloss_plugin.hub.record import RECORD, SAERecord
 
 try:
     from huggingface_hub import EvalResult
@@ -31,25 +31,25 @@ objective that rewards latents that respond to one thing; MonoScore measures it.
 def model_card(
     existing: str,
     repo_id: str,
-    dictionaries: Sequence[Listed],
+    saes: Sequence[Listed],
     curves: Sequence[str],
     metadata: Mapping[str, Any],
 ) -> str:
-    """Return the card of a repository with these dictionaries.
+    """Return the card of a repository with these SAEs.
 
     Args:
         existing: the card that is there, or nothing.
         repo_id: ``user/name``.
-        dictionaries: all that the repository holds.
+        saes: all that the repository holds.
         curves: names of those that have a picture of their curves.
         metadata: of the card, beside the metrics.
     """
-    parts = [_ABOUT, "## Dictionaries", _overview(dictionaries)]
-    parts += [_section(one, one.sae_id in curves) for one in dictionaries]
-    parts += ["## Load", _loading(repo_id, dictionaries[0])]
+    parts = [_ABOUT, "## SAEs", _overview(saes)]
+    parts += [_section(one, one.sae_id in curves) for one in saes]
+    parts += ["## Load", _loading(repo_id, saes[0])]
     index = [
         entry
-        for one in dictionaries
+        for one in saes
         if (results := _results(one))
         for entry in eval_results_to_model_index(one.sae_id, results)
     ]
@@ -62,10 +62,10 @@ def model_card(
     return merged(existing, repo_id.partition("/")[2], "\n\n".join(parts), described)
 
 
-def _overview(dictionaries: Sequence[Listed]) -> str:
-    header = ["dictionary", "architecture", "latents", "losses", *(MEASURES[m] for m in _SHOWN)]
+def _overview(saes: Sequence[Listed]) -> str:
+    header = ["SAE", "architecture", "latents", "losses", *(MEASURES[m] for m in _SHOWN)]
     rows = []
-    for one in dictionaries:
+    for one in saes:
         metrics = one.record.metrics
         cells = [f"`{one.sae_id}`", escaped(one.architecture), one.d_sae, _losses(one.record)]
         rows.append([*cells, *(_number(metrics.get(m), m) for m in _SHOWN)])
@@ -94,7 +94,7 @@ def _section(one: Listed, has_curves: bool) -> str:
     return "\n\n".join(parts)
 
 
-def _comparison(record: DictionaryRecord) -> str:
+def _comparison(record: SAERecord) -> str:
     names = _ordered(record.metrics)
     if not record.baseline:
         rows = [[_label(m), _number(record.metrics[m], m)] for m in names]
@@ -107,7 +107,7 @@ def _comparison(record: DictionaryRecord) -> str:
     return _on(record) + table(("measure", f"without {added}", f"with {added}"), rows)
 
 
-def _on(record: DictionaryRecord) -> str:
+def _on(record: SAERecord) -> str:
     if not record.evaluated_on:
         return ""
     said = ", ".join(
@@ -126,7 +126,7 @@ def _label(measure: str) -> str:
     return MEASURES.get(measure) or escaped(measure)
 
 
-def _losses(record: DictionaryRecord) -> str:
+def _losses(record: SAERecord) -> str:
     said = [f"{term.get('name', 'loss')} {term.get('lam', '')}" for term in record.losses]
     return escaped(", ".join(said)) or "none"
 

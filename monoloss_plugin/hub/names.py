@@ -1,4 +1,4 @@
-"""Names that may become paths or links: of repositories, dictionaries and files."""
+"""Names that may become paths or links: of repositories, SAEs and files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Load dictionaries that others have published."""
+"""Load SAEs that others have published."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from monoloss_plugin._optional import missing_extra
-from monoloss_plugin.hub import dictionary
+from monoloss_plugin.hub import sae_folder
 from monoloss_plugin.hub.bundled import BUNDLED, open_named
-from monoloss_plugin.hub.dictionary import CONFIG, SPARSITY, WEIGHTS, refused
 from monoloss_plugin.hub.names import is_inside, is_pickle, require_inside
-from monoloss_plugin.hub.record import RECORD, DictionaryRecord, record_from
+from monoloss_plugin.hub.record import RECORD, SAERecord, record_from
 from monoloss_plugin.hub.repository import Repository
+from monoloss_plugin.hub.sae_folder import CONFIG, SPARSITY, WEIGHTS, refused
 
 try:
     from sae_lens import SAE
@@ -28,16 +28,16 @@ except ModuleNotFoundError as error:
 logger = logging.getLogger(__name__)
 
 ROOT = "."
-"""The ``sae_id`` of a dictionary that lies at the root of its repository."""
+"""The ``sae_id`` of an SAE that lies at the root of its repository."""
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A dictionary, loaded."""
+    """An SAE, loaded."""
 
     sae: SAE[Any]
     """SAELens's own SAE, for inference."""
-    record: DictionaryRecord
+    record: SAERecord
     """What it was trained with, on what, and what it scored; empty where nothing was published."""
     repo_id: str
     sae_id: str
@@ -49,14 +49,14 @@ class Pretrained:
 
 @dataclass(frozen=True)
 class Listed:
-    """A dictionary of a repository, not loaded."""
+    """An SAE of a repository, not loaded."""
 
     sae_id: str
     architecture: str
     """What it was trained as; a ``batchtopk`` is a ``jumprelu`` when it is loaded."""
     d_in: int
     d_sae: int
-    record: DictionaryRecord
+    record: SAERecord
     size: int
     """Bytes to download."""
 
@@ -72,7 +72,7 @@ def load_pretrained(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Pretrained:
-    """Load a published dictionary.
+    """Load a published SAE.
 
     Only JSON and safetensors are read, and its settings are compared with the weights before memory
     is taken. What was loaded once is loaded from the cache where the Hub cannot be reached.
@@ -80,7 +80,7 @@ def load_pretrained(
     Args:
         repo_id: ``user/name`` on the Hub; ``"digits"``, which is bundled; or a ``Path`` of a folder
             that is laid out like a repository.
-        sae_id: which of its dictionaries; may be left out where there is only one, and of
+        sae_id: which of its SAEs; may be left out where there is only one, and of
             ``"digits"``, which then gives the one with MonoLoss.
         revision: a branch, tag or commit of the repository.
         device: where to load it.
@@ -90,11 +90,11 @@ def load_pretrained(
         local_files_only: do not ask the Hub.
 
     Raises:
-        FileNotFoundError: no such repository, dictionary or bundled name.
-        ValueError: several dictionaries and no ``sae_id``, no such revision, or a dictionary that
+        FileNotFoundError: no such repository, SAE or bundled name.
+        ValueError: several SAEs and no ``sae_id``, no such revision, or an SAE that
             is not what it says.
         PermissionError: the Hub asks for a token, or for its conditions to be accepted.
-        ConnectionError: the Hub cannot be reached, and the dictionary is not in the cache.
+        ConnectionError: the Hub cannot be reached, and the SAE is not in the cache.
 
     Examples:
         >>> loaded = load_pretrained("digits")
@@ -112,14 +112,14 @@ def load_pretrained(
     sae_id = _chosen(repository, repo_id, sae_id)
     folder = repository.fetch(p for p in _paths(sae_id) if p in repository) / sae_id
     name = repository.name if sae_id == ROOT else f"{repository.name}/{sae_id}"
-    sae = dictionary.load(folder, name, device=str(torch.device(device)), dtype=dtype)
+    sae = sae_folder.load(folder, name, device=str(torch.device(device)), dtype=dtype)
     return Pretrained(
         sae=sae,
         record=_record(repository, sae_id),
         repo_id=str(repo_id),
         sae_id=sae_id,
         revision=repository.commit,
-        sparsity=dictionary.sparsity_of(folder, name, sae.cfg.d_sae),
+        sparsity=sae_folder.sparsity_of(folder, name, sae.cfg.d_sae),
     )
 
 
@@ -131,7 +131,7 @@ def list_pretrained(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> list[Listed]:
-    """List the dictionaries of a repository, by name, without their weights.
+    """List the SAEs of a repository, by name, without their weights.
 
     Args:
         repo_id: as for :func:`load_pretrained`.
@@ -161,7 +161,7 @@ def list_pretrained(
 
 
 def listed(repository: Repository) -> list[Listed]:
-    """List the dictionaries of a repository that is open; one that cannot be read is only said."""
+    """List the SAEs of a repository that is open; one that cannot be read is only said."""
     found = []
     ids = sae_ids(repository)
     files = [path for i in ids for path in (at(i, CONFIG), at(i, RECORD)) if path in repository]
@@ -171,16 +171,16 @@ def listed(repository: Repository) -> list[Listed]:
     for sae_id in ids:
         with _said(f"{repository.name}/{sae_id}"):
             config = repository.json(at(sae_id, CONFIG))
-            record = DictionaryRecord()
+            record = SAERecord()
             with _said(f"the record of {repository.name}/{sae_id}"):
                 record = _record(repository, sae_id)
             size = sum(repository.sizes.get(path, 0) for path in _paths(sae_id))
             found.append(
                 Listed(
                     sae_id=sae_id,
-                    architecture=dictionary.trained_as(config),
-                    d_in=dictionary.size_in(config, "d_in", sae_id),
-                    d_sae=dictionary.size_in(config, "d_sae", sae_id),
+                    architecture=sae_folder.trained_as(config),
+                    d_in=sae_folder.size_in(config, "d_in", sae_id),
+                    d_sae=sae_folder.size_in(config, "d_sae", sae_id),
                     record=record,
                     size=size,
                 )
@@ -198,7 +198,7 @@ def _said(name: str) -> Iterator[None]:
 
 
 def sae_ids(repository: Repository) -> list[str]:
-    """Return the names of the dictionaries of a repository: folders with settings and weights."""
+    """Return the names of the SAEs of a repository: folders with settings and weights."""
     files = (PurePosixPath(path) for path in repository.sizes)
     ids = (str(file.parent) for file in files if file.name == CONFIG)
     whole = (i for i in ids if all(at(i, file) in repository for file in (CONFIG, WEIGHTS)))
@@ -206,7 +206,7 @@ def sae_ids(repository: Repository) -> list[str]:
 
 
 def _chosen(repository: Repository, repo_id: str | Path, sae_id: str | None) -> str:
-    """Return the name of the dictionary to load, which is there."""
+    """Return the name of the SAE to load, which is there."""
     there = sae_ids(repository)
     has = f"it has {_some(there)}" if there else "it has none"
     if sae_id is None:
@@ -214,16 +214,16 @@ def _chosen(repository: Repository, repo_id: str | Path, sae_id: str | None) -> 
         if sae_id is None and len(there) == 1:
             return there[0]
         if sae_id is None and there:
-            raise ValueError(f"sae_id: {repository.name} has several dictionaries: {_some(there)}")
+            raise ValueError(f"sae_id: {repository.name} has several SAEs: {_some(there)}")
         if sae_id is None:
             raise FileNotFoundError(
-                f"repo_id: {repository.name} holds no dictionary{_pickles(repository, '')}"
+                f"repo_id: {repository.name} holds no SAE{_pickles(repository, '')}"
             )
     if sae_id != ROOT:
         require_inside(sae_id, "sae_id")
     if sae_id not in there:
         raise FileNotFoundError(
-            f"sae_id: {repository.name} has no dictionary {sae_id!r}; {has}"
+            f"sae_id: {repository.name} has no SAE {sae_id!r}; {has}"
             f"{_pickles(repository, sae_id + '/')}"
         )
     return sae_id
@@ -239,17 +239,17 @@ def _some(names: list[str]) -> str:
 
 
 def at(sae_id: str, file: str) -> str:
-    """Return the path of a dictionary's file."""
+    """Return the path of an SAE's file."""
     return file if sae_id == ROOT else f"{sae_id}/{file}"
 
 
 def _paths(sae_id: str) -> list[str]:
-    """Return what is read of a dictionary, and nothing else is."""
+    """Return what is read of an SAE, and nothing else is."""
     return [at(sae_id, file) for file in (CONFIG, WEIGHTS, SPARSITY, RECORD)]
 
 
-def _record(repository: Repository, sae_id: str) -> DictionaryRecord:
+def _record(repository: Repository, sae_id: str) -> SAERecord:
     path = at(sae_id, RECORD)
     if path not in repository:
-        return DictionaryRecord()
+        return SAERecord()
     return record_from(repository.json(path), f"{repository.name}/{path}")

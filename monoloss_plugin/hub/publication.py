@@ -49,7 +49,7 @@ class Publication:
     commit: str | None
     """None for a dry run."""
     name: str = ""
-    """Of the dictionary, or of the split, in the repository."""
+    """Of the SAE, or of the split, in the repository."""
 
     @property
     def size(self) -> int:

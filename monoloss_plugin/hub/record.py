@@ -1,4 +1,4 @@
-"""``monoloss.json``: what a dictionary was trained with, on what, and what it scored."""
+"""``monoloss.json``: what an SAE was trained with, on what, and what it scored."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Inputs = Literal["unit norm", "as they are"]
 
 
 @dataclass(frozen=True)
-class DictionaryRecord:
-    """What is known of a dictionary beside its weights; empty where nothing was said."""
+class SAERecord:
+    """What is known of an SAE beside its weights; empty where nothing was said."""
 
     losses: list[dict[str, Any]] = field(default_factory=list)
     """Terms added to the host's loss, each with its name, kind, lam and units; none: a baseline."""
@@ -30,7 +30,7 @@ class DictionaryRecord:
     metrics: dict[str, float] = field(default_factory=dict)
     """By the names of :meth:`~monoloss_plugin.evaluation.Evaluation.summary`."""
     baseline: dict[str, float] = field(default_factory=dict)
-    """The same of a dictionary that was trained without the terms."""
+    """The same of an SAE that was trained without the terms."""
     evaluated_on: dict[str, Any] = field(default_factory=dict)
     """Which samples the metrics are of."""
     converted_from: str | None = None
@@ -40,7 +40,7 @@ class DictionaryRecord:
 
     @property
     def lam(self) -> float:
-        """MonoLoss's weight, in its units; 0 where the dictionary was trained without it."""
+        """MonoLoss's weight, in its units; 0 where the SAE was trained without it."""
         ours = (term for term in self.losses if term.get("term") == "MonoLoss")
         return sum((float(term.get("lam", 0)) for term in ours), 0.0)
 
@@ -49,7 +49,7 @@ class DictionaryRecord:
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, sort_keys=True) + "\n"
 
 
-def record_from(content: Mapping[str, Any], name: str) -> DictionaryRecord:
+def record_from(content: Mapping[str, Any], name: str) -> SAERecord:
     """Read a record; what a later version may have added is left out.
 
     Args:
@@ -66,7 +66,7 @@ def record_from(content: Mapping[str, Any], name: str) -> DictionaryRecord:
             "update it"
         )
     known: dict[str, Any] = {}
-    for part in fields(DictionaryRecord):
+    for part in fields(SAERecord):
         given = content.get(part.name)
         if given is None:
             continue
@@ -74,7 +74,7 @@ def record_from(content: Mapping[str, Any], name: str) -> DictionaryRecord:
         if not isinstance(given, expected) or not _fits(part.name, given):
             raise ValueError(f"{name}: {part.name} is not what a record holds there: {given!r}")
         known[part.name] = given
-    return DictionaryRecord(**known)
+    return SAERecord(**known)
 
 
 def described_features(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,8 +89,8 @@ def finite(metrics: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
-def write_record(record: DictionaryRecord, folder: Path) -> None:
-    """Write a record into a dictionary's folder."""
+def write_record(record: SAERecord, folder: Path) -> None:
+    """Write a record into an SAE's folder."""
     (folder / RECORD).write_text(record.to_json(), encoding="utf-8")
 
 

@@ -1,6 +1,6 @@
 """Sparse latents as the list of their entries, sorted by latent.
 
-A TopK dictionary has a hundredth of its latents on, so what MonoScore sums over samples costs a
+A TopK SAE has a hundredth of its latents on, so what MonoScore sums over samples costs a
 hundredth too once the entries of each latent stand together: column sums, and the sums of
 embeddings as one ``embedding_bag``.
 """
@@ -119,7 +119,7 @@ class Support:
     def add_weighted_sums_(self, sums: Tensor, weights: Tensor, embeddings: Tensor) -> None:
         """Add :meth:`weighted_sums` to ``sums`` (M, d), which may be of a wider dtype.
 
-        Block by block of latents: what is added stays in the cache, and a wide dictionary needs
+        Block by block of latents: what is added stays in the cache, and a wide SAE needs
         no second (M, d) array.
         """
         starts = range(0, self.num_latents, _LATENTS_AT_ONCE)

@@ -15,7 +15,7 @@ from monoloss_plugin import MonoLoss, functional
 from monoloss_plugin.adapters.lightning import MonoLossCallback
 from monoloss_plugin.finetuning import LatentRecorder, WithEmbeddings, insert_mono_layer
 
-LOSS = MonoLoss(lam=0.5, units="raw")
+LOSS = MonoLoss(lam=0.5, lam_units="raw")
 ROWS = 32
 
 
@@ -164,7 +164,7 @@ def test_resume_gives_the_same_trajectory(tmp_path) -> None:
 
 
 def test_what_is_wrong_is_named(tmp_path) -> None:
-    with pytest.raises(ValueError, match="use units='raw'"):
+    with pytest.raises(ValueError, match="use lam_units='raw'"):
         MonoLossCallback(MonoLoss(lam=3e-4), embeddings="h")
     with pytest.raises(TypeError, match="embeddings: expected a key of the batch"):
         MonoLossCallback(LOSS, embeddings=None)

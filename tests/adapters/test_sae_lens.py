@@ -88,7 +88,7 @@ def test_training_with_monoloss_raises_the_score_of_every_architecture(architect
 def test_loss_and_gradient_are_the_host_s_plus_the_weighted_term(architecture, images, way):
     x = images[:BATCH]
     plain, attached = make_sae(architecture), make_sae(architecture)
-    add_loss(attached, MonoLoss(lam=0.5, units="raw"))
+    add_loss(attached, MonoLoss(lam=0.5, lam_units="raw"))
 
     expected = plain.training_forward_pass(step_input(x, plain))
     term = functional.monoloss(expected.feature_acts, x)
@@ -123,7 +123,7 @@ def test_jumprelu_s_threshold_gets_the_gradient_of_every_entry_that_reaches_it(
     for choice in ("by the adapter", "all"):
         if choice == "all":
             monkeypatch.setattr(adapter, "_gradient_at", lambda *_: "all")
-        handle = add_loss(sae, MonoLoss(lam=1.0, units="raw"))
+        handle = add_loss(sae, MonoLoss(lam=1.0, lam_units="raw"))
         term = sae.training_forward_pass(step_input(x, sae)).losses["monoloss"]
         found[choice] = gradients(term, sae)["threshold"]
         handle.remove()
@@ -292,14 +292,14 @@ def test_saes_that_share_a_config_do_not_share_the_record(images):
 
 @pytest.mark.parametrize("scale", [1.0, 10.0])
 @pytest.mark.parametrize(
-    ("units", "per_square_norm"), [("mse", 64.0), ("nmse", 1.0), ("raw", None)]
+    ("lam_units", "per_square_norm"), [("mse", 64.0), ("nmse", 1.0), ("raw", None)]
 )
 def test_lam_is_converted_by_width_and_measured_input_scale(
-    scale, units, per_square_norm, images, caplog
+    scale, lam_units, per_square_norm, images, caplog
 ):
     sae = make_sae("batchtopk")
     trainer = make_trainer(sae, stream(images * scale))
-    trainer.add_loss(MonoLoss(lam=3e-4, units=units))
+    trainer.add_loss(MonoLoss(lam=3e-4, lam_units=lam_units))
     with caplog.at_level(logging.INFO, logger="monoloss_plugin"):
         outputs = [trainer.step(images[:BATCH] * scale) for _ in range(3)]
     factor = 1.0 if per_square_norm is None else per_square_norm * scale**2
@@ -455,10 +455,10 @@ def test_whitening_is_refused_where_nothing_can_undo_it(images):
 def test_another_similarity_space_can_be_given(images, digit_labels):
     labels = digit_labels[:BATCH]
     sae = make_sae("topk")
-    add_loss(sae, MonoLoss(lam=1.0, units="raw"))
+    add_loss(sae, MonoLoss(lam=1.0, lam_units="raw"))
     add_loss(
         sae,
-        MonoLoss(lam=1.0, units="raw", name="by_label"),
+        MonoLoss(lam=1.0, lam_units="raw", name="by_label"),
         embeddings=lambda x: torch.nn.functional.one_hot(labels).float(),
     )
     output = sae.training_forward_pass(step_input(images[:BATCH], sae))

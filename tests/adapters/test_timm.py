@@ -21,7 +21,7 @@ from monoloss_plugin.finetuning import LatentRecorder
 from tests.finetuning.test_mono_layer import TIMM
 from tests.processes import leave_together
 
-LOSS = MonoLoss(lam=0.5, units="raw")
+LOSS = MonoLoss(lam=0.5, lam_units="raw")
 
 
 def model_of(name: str = "resnet18") -> nn.Module:
@@ -123,7 +123,7 @@ def test_two_terms_and_one_removed(batch) -> None:
     images, target, h = batch
     task = task_of(model_of())
     first = task.add_loss(LOSS)
-    task.add_loss(MonoLoss(lam=0.1, units="raw", name="of_logits"), latents="fc")
+    task.add_loss(MonoLoss(lam=0.1, lam_units="raw", name="of_logits"), latents="fc")
     result = task(images, target, embeddings=h)
     assert {"monoloss", "monoscore", "of_logits", "of_logits_monoscore"} <= set(result)
     first.remove()
@@ -161,12 +161,12 @@ def test_what_is_wrong_is_named(batch) -> None:
         add_loss(model_of(), LOSS)
     with pytest.raises(TypeError, match="expected a frozen encoder to call, got Tensor"):
         task.add_loss(LOSS, embeddings=h)
-    with pytest.raises(ValueError, match="use units='raw'"):
+    with pytest.raises(ValueError, match="use lam_units='raw'"):
         task.add_loss(MonoLoss(lam=3e-4))
     with pytest.raises(TypeError, match=r"loss: expected a loss term.*got CrossEntropyLoss"):
         task.add_loss(nn.CrossEntropyLoss())
     with pytest.raises(ValueError, match="name: 'loss' is the host's own"):
-        task.add_loss(MonoLoss(lam=0.1, units="raw", name="loss"))
+        task.add_loss(MonoLoss(lam=0.1, lam_units="raw", name="loss"))
     with pytest.raises(ValueError, match="the encoder shares parameters with the model"):
         task.add_loss(LOSS, embeddings=task.get_trainable_module())
     assert "forward" not in task.__dict__

@@ -24,7 +24,7 @@ from monoloss_plugin.losses import LossTerm, TermValue
 from tests.finetuning.test_mono_layer import SMALL
 
 LAM = 0.5
-LOSS = MonoLoss(lam=LAM, units="raw")
+LOSS = MonoLoss(lam=LAM, lam_units="raw")
 ROWS = 64
 
 
@@ -161,9 +161,9 @@ class Spy(LossTerm):
 
     name: str = "spy"
     seen: list[torch.Tensor] = field(default_factory=list)
-    weighed_against = "raw"
+    lam_units: str = field(default="raw", kw_only=True)
 
-    def evaluate(self, step):
+    def compute_loss(self, step):
         self.seen.append(step.embeddings)
         return TermValue(step.latents.sum() * 0, {})
 
@@ -269,7 +269,7 @@ def test_removed_columns_are_never_the_models(data, tmp_path) -> None:
     described = data.add_column("other", data["embeddings"][:].numpy().tolist())
     trainer = trainer_of(Strict(), described.with_format("torch"), tmp_path, max_steps=4)
     first = trainer.add_loss(LOSS, embeddings="embeddings")
-    trainer.add_loss(MonoLoss(lam=0.1, units="raw", name="b"), embeddings="other")
+    trainer.add_loss(MonoLoss(lam=0.1, lam_units="raw", name="b"), embeddings="other")
 
     class Remove(transformers.TrainerCallback):
         def on_step_end(self, arguments, state, control, **_):
@@ -307,7 +307,7 @@ def test_a_trainer_that_computes_its_loss_itself(data, in_order, tmp_path) -> No
 def test_means_are_over_the_steps_that_had_the_term(data, tmp_path) -> None:
     trainer = trainer_of(model_of(), data, tmp_path, max_steps=4, logging_steps=4)
     trainer.add_loss(LOSS, embeddings="embeddings")
-    late = MonoLoss(lam=0.1, units="raw", name="late")
+    late = MonoLoss(lam=0.1, lam_units="raw", name="late")
 
     class Add(transformers.TrainerCallback):
         def on_step_end(self, arguments, state, control, **_):
@@ -426,7 +426,7 @@ def test_two_terms_on_two_layers(data, tmp_path) -> None:
     model = model_of()
     trainer = trainer_of(model, data, tmp_path, max_steps=2, learning_rate=1e-2)
     first = trainer.add_loss(LOSS, embeddings="embeddings")
-    second = MonoLoss(lam=0.1, units="raw", name="of_logits")
+    second = MonoLoss(lam=0.1, lam_units="raw", name="of_logits")
     trainer.add_loss(second, embeddings="embeddings", latents="classifier")
     trainer.train()
     entry = trainer.state.log_history[0]
@@ -451,7 +451,7 @@ def test_what_is_wrong_is_named(data, tmp_path) -> None:
     trainer = trainer_of(model_of(), data, tmp_path)
     for arguments, error, said in (
         ((OffSupportL1(lam=1.0),), ValueError, "needs the activations before a Top-k SAE"),
-        ((MonoLoss(lam=0.1),), ValueError, "lam is measured against 'mse'.*use units='raw'"),
+        ((MonoLoss(lam=0.1),), ValueError, "lam is measured against 'mse'.*use lam_units='raw'"),
         ((MonoLoss,), TypeError, "got the class MonoLoss"),
     ):
         with pytest.raises(error, match=said):

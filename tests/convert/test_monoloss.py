@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from monoloss_plugin.batch import Batch
 from monoloss_plugin.convert import from_monoloss
-from monoloss_plugin.evaluation import _Part
 from tests.convert.conftest import LATENTS, WIDTH
 
 K = 5
@@ -67,7 +67,7 @@ def test_topk(tied, normalize, tmp_path, digits, assert_same) -> None:
     out = (latents @ decoder + state["pre_bias"]) * deviation + mean
     sae = from_monoloss(path)
     assert_same(sae, digits, latents, out)
-    assert sae.cfg.metadata.monoloss["terms"]["monoloss"]["units"] == "nmse"
+    assert sae.cfg.metadata.monoloss["terms"]["monoloss"]["lam_units"] == "nmse"
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -111,7 +111,7 @@ def test_batchtopk_is_the_same_on_the_batch_that_sets_the_threshold(
 
 def test_batchtopk_keeps_k_a_sample_on_average_over_batches(tmp_path, digits) -> None:
     path = save(tmp_path / "batch.pt", untied(), "BatchTopKSAE", topk_k=K)
-    batches = [_Part(part, part, None) for part in digits.split(256)]
+    batches = [Batch(part) for part in digits.split(256)]
     few = from_monoloss(path, features=batches)
     kept = float((few.encode(digits) > 0).sum()) / len(digits)
     assert abs(kept - K) < 0.1

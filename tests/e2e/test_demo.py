@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from monoloss_plugin import __version__, cli
 from monoloss_plugin.cli.demo import ARCHITECTURES
-from monoloss_plugin.demo import dictionaries, digits
+from monoloss_plugin.demo import digits, saes
 
 pytestmark = pytest.mark.xdist_group("demo")  # one process runs it in full
 
@@ -50,7 +50,7 @@ def test_the_table_shows_what_the_results_say(full_run) -> None:
         assert f"{results['summaries'][run][0]['purity_binary']:.3f} ± 0.000" in printed
 
 
-def test_pictures_and_dictionaries_are_left(full_run) -> None:
+def test_pictures_and_saes_are_left(full_run) -> None:
     out, _ = full_run
     for name in ("curves.png", "same_rank.png", "same_latent.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
@@ -62,7 +62,7 @@ def test_pictures_and_dictionaries_are_left(full_run) -> None:
 @pytest.mark.parametrize("arch", [a for a in ARCHITECTURES if a != "batchtopk"])
 def test_every_architecture_runs(arch, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(digits, "_EPOCHS", 2)
-    monkeypatch.setattr(dictionaries, "_STEPS", 100)
+    monkeypatch.setattr(saes, "_STEPS", 100)
     result = CliRunner().invoke(
         cli.app, ["demo", "--arch", arch, "--seeds", "1", "--out", str(tmp_path)]
     )
@@ -73,7 +73,7 @@ def test_every_architecture_runs(arch, tmp_path, monkeypatch) -> None:
 
 def test_regularizers_alone_and_over_two_seeds(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(digits, "_EPOCHS", 2)
-    monkeypatch.setattr(dictionaries, "_STEPS", 100)
+    monkeypatch.setattr(saes, "_STEPS", 100)
     arguments = ["demo", "--lam", "0", "--seeds", "2", "--out", str(tmp_path)]
     arguments += ["--regularizer", "off-support-l1=0.5", "--regularizer", "l1_l2_ratio"]
     result = CliRunner().invoke(cli.app, arguments)
@@ -87,7 +87,7 @@ def test_regularizers_alone_and_over_two_seeds(tmp_path, monkeypatch) -> None:
 
 
 def test_the_lists_of_the_command_and_the_demo_agree() -> None:
-    assert list(ARCHITECTURES) == list(dictionaries.ARCHITECTURES)
+    assert list(ARCHITECTURES) == list(saes.ARCHITECTURES)
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,9 @@ from torch.utils.data import DataLoader
 
 import monoloss_plugin.adapters.sae_lens  # noqa: F401
 from monoloss_plugin import MonoLoss, functional
+from monoloss_plugin.batch import Batch
 from monoloss_plugin.evaluation import evaluate
-from monoloss_plugin.features import Batch, FeatureBatches, FeatureSet
+from monoloss_plugin.features import FeatureBatches, FeatureSet
 from monoloss_plugin.features.order import Order
 from monoloss_plugin.features.rows import Rows
 
@@ -99,7 +100,7 @@ def test_rows_are_those_of_the_dataset_wherever_they_lie(
     assert torch.equal(features.take(rows), expected[rows])
     assert torch.equal(features.take(rows[:1]), expected[rows[:1]])
     assert torch.equal(features.tensor(), expected)
-    assert features.image_ids(rows[:3]) == [f"{int(i):04d}" for i in rows[:3]]
+    assert features.ids_of(rows[:3]) == [f"{int(i):04d}" for i in rows[:3]]
     assert torch.equal(features.labels, torch.tensor(DIGITS.target))
 
 
@@ -128,14 +129,14 @@ def test_rows_beyond_the_set_are_refused(tmp_path: Path, number: int) -> None:
 def test_a_set_is_a_map_style_dataset(digits: FeatureSet) -> None:
     one = digits[-1]
     assert torch.equal(one.features, PIXELS[-1])
-    assert (int(one.labels), one.image_ids) == (DIGITS.target[-1], "1796")
+    assert (int(one.labels), one.ids) == (DIGITS.target[-1], ["1796"])
     with pytest.raises(IndexError):
         digits[len(digits)]
     loader = DataLoader(digits, batch_size=500, collate_fn=lambda batch: batch, num_workers=1)
     batches = list(loader)
     assert [len(b.features) for b in batches] == [500, 500, 500, 297]
     assert torch.equal(torch.cat([b.features for b in batches]), PIXELS)
-    assert batches[0].image_ids[:2] == ["0000", "0001"]
+    assert batches[0].ids[:2] == ["0000", "0001"]
 
 
 def test_a_set_without_any_label_has_no_labels() -> None:
@@ -188,10 +189,10 @@ def test_epochs_and_seeds_give_different_orders(digits: FeatureSet) -> None:
 
 
 def test_features_as_they_are(digits: FeatureSet) -> None:
-    batches = FeatureBatches(digits, batch_size=100, normalize=False, image_ids=True)
+    batches = FeatureBatches(digits, batch_size=100, normalize=False, ids=True)
     batch = next(iter(batches))
     assert torch.equal(batch.features, PIXELS[batch.rows])
-    assert batch.image_ids == [f"{int(i):04d}" for i in batch.rows]
+    assert batch.ids == [f"{int(i):04d}" for i in batch.rows]
     assert torch.equal(batch.embeddings, batch.features)
 
 
@@ -570,7 +571,7 @@ def test_columns_of_other_types_are_taken_or_named() -> None:
     numbered = small.add_column("image_id", [7, 8, 9])
     opened = FeatureSet(numbered)
     assert opened.labels.tolist() == [1, 2, 3]
-    assert opened.image_ids(torch.tensor([2, 0])) == ["9", "7"]
+    assert opened.ids_of(torch.tensor([2, 0])) == ["9", "7"]
     with pytest.raises(TypeError, match="label: expected integers, got string"):
         FeatureSet(columns.add_column("label", ["a", "b", "c"]))
     data = {"features": [[1.0, None], [2.0, 3.0]]}

@@ -77,7 +77,7 @@ def test_a_folder_of_images_becomes_their_features(
     assert (done.images, done.rows) == (150, 150)
     assert {bad["image_id"] for bad in done.unreadable} == BAD
     features = FeatureSet.open(tmp_path / "out")
-    ids = features.image_ids(torch.arange(150))
+    ids = features.ids_of(torch.arange(150))
     assert ids == sorted(expected)
     torch.testing.assert_close(features.tensor(), torch.stack([expected[i] for i in ids]))
     assert [features.classes[y] for y in features.labels] == [i.split("/")[0] for i in ids]

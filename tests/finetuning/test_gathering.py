@@ -24,7 +24,7 @@ def make():
 
 
 def gradients_of(model, x, h, gather):
-    recorder, loss = LatentRecorder(model), MonoLoss(lam=0.1, units="raw")
+    recorder, loss = LatentRecorder(model), MonoLoss(lam=0.1, lam_units="raw")
     logits = model(x)
     latents = recorder.take()
     if gather:

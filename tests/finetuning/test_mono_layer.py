@@ -216,7 +216,7 @@ def test_a_plain_loop_trains_the_layer() -> None:
     model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3))
     layer = insert_mono_layer(model, "2", width=24, relu=True)
     x, h = torch.randn(20, 6), torch.randn(20, 5)
-    recorder, loss = LatentRecorder(model), MonoLoss(lam=0.1, units="raw")
+    recorder, loss = LatentRecorder(model), MonoLoss(lam=0.1, lam_units="raw")
     model(x)
     found = loss(recorder.take(), h, gradient_at=recorder.gradient_at)
     found.backward()
@@ -315,7 +315,7 @@ def test_embeddings_stay_with_their_samples() -> None:
 
 def test_precomputed_features_are_found_by_image_id() -> None:
     features = load_features("digits", "held_out")
-    ids = features.image_ids(torch.tensor([5, 3, 400]))
+    ids = features.ids_of(torch.tensor([5, 3, 400]))
     found = aligned_embeddings(features, ids)
     assert torch.equal(found, features.take(torch.tensor([5, 3, 400])).float())
     with pytest.raises(ValueError, match=r"1 of 4 images have no features, such as 'x.png'"):

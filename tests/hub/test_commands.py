@@ -36,7 +36,7 @@ def held_out(tmp_path):
     return folder
 
 
-def test_one_command_publishes_a_measured_dictionary(held_out, tmp_path, hub) -> None:
+def test_one_command_publishes_a_measured_sae(held_out, tmp_path, hub) -> None:
     command = [sys.executable, "-m", "monoloss_plugin", "publish", "sae", WITH, REPO]
     options = ["--features", held_out, "--baseline", WITHOUT, "--license", "mit"]
     environment = {**os.environ, "HF_TOKEN": OWNER_TOKEN, "COLUMNS": "200"}

@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 import torch
 
-from monoloss_plugin import list_pretrained, load_pretrained, publish_dictionary
+from monoloss_plugin import list_pretrained, load_pretrained, publish_sae
 from monoloss_plugin.hub.bundled import folder_of
 from tests.hub.conftest import use_cache
 from tests.hub.server import OWNER_TOKEN, READ_TOKEN, Fault
@@ -47,7 +47,7 @@ def test_a_token_that_may_not_write(case, hub, monkeypatch, everything_logged) -
     if token is not None:
         monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(PermissionError, match=said) as refused:
-        publish_dictionary(ONE, repo)
+        publish_sae(ONE, repo)
     assert not hub.repos
     if token is not None:
         seen = everything_logged()
@@ -58,11 +58,11 @@ def test_a_token_that_may_not_write(case, hub, monkeypatch, everything_logged) -
 
 def test_a_token_for_another_namespace(hub) -> None:
     with pytest.raises(PermissionError, match="may not write to bob/saes"):
-        publish_dictionary(ONE, "bob/saes")
+        publish_sae(ONE, "bob/saes")
 
 
 def test_the_token_is_in_no_log_of_a_whole_run(hub, everything_logged) -> None:
-    publish_dictionary(ONE, REPO)
+    publish_sae(ONE, REPO)
     load_pretrained(REPO)
     seen = everything_logged()
     assert "About to commit" in seen
@@ -70,7 +70,7 @@ def test_the_token_is_in_no_log_of_a_whole_run(hub, everything_logged) -> None:
 
 
 def test_a_wrong_token_to_read(hub) -> None:
-    publish_dictionary(ONE, REPO)
+    publish_sae(ONE, REPO)
     with pytest.raises(PermissionError, match=r"does not accept it .* \(401\)"):
         load_pretrained(REPO, token=WRONG)
     with pytest.raises(FileNotFoundError, match="knows no repository alice/nothing"):
@@ -100,13 +100,13 @@ def puts(hub) -> int:
 def test_a_failed_upload_leaves_nothing_and_can_be_run_again(fault, hub) -> None:
     hub.faults.append(fault)
     with pytest.raises(ConnectionError, match="the Hub"):
-        publish_dictionary(ONE, REPO)
+        publish_sae(ONE, REPO)
     if hub.repos:
         assert list(hub.files(REPO)) == [".gitattributes"]
     hub.faults.clear()
     arrived = set(hub.storage)
     hub.requests.clear()
-    done = publish_dictionary(ONE, REPO)
+    done = publish_sae(ONE, REPO)
     large = {"sae_weights.safetensors", "sparsity.safetensors", "curves.png"}
     assert puts(hub) == len(large) - len(arrived)
     assert {path.partition("/")[2] for path in hub.files(REPO)} >= large
@@ -115,25 +115,25 @@ def test_a_failed_upload_leaves_nothing_and_can_be_run_again(fault, hub) -> None
 
 def test_an_upload_that_loses_one_connection_goes_on(hub) -> None:
     hub.faults.append(Fault("PUT", "/storage/", "drop"))
-    publish_dictionary(ONE, REPO)
+    publish_sae(ONE, REPO)
     assert load_pretrained(REPO).record.lam == 0.003
 
 
 def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub) -> None:
     hub.faults.append(Fault("POST", "/commit/", "lose"))
     with pytest.raises(ConnectionError, match="run it again: what has arrived is not sent twice"):
-        publish_dictionary(ONE, REPO)
-    again = publish_dictionary(ONE, REPO)
+        publish_sae(ONE, REPO)
+    again = publish_sae(ONE, REPO)
     assert {file.change for file in again.files} == {"same"}
     assert len(hub.repos["model", REPO].messages) == 2
 
 
 def test_what_others_commit_meanwhile_is_kept(hub) -> None:
-    publish_dictionary(OTHER, REPO, sae_id="first")
+    publish_sae(OTHER, REPO, sae_id="first")
     theirs = {f"theirs/{p.name}": p.read_bytes() for p in OTHER.iterdir()}
     fault = Fault("POST", "/commit/", 0, before=lambda: hub.put(REPO, {**theirs, "NOTES": b"x"}))
     hub.faults.append(fault)
-    publish_dictionary(ONE, REPO, sae_id="second")
+    publish_sae(ONE, REPO, sae_id="second")
     assert fault.times == 0
     assert [one.sae_id for one in list_pretrained(REPO)] == ["first", "second", "theirs"]
     files = hub.files(REPO)
@@ -142,13 +142,13 @@ def test_what_others_commit_meanwhile_is_kept(hub) -> None:
 
 
 def test_somebody_who_commits_all_the_time_is_named_at_last(hub) -> None:
-    publish_dictionary(OTHER, REPO, sae_id="first")
+    publish_sae(OTHER, REPO, sae_id="first")
     numbers = iter(range(9))
     hub.faults.append(
         Fault("POST", "/commit/", 0, 9, before=lambda: hub.put(REPO, {f"{next(numbers)}": b"x"}))
     )
     with pytest.raises(OSError, match="somebody else has committed to alice/vision-saes"):
-        publish_dictionary(ONE, REPO, sae_id="second")
+        publish_sae(ONE, REPO, sae_id="second")
     assert not any(path.startswith("second/") for path in hub.files(REPO))
 
 
@@ -160,7 +160,7 @@ def appears(hub, files: dict[str, bytes]) -> None:
 
 def test_a_repository_that_appears_meanwhile_is_added_to(hub) -> None:
     appears(hub, {"NOTES": b"mine", "README.md": b"# Theirs\n"})
-    publish_dictionary(ONE, REPO)
+    publish_sae(ONE, REPO)
     files = hub.files(REPO)
     assert files["NOTES"] == b"mine"
     assert b"# Theirs" in files["README.md"]
@@ -170,40 +170,40 @@ def test_a_repository_that_appears_meanwhile_is_added_to(hub) -> None:
 def test_a_repository_that_appears_meanwhile_is_not_overwritten(hub) -> None:
     appears(hub, {"one/cfg.json": b"{}"})
     with pytest.raises(FileExistsError, match=r"has another one/cfg.json already"):
-        publish_dictionary(ONE, REPO, sae_id="one")
+        publish_sae(ONE, REPO, sae_id="one")
     hub.reset()
     appears(hub, {"README.md": b"# Theirs\n"})
     with pytest.raises(PermissionError, match="is there already, and public"):
-        publish_dictionary(ONE, REPO, private=True)
+        publish_sae(ONE, REPO, private=True)
     assert list(hub.files(REPO)) == ["README.md"]
 
 
 def test_a_card_that_the_hub_refuses_leaves_no_empty_repository(hub) -> None:
     with pytest.raises(ValueError, match=r"license.* must be one of, not MIT"):
-        publish_dictionary(ONE, REPO, license="MIT")
+        publish_sae(ONE, REPO, license="MIT")
     assert not hub.repos
 
 
 def test_an_organizations_rule_for_new_repositories_holds(hub) -> None:
     hub.private_by_default = True
-    publish_dictionary(ONE, REPO)
+    publish_sae(ONE, REPO)
     assert hub.repos["model", REPO].private
 
 
 def test_trees_of_many_pages(hub) -> None:
     hub.page = 2
-    publish_dictionary(ONE, REPO, sae_id="one")
-    publish_dictionary(OTHER, REPO, sae_id="two")
+    publish_sae(ONE, REPO, sae_id="one")
+    publish_sae(OTHER, REPO, sae_id="two")
     assert [one.sae_id for one in list_pretrained(REPO)] == ["one", "two"]
     assert load_pretrained(REPO, "two").sparsity is not None
 
 
 def test_tokens_as_files_and_typing_leave_them(hub, monkeypatch, everything_logged) -> None:
     monkeypatch.delenv("HF_TOKEN")
-    publish_dictionary(ONE, REPO, token=f" {OWNER_TOKEN}\n")
+    publish_sae(ONE, REPO, token=f" {OWNER_TOKEN}\n")
     for token in ("", "  ", "hf_se\ncret", "hf_s\u00e9cret", "hf_se cret"):
-        for use in (publish_dictionary, load_pretrained):
-            arguments = (ONE, REPO) if use is publish_dictionary else (REPO,)
+        for use in (publish_sae, load_pretrained):
+            arguments = (ONE, REPO) if use is publish_sae else (REPO,)
             with pytest.raises(PermissionError, match="it is not shown") as refused:
                 use(*arguments, token=token)
             shown = "".join(traceback.format_exception(refused.value)) + everything_logged()
@@ -211,14 +211,14 @@ def test_tokens_as_files_and_typing_leave_them(hub, monkeypatch, everything_logg
 
 
 def test_a_download_that_breaks_off_goes_on(hub, tmp_path, monkeypatch) -> None:
-    publish_dictionary(ONE, REPO)
+    publish_sae(ONE, REPO)
     use_cache(monkeypatch, tmp_path / "fresh")
     hub.faults.append(Fault("GET", "/storage/", "half", times=1))
     assert load_pretrained(REPO).record.lam == 0.003
 
 
 def test_half_a_file_is_never_loaded(hub, tmp_path, monkeypatch) -> None:
-    publish_dictionary(ONE, REPO)
+    publish_sae(ONE, REPO)
     use_cache(monkeypatch, tmp_path / "fresh")
     hub.faults.append(Fault("GET", "/storage/", "half", times=99))
     with pytest.raises(ConnectionError, match="the Hub could not be reached"):
@@ -230,8 +230,8 @@ def test_half_a_file_is_never_loaded(hub, tmp_path, monkeypatch) -> None:
 
 @pytest.mark.parametrize("action", ["drop", 503])
 def test_the_cache_serves_where_the_hub_does_not(action, hub) -> None:
-    publish_dictionary(ONE, REPO, sae_id="one")
-    publish_dictionary(OTHER, REPO, sae_id="two")
+    publish_sae(ONE, REPO, sae_id="one")
+    publish_sae(OTHER, REPO, sae_id="two")
     online = load_pretrained(REPO, "one")
     hub.faults += [Fault(method, "", action, times=99) for method in ("GET", "HEAD")]
     offline = load_pretrained(REPO, "one")
@@ -240,7 +240,7 @@ def test_the_cache_serves_where_the_hub_does_not(action, hub) -> None:
     pinned = load_pretrained(REPO, "one", revision=online.revision)
     assert pinned.revision == online.revision
     assert [one.sae_id for one in list_pretrained(REPO)] == ["one"]
-    with pytest.raises(FileNotFoundError, match="has no dictionary 'two'; it has one"):
+    with pytest.raises(FileNotFoundError, match="has no SAE 'two'; it has one"):
         load_pretrained(REPO, "two")
     with pytest.raises(ConnectionError, match="alice/elsewhere is not in the cache"):
         load_pretrained("alice/elsewhere")
@@ -249,7 +249,7 @@ def test_the_cache_serves_where_the_hub_does_not(action, hub) -> None:
 def test_the_cache_alone(hub) -> None:
     with pytest.raises(FileNotFoundError, match="alice/vision-saes is not in the cache"):
         load_pretrained(REPO, local_files_only=True)
-    publish_dictionary(ONE, REPO)
+    publish_sae(ONE, REPO)
     load_pretrained(REPO)
     hub.requests.clear()
     assert load_pretrained(REPO, local_files_only=True).record.lam == 0.003
@@ -258,7 +258,7 @@ def test_the_cache_alone(hub) -> None:
 
 @pytest.mark.parametrize("method", ["HEAD", "GET"])
 def test_files_that_cannot_be_had_are_no_missing_files(method, hub) -> None:
-    publish_dictionary(ONE, REPO)
+    publish_sae(ONE, REPO)
     hub.faults.append(Fault(method, "/resolve/|/storage/", "drop", times=99))
     with pytest.raises(ConnectionError, match="the Hub could not be reached"):
         load_pretrained(REPO)
@@ -277,4 +277,4 @@ def test_what_the_clients_transfer_raises_is_no_connection(hub, monkeypatch) -> 
 
     monkeypatch.setattr("huggingface_hub.HfApi.create_commit", fail)
     with pytest.raises(ConnectionError, match="Data processing error: storage said no; run it"):
-        publish_dictionary(ONE, REPO)
+        publish_sae(ONE, REPO)

@@ -40,7 +40,7 @@ def assert_equal(found: FeatureSet, expected: FeatureSet) -> None:
     assert found.dtype == expected.dtype
     assert found.classes == expected.classes
     everything = torch.arange(len(expected))
-    assert found.image_ids(everything) == expected.image_ids(everything)
+    assert found.ids_of(everything) == expected.ids_of(everything)
     if expected.labels is None:
         assert found.labels is None
     else:

@@ -16,8 +16,8 @@ from monoloss_plugin import (
     list_pretrained,
     load_features,
     load_pretrained,
-    publish_dictionary,
     publish_features,
+    publish_sae,
 )
 from monoloss_plugin.features import FeatureSet
 from monoloss_plugin.hub.bundled import folder_of
@@ -59,7 +59,7 @@ def never_loaded(monkeypatch):
 
 
 def put(hub, **changed: bytes | None) -> None:
-    """Put the digits' dictionary with other files, by their names with _ for dots."""
+    """Put the digits' SAE with other files, by their names with _ for dots."""
     files = {**FILES, **{name.replace("__", "."): content for name, content in changed.items()}}
     hub.put(REPO, {f"one/{name}": c for name, c in files.items() if c is not None})
 
@@ -88,7 +88,7 @@ def test_an_sae_id_cannot_leave_its_folder(sae_id, hub) -> None:
     with pytest.raises(ValueError, match="sae_id: expected names of letters"):
         load_pretrained(REPO, sae_id)
     with pytest.raises(ValueError, match="sae_id: expected names of letters"):
-        publish_dictionary(DIGITS, "alice/saes", sae_id=sae_id)
+        publish_sae(DIGITS, "alice/saes", sae_id=sae_id)
     assert ("model", "alice/saes") not in hub.repos
 
 
@@ -263,8 +263,8 @@ def test_a_hostile_record_changes_nothing_but_its_own_cells(text, hub) -> None:
     }
     hostile = FeatureSet(features.dataset, record)
     publish_features(hostile, "alice/set", split="train")
-    publish_dictionary(DIGITS, "alice/saes", features=hostile, evaluation={"r2": 1.0})
-    publish_dictionary(DIGITS, "alice/saes", sae_id="second")
+    publish_sae(DIGITS, "alice/saes", features=hostile, evaluation={"r2": 1.0})
+    publish_sae(DIGITS, "alice/saes", sae_id="second")
     for repo, kind in (("alice/set", "dataset"), ("alice/saes", "model")):
         card = hub.files(repo, kind)["README.md"].decode()
         metadata, body = card.split("---\n")[1], "---\n".join(card.split("---\n")[2:])

@@ -1,4 +1,4 @@
-"""Dictionaries, published and loaded by the real clients."""
+"""SAEs, published and loaded by the real clients."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from monoloss_plugin import (
     list_pretrained,
     load_features,
     load_pretrained,
-    publish_dictionary,
+    publish_sae,
 )
 from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.features import FeatureBatches, FeatureSet
@@ -76,7 +76,7 @@ def assert_equal(found, expected, x) -> None:
 def test_sae_lens_alone_loads_every_architecture(architecture, images, tmp_path, hub) -> None:
     sae = trained(architecture, images, MonoLoss(lam=3e-4))
     state, config = copy.deepcopy(sae.state_dict()), sae.cfg.to_dict()
-    done = publish_dictionary(sae, REPO)
+    done = publish_sae(sae, REPO)
     assert all(torch.equal(state[key], value) for key, value in sae.state_dict().items())
     assert sae.cfg.to_dict() == config
     assert done.name == f"{architecture.split()[0]}-96-monoloss-0.0003"
@@ -89,7 +89,7 @@ def test_sae_lens_alone_loads_every_architecture(architecture, images, tmp_path,
     assert_equal(loaded.sae, expected, images[:200])
     assert (loaded.sae_id, loaded.revision) == (done.name, done.commit)
     assert loaded.record.lam == 3e-4
-    assert loaded.record.losses[0]["units"] == "mse"
+    assert loaded.record.losses[0]["lam_units"] == "mse"
     assert loaded.record.inputs == "unit norm"
     (one,) = list_pretrained(REPO)
     assert one.architecture == architecture.split()[0]
@@ -97,7 +97,7 @@ def test_sae_lens_alone_loads_every_architecture(architecture, images, tmp_path,
 
 
 def test_a_process_without_this_package_loads_it(images, tmp_path, hub) -> None:
-    publish_dictionary(DIGITS / WITH, REPO, sae_id="small/batchtopk")
+    publish_sae(DIGITS / WITH, REPO, sae_id="small/batchtopk")
     torch.save(images[:50], tmp_path / "x.pt")
     code = (
         "import sys, torch\n"
@@ -120,7 +120,7 @@ def test_metrics_with_and_without_the_loss(images, held_out, hub) -> None:
     evaluation, baseline = (
         evaluate(load_pretrained("digits", i).sae, batches) for i in (WITH, WITHOUT)
     )
-    publish_dictionary(
+    publish_sae(
         DIGITS / WITH,
         REPO,
         sae_id="with",
@@ -157,7 +157,7 @@ def test_metrics_with_and_without_the_loss(images, held_out, hub) -> None:
 
 
 def test_the_cards_snippets_run(hub) -> None:
-    publish_dictionary(DIGITS / WITH, REPO)
+    publish_sae(DIGITS / WITH, REPO)
     snippets = re.findall(r"```python\n(.*?)```", hub.files(REPO)["README.md"].decode(), re.DOTALL)
     assert len(snippets) == 2
     for snippet in snippets:
@@ -167,17 +167,17 @@ def test_the_cards_snippets_run(hub) -> None:
         assert sae.cfg.d_sae == 256
 
 
-def test_several_dictionaries_share_a_repository_and_its_card(images, hub) -> None:
-    publish_dictionary(DIGITS / WITHOUT, REPO)
+def test_several_saes_share_a_repository_and_its_card(images, hub) -> None:
+    publish_sae(DIGITS / WITHOUT, REPO)
     regularized = trained("topk", images, OffSupportL1(lam=0.1))
-    publish_dictionary(regularized, REPO)
-    publish_dictionary(DIGITS / WITH, REPO)
+    publish_sae(regularized, REPO)
+    publish_sae(DIGITS / WITH, REPO)
     listed = list_pretrained(REPO)
     assert [one.sae_id for one in listed] == [WITHOUT, WITH, "topk-96-off_support_l1-0.1"]
     assert [one.record.lam for one in listed] == [0.0, 0.003, 0.0]
     for one in listed:
         assert load_pretrained(REPO, one.sae_id).sae.cfg.d_sae == one.d_sae
-    with pytest.raises(ValueError, match=f"has several dictionaries: {WITHOUT}, {WITH}, topk"):
+    with pytest.raises(ValueError, match=f"has several SAEs: {WITHOUT}, {WITH}, topk"):
         load_pretrained(REPO)
     card = hub.files(REPO)["README.md"].decode()
     assert card.count("monoloss_plugin writes from here") == 1
@@ -194,10 +194,10 @@ def test_several_dictionaries_share_a_repository_and_its_card(images, hub) -> No
 def test_what_the_owner_wrote_in_the_card_stays(hub) -> None:
     own = "---\nlicense: apache-2.0\ntags: [mine]\n---\n# My SAEs\n\nTrained with care.\n"
     hub.put(REPO, {"README.md": own.encode()})
-    publish_dictionary(DIGITS / WITHOUT, REPO, license="mit")
+    publish_sae(DIGITS / WITHOUT, REPO, license="mit")
     first = hub.files(REPO)["README.md"].decode()
     hub.put(REPO, {"README.md": first.replace("to here -->", "to here -->\n\nThe end.").encode()})
-    publish_dictionary(DIGITS / WITH, REPO)
+    publish_sae(DIGITS / WITH, REPO)
     card = ModelCard(hub.files(REPO)["README.md"].decode())
     assert "# My SAEs\n\nTrained with care.\n" in card.text
     assert card.text.rstrip().endswith("The end.")
@@ -208,16 +208,16 @@ def test_what_the_owner_wrote_in_the_card_stays(hub) -> None:
 
 
 def test_publishing_again_sends_nothing_and_overwrites_nothing(images, hub) -> None:
-    first = publish_dictionary(DIGITS / WITH, REPO, sae_id="one")
+    first = publish_sae(DIGITS / WITH, REPO, sae_id="one")
     before = hub.files(REPO)
-    again = publish_dictionary(DIGITS / WITH, REPO, sae_id="one")
+    again = publish_sae(DIGITS / WITH, REPO, sae_id="one")
     assert {file.change for file in again.files} == {"same"}
     assert (again.commit, again.size) == (first.commit, 0)
     with pytest.raises(FileExistsError, match=r"has another one/cfg.json, one/curves.png"):
-        publish_dictionary(DIGITS / WITHOUT, REPO, sae_id="one")
+        publish_sae(DIGITS / WITHOUT, REPO, sae_id="one")
     assert hub.files(REPO) == before
     sae = make_sae("standard")
-    done = publish_dictionary(sae, REPO, sae_id="one", overwrite=True)
+    done = publish_sae(sae, REPO, sae_id="one", overwrite=True)
     assert {f.path for f in done.files if f.change == "gone"} == {
         "one/curves.png",
         "one/sparsity.safetensors",
@@ -227,19 +227,19 @@ def test_publishing_again_sends_nothing_and_overwrites_nothing(images, hub) -> N
     assert load_pretrained(REPO, "one", revision=first.commit).record.lam == 0.003
 
 
-def test_overwriting_leaves_dictionaries_below_alone(hub) -> None:
-    publish_dictionary(DIGITS / WITH, REPO, sae_id="a/b")
-    publish_dictionary(DIGITS / WITHOUT, REPO, sae_id="a")
-    publish_dictionary(DIGITS / WITH, REPO, sae_id="a", overwrite=True)
+def test_overwriting_leaves_saes_below_alone(hub) -> None:
+    publish_sae(DIGITS / WITH, REPO, sae_id="a/b")
+    publish_sae(DIGITS / WITHOUT, REPO, sae_id="a")
+    publish_sae(DIGITS / WITH, REPO, sae_id="a", overwrite=True)
     assert [one.sae_id for one in list_pretrained(REPO)] == ["a", "a/b"]
 
 
 def test_a_dry_run_says_what_would_be_uploaded_and_uploads_nothing(hub) -> None:
-    planned = publish_dictionary(DIGITS / WITH, REPO, dry_run=True)
+    planned = publish_sae(DIGITS / WITH, REPO, dry_run=True)
     assert planned.commit is None
     assert not hub.repos
     assert {method for method, _ in hub.requests} <= {"GET", "HEAD"}
-    done = publish_dictionary(DIGITS / WITH, REPO)
+    done = publish_sae(DIGITS / WITH, REPO)
     assert done.files == planned.files
     files = hub.files(REPO)
     assert {f.path: f.size for f in planned.files} == {
@@ -251,13 +251,13 @@ def test_a_dry_run_says_what_would_be_uploaded_and_uploads_nothing(hub) -> None:
 def test_a_dry_run_needs_no_hub(hub, caplog) -> None:
     hub.faults.append(Fault("GET", "", "drop", times=99))
     with caplog.at_level(logging.WARNING):
-        planned = publish_dictionary(DIGITS / WITH, REPO, dry_run=True)
+        planned = publish_sae(DIGITS / WITH, REPO, dry_run=True)
     assert {file.change for file in planned.files} == {"new"}
     assert "could not be reached" in caplog.text
 
 
 def test_private_repositories(hub, monkeypatch) -> None:
-    publish_dictionary(DIGITS / WITH, REPO, private=True)
+    publish_sae(DIGITS / WITH, REPO, private=True)
     assert hub.repos["model", REPO].private
     assert load_pretrained(REPO).record.lam == 0.003
     monkeypatch.delenv("HF_TOKEN")
@@ -265,13 +265,13 @@ def test_private_repositories(hub, monkeypatch) -> None:
         load_pretrained(REPO)
     hub.put("alice/public", {"README.md": b""})
     with pytest.raises(PermissionError, match="is there already, and public"):
-        publish_dictionary(DIGITS / WITH, "alice/public", private=True, token=OWNER_TOKEN)
+        publish_sae(DIGITS / WITH, "alice/public", private=True, token=OWNER_TOKEN)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_an_sae_that_takes_any_norm(architecture, images, tmp_path) -> None:
     sae = trained(architecture, images)
-    done = publish_dictionary(sae, REPO, take_any_norm=True)
+    done = publish_sae(sae, REPO, take_any_norm=True)
     unit = as_inference(sae, tmp_path / "expected")
     loaded = load_pretrained(REPO, done.name)
     assert loaded.record.inputs == "as they are"
@@ -283,13 +283,13 @@ def test_an_sae_that_takes_any_norm(architecture, images, tmp_path) -> None:
     found = loaded.sae.decode(loaded.sae.encode(scale * x)) / scale
     assert (found - unit.decode(expected)).abs().max() < 1e-5
     with pytest.raises(ValueError, match="take_any_norm: only for an SAE"):
-        publish_dictionary(loaded.sae, REPO, sae_id="again", take_any_norm=True)
+        publish_sae(loaded.sae, REPO, sae_id="again", take_any_norm=True)
 
 
 def test_published_files_name_no_machine_path_and_no_token(images, tmp_path, hub) -> None:
     folder = tmp_path / "somewhere"
     as_inference(trained("batchtopk", images, MonoLoss(lam=1e-3)), folder)
-    publish_dictionary(folder, REPO)
+    publish_sae(folder, REPO)
     for content in hub.files(REPO).values():
         assert str(tmp_path).encode() not in content
         assert str(Path.home()).encode() + b"/" not in content
@@ -315,19 +315,19 @@ def test_what_cannot_be_published_is_named(images, tmp_path, hub) -> None:
     ]
     for given, error, said in cases:
         with pytest.raises(error, match=said):
-            publish_dictionary(given, REPO)
+            publish_sae(given, REPO)
     for metrics in (3, {"r2": "much"}, ["r2"]):
         with pytest.raises(TypeError, match="evaluation: expected an Evaluation or numbers"):
-            publish_dictionary(sae, REPO, evaluation=metrics)
+            publish_sae(sae, REPO, evaluation=metrics)
     other = evaluate(load_pretrained("digits").sae, images)
     with pytest.raises(ValueError, match="evaluation: of 256 latents"):
-        publish_dictionary(sae, REPO, evaluation=other)
+        publish_sae(sae, REPO, evaluation=other)
     assert not hub.repos
 
 
 def test_numbers_that_are_not_finite_are_left_out(hub) -> None:
     sae = make_sae("standard")
-    publish_dictionary(sae, REPO, evaluation={"r2": 0.5, "monoscore_defined": float("nan")})
+    publish_sae(sae, REPO, evaluation={"r2": 0.5, "monoscore_defined": float("nan")})
     assert load_pretrained(REPO).record.metrics == {"r2": 0.5}
     assert b"NaN" not in hub.files(REPO)["standard-96/monoloss.json"]
 
@@ -342,7 +342,7 @@ def test_a_repository_that_sae_lens_alone_has_published(images, tmp_path, hub) -
 
 
 def test_a_later_records_new_parts_are_left_out_and_a_later_format_is_named(hub) -> None:
-    publish_dictionary(DIGITS / WITH, REPO, sae_id="one")
+    publish_sae(DIGITS / WITH, REPO, sae_id="one")
     record = json.loads(hub.files(REPO)["one/monoloss.json"])
     hub.put(REPO, {"one/monoloss.json": json.dumps({**record, "new": 1}).encode()})
     assert load_pretrained(REPO).record.lam == 0.003
@@ -380,7 +380,7 @@ def test_the_encoders_repository_is_named_only_where_its_name_tells_it(
 ) -> None:
     source = {"kind": "hub" if base_model else "folder", "name": "ylecun/mnist"}
     described = FeatureSet(held_out.dataset, {"encoder": encoder, "source": source})
-    publish_dictionary(DIGITS / WITH, REPO, features=described)
+    publish_sae(DIGITS / WITH, REPO, features=described)
     data = RepoCard(hub.files(REPO)["README.md"].decode()).data.to_dict()
     expected = encoder["name"] if base_model == "the same" else base_model
     assert data.get("base_model") == (expected and [expected])
@@ -400,7 +400,7 @@ CARDS = {
 def test_cards_of_all_kinds_are_kept(case, hub) -> None:
     hub.put(REPO, {"README.md": CARDS[case].encode()})
     for name in (WITH, WITHOUT, WITH):
-        publish_dictionary(DIGITS / name, REPO, tags=["more"])
+        publish_sae(DIGITS / name, REPO, tags=["more"])
     card = RepoCard(hub.files(REPO)["README.md"].decode())
     assert card.text.count("# Mine") == 1
     assert card.text.count("writes from here") == 1
@@ -414,35 +414,35 @@ def test_a_card_whose_metadata_is_broken_is_named(hub) -> None:
     hub.put(REPO, {"README.md": b"---\ntags: [a\n---\n# Mine\n"})
     before = hub.files(REPO)
     with pytest.raises(ValueError, match=r"README.md: the metadata .* is not YAML; mend it first"):
-        publish_dictionary(DIGITS / WITH, REPO)
+        publish_sae(DIGITS / WITH, REPO)
     assert hub.files(REPO) == before
 
 
 def test_what_a_folder_says_of_its_inputs_is_not_contradicted(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"unit_norm: .* says that it takes 'unit norm'"):
-        publish_dictionary(DIGITS / WITH, REPO, unit_norm=False)
-    publish_dictionary(make_sae("standard"), REPO, sae_id="raw", unit_norm=False)
+        publish_sae(DIGITS / WITH, REPO, unit_norm=False)
+    publish_sae(make_sae("standard"), REPO, sae_id="raw", unit_norm=False)
     assert load_pretrained(REPO).record.inputs == "as they are"
 
 
 def test_new_measurements_replace_old_ones_and_what_they_were_of(hub) -> None:
-    publish_dictionary(DIGITS / WITH, REPO, sae_id="one", evaluation={"r2": 0.1, "accuracy": 0.5})
+    publish_sae(DIGITS / WITH, REPO, sae_id="one", evaluation={"r2": 0.1, "accuracy": 0.5})
     record = load_pretrained(REPO).record
     assert record.metrics == {"r2": 0.1, "accuracy": 0.5}
     assert (record.baseline, record.evaluated_on) == ({}, {})
     card = hub.files(REPO)["README.md"].decode()
     assert "| accuracy | 0.500 |" in card
     assert "type: accuracy" in card
-    publish_dictionary(DIGITS / WITH, REPO, sae_id="two")
+    publish_sae(DIGITS / WITH, REPO, sae_id="two")
     assert load_pretrained(REPO, "two").record.evaluated_on["samples"] == 599
     with pytest.raises(ValueError, match="baseline: needs an evaluation"):
-        publish_dictionary(DIGITS / WITH, REPO, sae_id="three", baseline={"r2": 0.2})
+        publish_sae(DIGITS / WITH, REPO, sae_id="three", baseline={"r2": 0.2})
 
 
-def test_curves_of_dictionaries_in_folders_and_at_the_root(hub) -> None:
+def test_curves_of_saes_in_folders_and_at_the_root(hub) -> None:
     hub.put(REPO, {p.name: p.read_bytes() for p in (DIGITS / WITHOUT).iterdir()})
     for _ in range(2):
-        done = publish_dictionary(DIGITS / WITH, REPO, sae_id="clip/one")
+        done = publish_sae(DIGITS / WITH, REPO, sae_id="clip/one")
     assert {file.change for file in done.files} == {"same"}
     card = hub.files(REPO)["README.md"].decode()
     assert "](clip/one/curves.png)" in card
@@ -452,29 +452,29 @@ def test_curves_of_dictionaries_in_folders_and_at_the_root(hub) -> None:
     assert torch.equal(SAE.from_pretrained(REPO, ".").W_dec, root.sae.W_dec)
 
 
-def test_files_of_ones_own_in_a_dictionarys_folder_stay(hub) -> None:
-    publish_dictionary(DIGITS / WITH, REPO, sae_id="one")
+def test_files_of_ones_own_in_an_saes_folder_stay(hub) -> None:
+    publish_sae(DIGITS / WITH, REPO, sae_id="one")
     hub.put(REPO, {"one/notes.txt": b"mine"})
-    again = publish_dictionary(DIGITS / WITH, REPO, sae_id="one")
+    again = publish_sae(DIGITS / WITH, REPO, sae_id="one")
     assert {file.change for file in again.files} == {"same"}
-    publish_dictionary(DIGITS / WITHOUT, REPO, sae_id="one", overwrite=True)
+    publish_sae(DIGITS / WITHOUT, REPO, sae_id="one", overwrite=True)
     assert hub.files(REPO)["one/notes.txt"] == b"mine"
     hub.put(REPO, {"two": b"a file"})
     with pytest.raises(FileExistsError, match=r"a file two is there, where two/cfg.json should go"):
-        publish_dictionary(DIGITS / WITH, REPO, sae_id="two")
+        publish_sae(DIGITS / WITH, REPO, sae_id="two")
 
 
 def test_the_owners_own_results_stay_in_the_cards_metadata(hub) -> None:
     own = b"---\nmodel-index:\n- name: mine\n  results: []\n---\n"
     hub.put(REPO, {"README.md": own})
     for _ in range(2):
-        publish_dictionary(DIGITS / WITH, REPO)
+        publish_sae(DIGITS / WITH, REPO)
     index = RepoCard(hub.files(REPO)["README.md"].decode()).data["model-index"]
     assert [entry["name"] for entry in index] == ["mine", WITH]
 
 
 def test_a_neighbour_that_cannot_be_read_is_only_said(hub, caplog) -> None:
-    publish_dictionary(DIGITS / WITHOUT, REPO, sae_id="theirs")
+    publish_sae(DIGITS / WITHOUT, REPO, sae_id="theirs")
     whole = hub.files(REPO)
     for name, content, listed in (
         ("monoloss.json", b"{oops", ["one", "theirs"]),
@@ -485,7 +485,7 @@ def test_a_neighbour_that_cannot_be_read_is_only_said(hub, caplog) -> None:
         ("cfg.json", b" " * (17 << 20), ["one"]),
     ):
         hub.put(REPO, {**whole, f"theirs/{name}": content})
-        publish_dictionary(DIGITS / WITH, REPO, sae_id="one", overwrite=True)
+        publish_sae(DIGITS / WITH, REPO, sae_id="one", overwrite=True)
         assert [one.sae_id for one in list_pretrained(REPO)] == listed
         assert "<img" not in hub.files(REPO)["README.md"].decode()
         assert "alice/vision-saes/theirs" in caplog.text
@@ -506,25 +506,25 @@ def test_metadata_of_others_in_our_place_is_named(said, hub) -> None:
     sae = load_pretrained("digits").sae
     sae.cfg.metadata.monoloss = said
     with pytest.raises(ValueError, match=r"metadata.monoloss is not what this package writes"):
-        publish_dictionary(sae, REPO)
+        publish_sae(sae, REPO)
 
 
 def test_a_name_is_made_of_what_a_folder_may_be_called(images) -> None:
     sae = trained("standard", images, MonoLoss(lam=3e-4, name="my loss/2"), steps=5)
-    assert publish_dictionary(sae, REPO).name == "standard-96-my-loss-2-0.0003"
+    assert publish_sae(sae, REPO).name == "standard-96-my-loss-2-0.0003"
 
 
 def test_a_picture_that_is_none_is_not_published(tmp_path, hub) -> None:
-    folder = tmp_path / "dictionary"
+    folder = tmp_path / "sae"
     shutil.copytree(DIGITS / WITH, folder)
     (folder / "curves.png").unlink()
     (tmp_path / "secret").write_text("root:x:0:0")
     (folder / "curves.png").symlink_to(tmp_path / "secret")
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"curves.png: not a PNG picture"):
-        publish_dictionary(folder, REPO)
+        publish_sae(folder, REPO)
     (folder / "curves.png").unlink()
-    publish_dictionary(folder, REPO, sae_id="one")
+    publish_sae(folder, REPO, sae_id="one")
     files = {name for name in hub.files(REPO) if name.startswith("one/")}
     assert files == {f"one/{p.name}" for p in (DIGITS / WITH).iterdir()} - {"one/curves.png"}
 
@@ -532,17 +532,17 @@ def test_a_picture_that_is_none_is_not_published(tmp_path, hub) -> None:
 def test_transcoders_of_another_width(images) -> None:
     config = sae_lens.TranscoderConfig(d_in=64, d_out=24, d_sae=32, apply_b_dec_to_input=False)
     transcoder = sae_lens.Transcoder(config)
-    publish_dictionary(transcoder, REPO, sae_id="transcoder")
+    publish_sae(transcoder, REPO, sae_id="transcoder")
     loaded = load_pretrained(REPO).sae
     assert_equal(loaded, transcoder, images[:20])
     with pytest.raises(ValueError, match="take_any_norm: not for transcoder"):
-        publish_dictionary(transcoder, REPO, sae_id="scaled", take_any_norm=True)
+        publish_sae(transcoder, REPO, sae_id="scaled", take_any_norm=True)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_other_precisions_are_published_as_they_are(dtype, images) -> None:
     sae = make_sae("standard", dtype=dtype)
-    publish_dictionary(sae, REPO)
+    publish_sae(sae, REPO)
     loaded = load_pretrained(REPO).sae
     assert loaded.W_dec.dtype == sae.W_dec.dtype == getattr(torch, dtype)
     assert torch.equal(loaded.W_dec, sae.W_dec)
@@ -563,7 +563,7 @@ def test_bad_names_and_devices(hub) -> None:
         ({"tags": "abc"}, TypeError, "tags: expected a list"),
     ):
         with pytest.raises(error, match=said):
-            publish_dictionary(DIGITS / WITH, REPO, **arguments)
+            publish_sae(DIGITS / WITH, REPO, **arguments)
     with pytest.raises(RuntimeError, match="tpu7"):
         load_pretrained("digits", device="tpu7")
     assert not hub.requests

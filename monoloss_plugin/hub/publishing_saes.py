@@ -1,4 +1,4 @@
-"""Publish a trained dictionary."""
+"""Publish a trained SAE."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from monoloss_plugin import __version__
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.evaluation import Evaluation
-from monoloss_plugin.hub import dictionary
+from monoloss_plugin.hub import sae_folder
 from monoloss_plugin.hub.cards import encoder_on_hub, images_on_hub
 from monoloss_plugin.hub.model_card import CURVES, model_card
 from monoloss_plugin.hub.names import require_hub_name, require_inside, require_repo_id
@@ -26,8 +26,8 @@ from monoloss_plugin.hub.pretrained import listed
 from monoloss_plugin.hub.publication import CARD, Existing, Publication, Staged, Target, publish
 from monoloss_plugin.hub.record import (
     RECORD,
-    DictionaryRecord,
     Inputs,
+    SAERecord,
     described_features,
     finite,
     is_term,
@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 
 Metrics = Evaluation | Mapping[str, float]
 
-FILES = (dictionary.CONFIG, dictionary.WEIGHTS, dictionary.SPARSITY, RECORD, CURVES)
-"""What is written of a dictionary; other files in its folder are left alone."""
+FILES = (sae_folder.CONFIG, sae_folder.WEIGHTS, sae_folder.SPARSITY, RECORD, CURVES)
+"""What is written of an SAE; other files in its folder are left alone."""
 
 _SCALABLE = ("standard", "topk", "abstopk", "jumprelu", "gated", "matching_pursuit")
 """Architectures whose outputs are of the scale of their inputs."""
@@ -59,7 +59,7 @@ _NEVER = 1e-10
 """What SAELens adds to the share of samples before it takes the logarithm."""
 
 
-def publish_dictionary(
+def publish_sae(
     sae: SAE[Any] | str | Path,
     repo_id: str,
     *,
@@ -78,7 +78,7 @@ def publish_dictionary(
     dry_run: bool = False,
     token: str | bool | None = None,
 ) -> Publication:
-    """Publish a dictionary to a repository of the Hub, beside those that are there.
+    """Publish an SAE to a repository of the Hub, beside those that are there.
 
     ``SAE.from_pretrained(repo_id, sae_id)`` of plain SAELens loads it. The loss terms are read from
     the SAE, where the adapter has written them in training. All files arrive in one commit; a
@@ -93,7 +93,7 @@ def publish_dictionary(
         evaluation: what :func:`~monoloss_plugin.evaluation.evaluate` found, or such numbers by
             name; of a BatchTopK SAE, once it was saved and loaded. It replaces the measurements
             that a folder's record has.
-        baseline: the same of a dictionary trained without the losses, to compare with.
+        baseline: the same of an SAE trained without the losses, to compare with.
         features: the :class:`~monoloss_plugin.features.FeatureSet` it was evaluated on; encoder
             and images are taken from its record.
         unit_norm: whether the SAE was trained on features of unit norm, as ``FeatureBatches`` gives
@@ -108,7 +108,7 @@ def publish_dictionary(
         dataset: the images' repository on the Hub, in the same way.
         tags: more tags for the card.
         private: make a new repository private.
-        overwrite: replace a dictionary of this name.
+        overwrite: replace an SAE of this name.
         dry_run: upload nothing, and say what would be. Whether the token may write is not asked;
             where the Hub cannot be reached, it is what a new repository would get.
         token: by default the one that the machine is logged in with.
@@ -121,8 +121,8 @@ def publish_dictionary(
         ValueError: not a repository's or folder's name; metadata that the Hub refuses; an SAE that
             cannot be published as it is (a training checkpoint's folder, or inputs whose scale is
             not folded in); a baseline without an evaluation.
-        FileExistsError: another dictionary of that name is there.
-        FileNotFoundError: no such folder, or no dictionary in it.
+        FileExistsError: another SAE of that name is there.
+        FileNotFoundError: no such folder, or no SAE in it.
         PermissionError: no token, or one that may not write there; or a private repository is asked
             for, and it is public.
         ConnectionError: the Hub cannot be reached, and it is no dry run.
@@ -137,7 +137,7 @@ def publish_dictionary(
             require_hub_name(given, argument)
     with tempfile.TemporaryDirectory() as folder:
         staged = Path(folder)
-        sae_id = stage_dictionary(
+        sae_id = stage_sae(
             sae,
             staged,
             sae_id=sae_id,
@@ -165,7 +165,7 @@ def publish_dictionary(
         return replace(done, name=sae_id)
 
 
-def stage_dictionary(
+def stage_sae(
     sae: SAE[Any] | str | Path,
     root: Path,
     *,
@@ -176,21 +176,21 @@ def stage_dictionary(
     unit_norm: bool | None,
     take_any_norm: bool,
 ) -> str:
-    """Write all that is published of a dictionary into ``root/sae_id``, and return the ``sae_id``.
+    """Write all that is published of an SAE into ``root/sae_id``, and return the ``sae_id``.
 
-    Args and errors: as for :func:`publish_dictionary`.
+    Args and errors: as for :func:`publish_sae`.
     """
     with tempfile.TemporaryDirectory(dir=root, prefix=".") as beside:
-        folder = Path(beside) / "dictionary"
+        folder = Path(beside) / "sae"
         given = _given(sae)
         # Written and loaded again: what is published is what others will load.
-        dictionary.write(given.sae, folder)
-        plain = dictionary.load(folder, "sae")
+        sae_folder.write(given.sae, folder)
+        plain = sae_folder.load(folder, "sae")
         inputs = _inputs(given.record, unit_norm)
         if take_any_norm:
             plain = _taking_any_norm(plain, inputs)
             inputs = "as they are"
-            dictionary.write(plain, folder)
+            sae_folder.write(plain, folder)
         record = _record(given.record, plain, evaluation, baseline, features)
         record = replace(record, inputs=inputs)
         write_record(record, folder)
@@ -201,7 +201,7 @@ def stage_dictionary(
         elif evaluation is None and given.picture is not None:
             _keep_picture(given.picture, folder / CURVES)
         if sparsity is not None:
-            save_file({"sparsity": _of_width(sparsity, plain)}, folder / dictionary.SPARSITY)
+            save_file({"sparsity": _of_width(sparsity, plain)}, folder / sae_folder.SPARSITY)
         sae_id = sae_id or _named(folder, plain, record)
         target = root / _require_folder(sae_id)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -214,7 +214,7 @@ class _Given:
     """What is to be published, and what its folder knows of it, where it comes from one."""
 
     sae: SAE[Any]
-    record: DictionaryRecord = field(default_factory=DictionaryRecord)
+    record: SAERecord = field(default_factory=SAERecord)
     sparsity: Tensor | None = None
     picture: Path | None = None
 
@@ -228,16 +228,16 @@ def _given(sae: SAE[Any] | str | Path) -> _Given:
     folder = Path(sae)
     if not folder.is_dir():
         raise FileNotFoundError(f"sae: no such folder: {folder}")
-    loaded = dictionary.load(folder, str(folder))
-    sparsity = dictionary.sparsity_of(folder, str(folder), loaded.cfg.d_sae)
+    loaded = sae_folder.load(folder, str(folder))
+    sparsity = sae_folder.sparsity_of(folder, str(folder), loaded.cfg.d_sae)
     picture = folder / CURVES
     return _Given(loaded, of_record(folder), sparsity, picture if picture.is_file() else None)
 
 
-def of_record(folder: Path) -> DictionaryRecord:
-    """Return the record in a dictionary's folder; an empty one where there is none."""
+def of_record(folder: Path) -> SAERecord:
+    """Return the record in an SAE's folder; an empty one where there is none."""
     path = folder / RECORD
-    return record_from(read_json(path), str(path)) if path.is_file() else DictionaryRecord()
+    return record_from(read_json(path), str(path)) if path.is_file() else SAERecord()
 
 
 @dataclass(frozen=True)
@@ -279,13 +279,13 @@ def _taking_any_norm(plain: SAE[Any], inputs: Inputs) -> SAE[Any]:
 
 
 def _record(
-    known: DictionaryRecord,
+    known: SAERecord,
     sae: SAE[Any],
     evaluation: Metrics | None,
     baseline: Metrics | None,
     features: FeatureSet | None,
-) -> DictionaryRecord:
-    """Return what is known of a dictionary: from the SAE, the features and the measurements."""
+) -> SAERecord:
+    """Return what is known of an SAE: from the SAE, the features and the measurements."""
     of_adapter = sae.cfg.metadata["monoloss"] or {}
     terms, converted = _of_adapter(of_adapter)
     record = replace(
@@ -330,7 +330,7 @@ def _of_adapter(said: Any) -> tuple[list[dict[str, Any]], str | None]:
     return found, converted
 
 
-def _inputs(known: DictionaryRecord, unit_norm: bool | None) -> Inputs:
+def _inputs(known: SAERecord, unit_norm: bool | None) -> Inputs:
     """Return what the SAE takes, as it was said or is known."""
     if unit_norm is None:
         return known.inputs or "unit norm"
@@ -341,7 +341,7 @@ def _inputs(known: DictionaryRecord, unit_norm: bool | None) -> Inputs:
 
 
 def _require_folder(sae_id: str) -> str:
-    """Return the name of a dictionary's folder, which no file of a repository has."""
+    """Return the name of an SAE's folder, which no file of a repository has."""
     if require_inside(sae_id, "sae_id").partition("/")[0] == CARD:
         raise ValueError(f"sae_id: {CARD} is the card's name")
     return sae_id
@@ -359,9 +359,7 @@ def _numbers(metrics: Metrics, name: str) -> dict[str, float]:
     return finite({str(key): float(value) for key, value in metrics.items()})
 
 
-def _draw(
-    path: Path, record: DictionaryRecord, evaluation: Evaluation, baseline: Metrics | None
-) -> None:
+def _draw(path: Path, record: SAERecord, evaluation: Evaluation, baseline: Metrics | None) -> None:
     from monoloss_plugin.report import curves_figure
 
     added = " + ".join(str(term["name"]) for term in record.losses)
@@ -382,13 +380,13 @@ def _keep_picture(source: Path, target: Path) -> None:
 def _of_width(sparsity: Tensor, sae: SAE[Any]) -> Tensor:
     if sparsity.shape != (sae.cfg.d_sae,):
         raise ValueError(
-            f"evaluation: of {len(sparsity)} latents, but this dictionary has {sae.cfg.d_sae}"
+            f"evaluation: of {len(sparsity)} latents, but this SAE has {sae.cfg.d_sae}"
         )
     return sparsity.float().contiguous()
 
 
-def _named(folder: Path, sae: SAE[Any], record: DictionaryRecord) -> str:
-    trained_as = dictionary.trained_as(read_json(folder / dictionary.CONFIG))
+def _named(folder: Path, sae: SAE[Any], record: SAERecord) -> str:
+    trained_as = sae_folder.trained_as(read_json(folder / sae_folder.CONFIG))
     losses = (f"-{term['name']}-{term['lam']:g}" for term in record.losses)
     return re.sub(
         r"[^\w.+=-]", "-", f"{trained_as}-{sae.cfg.d_sae}{''.join(losses)}", flags=re.ASCII

@@ -1,4 +1,4 @@
-"""Dictionaries of the digits' features, trained by SAELens's own trainer."""
+"""SAEs of the digits' features, trained by SAELens's own trainer."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ _BATCH = 256
 _LEARNING_RATE = 1e-3
 
 
-def train_dictionary(
+def train_sae(
     features: FeatureSet, architecture: str, terms: Sequence[LossTerm], *, seed: int, folder: Path
 ) -> float:
-    """Train a dictionary, save it for inference, and return the seconds that training took.
+    """Train an SAE, save it for inference, and return the seconds that training took.
 
     Args:
         features: N images of width d_in.

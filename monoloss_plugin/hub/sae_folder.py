@@ -1,4 +1,4 @@
-"""A dictionary as a folder: SAELens's own format, checked before it is loaded or published."""
+"""An SAE as a folder: SAELens's own format, checked before it is loaded or published."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ logger = logging.getLogger(__name__)
 
 
 def check(folder: Path, name: str) -> None:
-    """See that a folder holds a dictionary whose settings fit its weights.
+    """See that a folder holds an SAE whose settings fit its weights.
 
     Reads the settings and the weights' header; no memory is taken for weights.
 
     Args:
         folder: with ``cfg.json`` and ``sae_weights.safetensors``.
-        name: of the dictionary, for the error.
+        name: of the SAE, for the error.
 
     Raises:
         FileNotFoundError: one of the two is missing.
@@ -84,7 +84,7 @@ def refused(pickles: list[str]) -> str:
 
 
 def load(folder: Path, name: str, *, device: str = "cpu", dtype: str | None = None) -> SAE[Any]:
-    """Check a folder, and load its dictionary with SAELens.
+    """Check a folder, and load its SAE with SAELens.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`check`.
@@ -104,7 +104,7 @@ def load(folder: Path, name: str, *, device: str = "cpu", dtype: str | None = No
 
 
 def write(sae: SAE[Any], folder: Path) -> None:
-    """Write a dictionary for inference: what ``SAE.from_pretrained`` of plain SAELens loads.
+    """Write an SAE for inference: what ``SAE.from_pretrained`` of plain SAELens loads.
 
     Raises:
         ValueError: the scale of its inputs is not folded in yet.
@@ -139,7 +139,7 @@ def sparsity_of(folder: Path, name: str, d_sae: int) -> Tensor | None:
 
 
 def trained_as(config: dict[str, Any]) -> str:
-    """Return the architecture that a dictionary's settings say it was trained as."""
+    """Return the architecture that an SAE's settings say it was trained as."""
     metadata = config.get("metadata")
     trained = metadata.get("training_architecture") if isinstance(metadata, dict) else None
     return str(trained or config.get("architecture", "standard"))
@@ -172,7 +172,7 @@ def _architecture(config: dict[str, Any], name: str) -> str:
 
 
 def size_in(config: dict[str, Any], key: str, name: str) -> int:
-    """Return a size that a dictionary's settings say.
+    """Return a size that an SAE's settings say.
 
     Raises:
         ValueError: not a positive integer.

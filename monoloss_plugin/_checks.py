@@ -34,6 +34,18 @@ def as_tensor(value: Any, name: str) -> Tensor:
     raise TypeError(f"{name}: expected a tensor, a numpy array or a list of numbers, got {got}")
 
 
+def as_labels(value: Any, name: str = "labels") -> Tensor:
+    """Return integer classes, of a tensor, a numpy array or a list, as a tensor of integers.
+
+    Raises:
+        TypeError: not integers.
+    """
+    tensor = as_tensor(value, name)
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"{name}: expected integers, got {tensor.dtype}")
+    return tensor
+
+
 def as_rows(value: Any, name: str, *, keep_sparse: bool = False) -> Tensor:
     """Return a tensor (..., width), a numpy array or a list as rows (N, width), dense.
 
@@ -113,18 +125,22 @@ def require_finite(tensor: Tensor, name: str) -> None:
 
 def require_choice(value: str, name: str, allowed: tuple[str, ...]) -> None:
     """Raise ValueError where an option is not one of the allowed words."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name}: expected one of {list(allowed)}, got {value!r}")
 
 
 def require_at_least(least: int, given: int, name: str) -> None:
-    """Raise ValueError for a number below the least that makes sense."""
+    """Raise ValueError for an integer below the least that makes sense, TypeError for another."""
+    if isinstance(given, bool) or not isinstance(given, int):
+        raise TypeError(f"{name}: expected an integer, got {given!r}")
     if given < least:
         raise ValueError(f"{name}: expected at least {least}, got {given}")
 
 
 def require_share(shard: tuple[int, int]) -> tuple[int, int]:
     """Return ``(i, n)``, the i-th of n processes; raise ValueError where there is no such one."""
+    if not (isinstance(shard, (tuple, list)) and [type(part) for part in shard] == [int, int]):
+        raise TypeError(f"shard: expected two integers (i, n), got {shard!r}")
     if not 0 <= shard[0] < shard[1]:
         raise ValueError(f"shard: expected (i, n) with 0 <= i < n, got {shard}")
     return shard

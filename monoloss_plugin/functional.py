@@ -14,11 +14,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from monoloss_plugin._checks import as_rows, paired_rows, require_choice, require_finite
+from monoloss_plugin._checks import (
+    as_rows,
+    as_tensor,
+    paired_rows,
+    require_at_least,
+    require_choice,
+    require_finite,
+)
 from monoloss_plugin._chunks import parts_of
 from monoloss_plugin.embeddings import unit_rows
 from monoloss_plugin.kernels.batch import GradientAt, batch_scores
-from monoloss_plugin.kernels.statistics import BatchScores
+from monoloss_plugin.kernels.statistics import CONSTANT_BELOW, BatchScores
 from monoloss_plugin.moments import Moments
 from monoloss_plugin.purity import ClassSums, Purity
 
@@ -102,7 +109,7 @@ def monoscore_pairwise(latents: Tensor, embeddings: Tensor, *, undefined: float 
     normalised = (a - lowest) / torch.where(span > 0, span, 1.0)
     numerator = (normalised * (similarity @ normalised)).sum(0) / 2
     denominator = (normalised * (pairs @ normalised)).sum(0) / 2
-    defined = denominator > 0
+    defined = (denominator > 0) & (span > CONSTANT_BELOW)
     return torch.where(defined, numerator / torch.where(defined, denominator, 1.0), undefined)
 
 
@@ -111,21 +118,22 @@ def monoloss(latents: Tensor, embeddings: Tensor, *, gradient_at: GradientAt = "
 
     L = 1 - (1/|K|) Σ_{k in K} MS_k, where K are the latents whose denominator in this batch, of
     activations rescaled to [0, 1], exceeds 1e-5 (1e-12 in float64); 1 where K is empty. The
-    gradient in the latents is the closed form (see :mod:`monoloss_plugin.kernels.dense`); there is
-    none in the embeddings. Sums are float32 or wider under autocast, an accelerator is not made to
-    wait, and dense activations are never copied whole. Values are not checked here: a NaN shows in
-    the result.
+    gradient in the latents is the closed form (see :mod:`monoloss_plugin.kernels.dense`), scaled
+    down for a latent that is active on hardly more than one sample, whose gradient has no bound
+    otherwise (:data:`~monoloss_plugin.kernels.statistics.HARDEST_PULL`); there is none in the
+    embeddings. Sums are float32 or wider under autocast, an accelerator is not made to wait, and
+    dense activations are never copied whole. Values are not checked here: a NaN shows in the
+    result.
 
-    Say ``gradient_at="active"`` where the latents come from a ReLU, a TopK or a BatchTopK: these
-    pass no gradient to latents that are zero, and leaving it out makes the loss many times faster
-    on a CPU. For others it would be wrong: their zeros then have a gradient or none, as the batch
-    is dense or sparse.
+    If your latents come from a ReLU, TopK or BatchTopK, pass ``gradient_at="active"``. You get the
+    same training, many times faster on a CPU: these pass no gradient to latents that are zero.
+    Otherwise leave it out.
 
     Args:
         latents: (B, M), floating; dense, or sparse COO.
         embeddings: (B, d), floating.
-        gradient_at: which latents need a gradient: "all" (default), "active", those that are not
-            zero, or a (B, M) bool tensor of entries that need one besides the active ones, such
+        gradient_at: which entries get a gradient: "all" (default); "active", those that are not
+            zero; or a (B, M) bool tensor of entries that get one besides the active ones, such
             as JumpReLU's band around its threshold. The value is the same.
 
     Returns:
@@ -143,6 +151,7 @@ def monoloss(latents: Tensor, embeddings: Tensor, *, gradient_at: GradientAt = "
 
     Source: Nasiri-Sarvi et al. 2026, section 3.3 (the loss that eq. 3 adds to the base loss).
     """
+    latents = as_tensor(latents, "latents")
     where = _gradient_at_rows(gradient_at, latents)
     return monoloss_of(batch_scores(*paired_rows(latents, embeddings, keep_sparse=True), where))
 
@@ -195,6 +204,8 @@ def off_support_l1(
     """
     require_choice(over_units, "over_units", ("sum", "mean"))
     z, kept, active = _before_selection(pre_acts, selected, units, rectify)
+    if z.numel() == 0:  # no samples or no units
+        return z.sum()
     penalised = z.abs().masked_fill(kept | ~active, 0.0)
     per_sample = penalised.sum(1)
     if over_units == "mean":
@@ -214,7 +225,7 @@ def l1_l2_ratio(
 
     L = (1/B) Σ_i ||z_i,A||_1 / ||z_i,A||_2, between 1 (one unit) and sqrt(|A|) (all alike): z are
     the activations before the Top-k selection, A the units selected at least once in the batch. A
-    sample whose z_i,A is zero contributes 0 and no gradient.
+    sample whose z_i,A is zero (or nowhere above 1.2e-38) contributes 0 and no gradient.
 
     Args:
         pre_acts: (B, M), floating: the activations before the Top-k selection.
@@ -240,11 +251,14 @@ def l1_l2_ratio(
     Source: Jacquier et al. 2026, Regularizer 2.
     """
     z, _, active = _before_selection(pre_acts, selected, units, rectify)
+    if z.numel() == 0:
+        return z.sum()
     magnitude = z.abs().masked_fill(~active, 0.0)
     # The ratio does not change with a sample's scale: take it out, so that squares stay in range.
     largest = magnitude.detach().amax(1, keepdim=True)
-    empty = largest == 0
-    magnitude = magnitude / largest.masked_fill(empty, 1.0)
+    # The gradient grows as one over the norm, beyond float32 where that is no normal number.
+    empty = largest <= CONSTANT_BELOW
+    magnitude = (magnitude / largest.masked_fill(empty, 1.0)).masked_fill(empty, 0.0)
     l2 = magnitude.square().sum(1).masked_fill(empty.squeeze(1), 1.0).sqrt()
     ratio = (magnitude.sum(1) / l2).mean()
     return ratio / active.sum().clamp(min=1).sqrt() if normalize else ratio
@@ -277,6 +291,7 @@ def class_purity(latents: Tensor, labels: Tensor, num_classes: int) -> Purity:
 
     Source: Nasiri-Sarvi et al. 2026, section 4.1.
     """
+    require_at_least(1, num_classes, "num_classes")
     a = as_rows(latents, "latents", keep_sparse=True)
     sums = ClassSums(num_classes, a.shape[1], a.device)
     sums.update_(latents, labels)
@@ -284,20 +299,22 @@ def class_purity(latents: Tensor, labels: Tensor, num_classes: int) -> Purity:
 
 
 def _gradient_at_rows(gradient_at: GradientAt, latents: Tensor) -> GradientAt:
-    if not isinstance(gradient_at, Tensor):
+    if isinstance(gradient_at, str):
         require_choice(gradient_at, "gradient_at", ("all", "active"))
         return gradient_at
-    _require_mask(gradient_at, "gradient_at", latents, "latents")
-    return gradient_at.flatten(0, -2)
+    return _mask_rows(gradient_at, "gradient_at", latents, "latents")
 
 
-def _require_mask(mask: Tensor, name: str, of: Tensor, of_name: str) -> None:
+def _mask_rows(value: Tensor, name: str, of: Tensor, of_name: str) -> Tensor:
+    """Return a mask of the shape of a tensor (..., M) as (N, M)."""
+    mask = as_tensor(value, name)
     if mask.dtype != torch.bool or mask.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense bool tensor, got {mask.dtype}, {mask.layout}")
     if mask.shape != of.shape:
         raise ValueError(
             f"{name}: expected shape {tuple(of.shape)} to match {of_name}, got {tuple(mask.shape)}"
         )
+    return mask.to(of.device).flatten(0, -2)
 
 
 def _before_selection(
@@ -305,9 +322,9 @@ def _before_selection(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return z (B, M) in float32 or wider, the selected entries (B, M), the units to use (M,)."""
     require_choice(units, "units", ("batch_active", "all"))
+    pre_acts = as_tensor(pre_acts, "pre_acts")
     z = as_rows(pre_acts, "pre_acts")
-    _require_mask(selected, "selected", pre_acts, "pre_acts")
-    kept = selected.flatten(0, -2)
-    active = kept.any(0) if units == "batch_active" else torch.ones_like(kept[0])
+    kept = _mask_rows(selected, "selected", pre_acts, "pre_acts")
+    active = kept.any(0) if units == "batch_active" else kept.new_ones(kept.shape[1])
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     return (z.relu() if rectify else z), kept, active

@@ -14,8 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from monoloss_plugin._checks import as_rows, paired_rows, require_at_least, require_finite
+from monoloss_plugin._checks import (
+    as_rows,
+    as_tensor,
+    paired_rows,
+    require_at_least,
+    require_finite,
+)
 from monoloss_plugin._chunks import row_chunks
+from monoloss_plugin._ranks import gather_numbers
 from monoloss_plugin.kernels.support import Support
 from monoloss_plugin.moments import Moments
 from monoloss_plugin.purity import ClassSums, Purity
@@ -70,6 +77,7 @@ class MonoScore:
 
     def __init__(self) -> None:
         self.moments: Moments | None = None
+        self._counted_elsewhere = False
 
     def update(self, latents: Tensor | Support, embeddings: Tensor) -> None:
         """Take up a batch.
@@ -93,7 +101,8 @@ class MonoScore:
                 )
         else:
             a, e = paired_rows(latents, embeddings, keep_sparse=True)
-        moments = self.moments or Moments(a.shape[1], e.shape[1], a.device)
+        held = self._own()
+        moments = held or Moments(a.shape[1], e.shape[1], a.device)
         for name, got, wanted in (
             ("latents", a.shape[1], moments.num_latents),
             ("embeddings", e.shape[1], moments.width),
@@ -103,7 +112,7 @@ class MonoScore:
                     f"{name}: expected width {wanted} as in earlier batches, got {got}"
                 )
         moments.update_(a, e)
-        self.moments = moments
+        self.moments, self._counted_elsewhere = moments, False
 
     def merge(self, other: MonoScore) -> None:
         """Take up what another metric has seen; ``other`` stays as it is.
@@ -111,34 +120,41 @@ class MonoScore:
         Raises:
             ValueError: the two saw latents or embeddings of different widths.
         """
+        _require_metric(other, MonoScore)
         if other.moments is None:
             return
-        if self.moments is None:
-            self.moments = other.moments.copy_to(other.moments.w.device)
+        held = self._own()
+        if held is None:
+            held = other.moments.copy_to(other.moments.w.device)
         else:
-            self.moments.merge_(other.moments)
+            held.merge_(other.moments)
+        self.moments, self._counted_elsewhere = held, False
+
+    def _own(self) -> Moments | None:
+        """Return what this rank counts: not its copy of what all ranks hold."""
+        return None if self._counted_elsewhere else self.moments
 
     def all_reduce_(self, group: dist.ProcessGroup | None = None) -> None:
         """Make every rank hold the statistics of all ranks, by all-reduce.
 
         Moves one (M, d) array a rank, however many ranks there are. Ranks that saw no data take
-        part; they hold their share on the CPU unless their metric was moved.
+        part. You may call it again: what all ranks hold counts once. After more updates, call it
+        again before you compute.
 
         Raises:
-            ValueError: no rank has seen any data.
+            ValueError: no rank has seen any data, or ranks saw latents or embeddings of different
+                widths; on every rank alike.
         """
-        held = self.moments
-        device = held.w.device if held is not None else _collective_device(group)
-        shape = [0, 0] if held is None else [held.num_latents, held.width]
-        num_latents, width = _reduced(torch.tensor(shape, device=device), "MAX", group).tolist()
-        if num_latents == 0:
-            raise ValueError("MonoScore.all_reduce_: no rank has seen any data")
-        moments = held or Moments(num_latents, width, device)
+        held = self._own()
+        device = self.moments.w.device if self.moments is not None else _collective_device(group)
+        shape = None if held is None else (held.num_latents, held.width)
+        shape = _agreed("MonoScore", "latents and embeddings of widths", shape, device, group)
+        moments = held or Moments(*shape, device)
         moments.lower_to_(_reduced(moments.lowest, "MIN", group))
         moments.highest = _reduced(moments.highest, "MAX", group)
         for name in Moments.SUMS:
             setattr(moments, name, _reduced(getattr(moments, name), "SUM", group))
-        self.moments = moments
+        self.moments, self._counted_elsewhere = moments, dist.get_rank(group) != 0
 
     def compute(self) -> MonoScoreResult:
         """Return the scores of everything seen so far.
@@ -151,7 +167,7 @@ class MonoScore:
         return MonoScoreResult(scores, defined, int(moments.n))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the state by name; empty before the first batch."""
+        """Return a copy of the state, by name; empty before the first batch."""
         return {} if self.moments is None else self.moments.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -161,6 +177,7 @@ class MonoScore:
             ValueError: an entry is missing.
         """
         self.moments = Moments.from_state_dict(state) if state else None
+        self._counted_elsewhere = False
 
 
 class ClassPurity:
@@ -187,6 +204,7 @@ class ClassPurity:
         require_at_least(1, num_classes, "num_classes")
         self.num_classes = num_classes
         self.sums: ClassSums | None = None
+        self._counted_elsewhere = False
 
     def update(self, latents: Tensor | Support, labels: Tensor) -> None:
         """Take up a batch.
@@ -201,11 +219,12 @@ class ClassPurity:
             ValueError: shapes that do not match each other or earlier batches, a label outside
                 the classes, NaN or infinite values; the metric is then unchanged.
         """
-        sums = self.sums
+        a = latents if isinstance(latents, Support) else as_tensor(latents, "latents")
+        sums = self._own()
         if sums is None:
-            sums = ClassSums(self.num_classes, latents.shape[-1], latents.device)
-        sums.update_(latents, labels)
-        self.sums = sums
+            sums = ClassSums(self.num_classes, (0, *a.shape)[-1], a.device)
+        sums.update_(a, labels)
+        self.sums, self._counted_elsewhere = sums, False
 
     def merge(self, other: ClassPurity) -> None:
         """Take up what another metric has seen; ``other`` stays as it is.
@@ -213,37 +232,44 @@ class ClassPurity:
         Raises:
             ValueError: other numbers of classes or latents.
         """
+        _require_metric(other, ClassPurity)
         if other.sums is None:
             return
+        held = self._own()
         num_classes, num_latents = other.sums.counts.shape
-        wanted = num_latents if self.sums is None else self.sums.counts.shape[1]
+        wanted = num_latents if held is None else held.counts.shape[1]
         if (num_classes, num_latents) != (self.num_classes, wanted):
             raise ValueError(
                 f"other: expected {self.num_classes} classes and {wanted} latents, "
                 f"got {num_classes} and {num_latents}"
             )
-        if self.sums is None:
-            self.sums = ClassSums(num_classes, num_latents, other.sums.counts.device)
+        sums = held or ClassSums(num_classes, num_latents, other.sums.counts.device)
         for name in ClassSums.NAMES:
-            mine = getattr(self.sums, name)
+            mine = getattr(sums, name)
             mine.add_(getattr(other.sums, name).to(mine.device))
+        self.sums, self._counted_elsewhere = sums, False
+
+    def _own(self) -> ClassSums | None:
+        """Return what this rank counts: not its copy of what all ranks hold."""
+        return None if self._counted_elsewhere else self.sums
 
     def all_reduce_(self, group: dist.ProcessGroup | None = None) -> None:
         """Make every rank hold the sums of all ranks, by all-reduce.
 
+        You may call it again, as for :meth:`MonoScore.all_reduce_`.
+
         Raises:
-            ValueError: no rank has seen any data.
+            ValueError: no rank has seen any data, or ranks have different numbers of classes or
+                latents; on every rank alike.
         """
-        held = self.sums
-        device = held.counts.device if held is not None else _collective_device(group)
-        width = 0 if held is None else held.counts.shape[1]
-        num_latents = int(_reduced(torch.tensor(width, device=device), "MAX", group))
-        if num_latents == 0:
-            raise ValueError("ClassPurity.all_reduce_: no rank has seen any data")
-        sums = held or ClassSums(self.num_classes, num_latents, device)
+        held = self._own()
+        device = self.sums.counts.device if self.sums is not None else _collective_device(group)
+        shape = None if held is None else (self.num_classes, held.counts.shape[1])
+        shape = _agreed("ClassPurity", "numbers of classes and latents", shape, device, group)
+        sums = held or ClassSums(*shape, device)
         for name in ClassSums.NAMES:
             setattr(sums, name, _reduced(getattr(sums, name), "SUM", group))
-        self.sums = sums
+        self.sums, self._counted_elsewhere = sums, dist.get_rank(group) != 0
 
     def compute(self) -> Purity:
         """Return the purity of every latent over everything seen so far.
@@ -254,10 +280,10 @@ class ClassPurity:
         return _seen(self.sums, "ClassPurity").purity()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the state by name; empty before the first batch."""
+        """Return a copy of the state, by name; empty before the first batch."""
         if self.sums is None:
             return {}
-        return {name: getattr(self.sums, name) for name in ClassSums.NAMES}
+        return {name: getattr(self.sums, name).detach().clone() for name in ClassSums.NAMES}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over a saved state.
@@ -265,6 +291,7 @@ class ClassPurity:
         Raises:
             ValueError: an entry is missing, or the number of classes is another.
         """
+        self._counted_elsewhere = False
         if not state:
             self.sums = None
             return
@@ -365,6 +392,32 @@ def _seen(state: _State | None, name: str) -> _State:
     if state is None:
         raise ValueError(f"{name}.compute: no data yet; call update first")
     return state
+
+
+def _require_metric(other: object, kind: type) -> None:
+    if not isinstance(other, kind):
+        raise TypeError(f"other: expected a {kind.__name__}, got {type(other).__name__}")
+
+
+def _agreed(
+    metric: str,
+    what: str,
+    shape: tuple[int, int] | None,
+    device: torch.device,
+    group: dist.ProcessGroup | None,
+) -> tuple[int, int]:
+    """Return the shape of the ranks' state, of which a rank without data has none.
+
+    Raises:
+        ValueError: none has data, or two have different shapes; on every rank.
+    """
+    said = {(a, b) for a, b in gather_numbers(shape or (0, 0), device, group)} - {(0, 0)}
+    if not said:
+        raise ValueError(f"{metric}.all_reduce_: no rank has seen any data")
+    if len(said) > 1:
+        found = ", ".join(map(str, sorted(said)))
+        raise ValueError(f"{metric}.all_reduce_: ranks have different {what}: {found}")
+    return said.pop()
 
 
 def _collective_device(group: dist.ProcessGroup | None) -> torch.device:

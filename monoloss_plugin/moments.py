@@ -26,7 +26,7 @@ from monoloss_plugin._checks import may_hold_any, require_finite
 from monoloss_plugin._chunks import parts_of
 from monoloss_plugin.embeddings import unit_rows
 from monoloss_plugin.kernels.products import weighted_embeddings
-from monoloss_plugin.kernels.statistics import Raised
+from monoloss_plugin.kernels.statistics import CONSTANT_BELOW, Raised
 from monoloss_plugin.kernels.support import Support
 
 DEFINED_ABOVE = 1e-12
@@ -214,7 +214,7 @@ class Moments:
         """Return MonoScore (M,) in float64, 0 where undefined, and where it is defined (M,)."""
         span = self.highest - self.lowest
         denominator = self.u.square() - self.v
-        defined = (span > 0) & (denominator > DEFINED_ABOVE * span.square())
+        defined = (span > CONSTANT_BELOW) & (denominator > DEFINED_ABOVE * span.square())
         numerator = torch.einsum("md,md->m", self.w, self.w) - self.t
         scores = numerator / denominator.masked_fill(~defined, 1.0)
         return scores.masked_fill(~defined, 0.0), defined
@@ -227,8 +227,8 @@ class Moments:
         return copy
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the statistics by name."""
-        return {name: getattr(self, name) for name in self.NAMES}
+        """Return a copy of the statistics, by name."""
+        return {name: getattr(self, name).detach().clone() for name in self.NAMES}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor]) -> Moments:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from monoloss_plugin._checks import as_rows, require_finite
+from monoloss_plugin._checks import as_labels, as_rows, as_tensor, require_finite
 from monoloss_plugin._chunks import parts_of
 from monoloss_plugin.kernels.support import Support
 
@@ -58,17 +58,18 @@ class ClassSums:
             ValueError: shapes that do not match, a label outside the classes, NaN or infinite
                 values.
         """
-        a = latents
+        given = latents if isinstance(latents, Support) else as_tensor(latents, "latents")
+        shape = given.shape
+        a = given
         if not isinstance(a, Support):
             a = as_rows(a, "latents", keep_sparse=True)
+        labels = as_labels(labels)
         num_classes, num_latents = self.counts.shape
         if a.shape[1] != num_latents:
             raise ValueError(f"latents: expected width {num_latents}, got {a.shape[1]}")
-        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise TypeError(f"labels: expected an integer tensor, got {labels.dtype}")
-        if labels.shape != latents.shape[:-1]:
+        if labels.shape != shape[:-1]:
             raise ValueError(
-                f"labels: expected shape {tuple(latents.shape[:-1])} to match latents, "
+                f"labels: expected shape {tuple(shape[:-1])} to match latents, "
                 f"got {tuple(labels.shape)}"
             )
         if labels.numel() == 0:

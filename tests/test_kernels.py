@@ -79,8 +79,54 @@ def test_only_the_needed_entries_get_a_gradient(embeddings: Tensor, way: str) ->
     zeros = CASES["sparse"] == 0
     assert (everywhere[zeros] != 0).any()
     torch.testing.assert_close(active[~zeros], everywhere[~zeros])
-    if way == "sparse":
-        assert (active[zeros] == 0).all()
+    assert (active[zeros] == 0).all()
+    band = torch.rand(a.shape, generator=torch.Generator().manual_seed(2)) < 0.3
+    (banded,) = torch.autograd.grad(functional.monoloss(a, embeddings, gradient_at=band), a)
+    torch.testing.assert_close(banded, everywhere.masked_fill(zeros & ~band, 0.0))
+
+
+def test_stored_zeros_of_coo_latents_follow_gradient_at(embeddings: Tensor) -> None:
+    a = CASES["sparse"]
+    every = torch.ones_like(a).nonzero().T
+    zeros, band = a == 0, torch.arange(a.numel()).reshape(a.shape) % 3 == 0
+    found = {}
+    for name, gradient_at in (("all", "all"), ("active", "active"), ("band", band)):
+        values = a.flatten().clone().requires_grad_()
+        coo = torch.sparse_coo_tensor(every, values, a.shape, check_invariants=True)
+        functional.monoloss(coo, embeddings, gradient_at=gradient_at).backward()
+        found[name] = values.grad.view_as(a)
+    assert (found["all"][zeros] != 0).any()
+    torch.testing.assert_close(found["active"], found["all"].masked_fill(zeros, 0.0))
+    torch.testing.assert_close(found["band"], found["all"].masked_fill(zeros & ~band, 0.0))
+
+
+def outside_the_strongest(latents: Tensor) -> Tensor:
+    """Each latent's activation above its minimum, without that of its strongest sample (M,)."""
+    above = latents.double() - latents.double().amin(0)
+    return above.sum(0) - above.amax(0)
+
+
+def test_a_latent_that_is_hardly_defined_pulls_ten_times_as_hard_as_the_median_at_most(
+    embeddings: Tensor, way: str
+) -> None:
+    a = CASES["sparse"].clone()
+    for latent, faint in enumerate((1e-1, 1e-2, 1e-4)):  # one strong sample, and two faint ones
+        a[:, latent] = 0
+        a[:3, latent] = torch.tensor([1.0, faint, 0.7 * faint])
+    a.requires_grad_()
+    batch = batch_scores(a, embeddings, "active")
+    (gradient,) = torch.autograd.grad(batch.scores.sum(), a)
+    unbounded = gradient_by_autograd(a.detach(), embeddings).masked_fill(a.detach() == 0, 0.0)
+    outside = outside_the_strongest(a.detach())
+    share = (outside / (outside.median() / 10)).clamp(max=1)
+    assert (share[1:3] < 1).all()
+    assert share[3:].min() == 1
+    # The direction is the definition's, the length is bounded, and scores stay what they are.
+    torch.testing.assert_close(gradient.double(), unbounded * share, rtol=2e-3, atol=1e-6)
+    assert unbounded.abs().amax(0)[2] > 500
+    assert gradient.abs().max() <= 4 / (outside.median() / 10)
+    scores = oracle.monoscore_by_loops(a, embeddings)
+    np.testing.assert_allclose(batch.scores.detach(), scores, atol=5e-3)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -79,12 +79,26 @@ def test_many_samples_that_are_all_alike_cost_little_accuracy(form: str, way: st
     np.testing.assert_allclose(metric.compute().scores, 1.0, atol=5e-6)
 
 
-@pytest.mark.parametrize("scale", [1e38, 1e-43])
+@pytest.mark.parametrize("scale", [1e38, 1e-36])
 def test_activations_at_the_ends_of_float32(scale: float, embeddings: Tensor, way: str) -> None:
     a = CASES["sparse"] * scale
     scores = streamed(a, embeddings, [13, 27]).compute().scores
     exact = oracle.monoscore_by_loops(a, embeddings)  # of a as it was rounded
     np.testing.assert_allclose(scores, np.nan_to_num(exact), atol=1e-6)
+
+
+def test_a_range_that_is_no_normal_number_counts_as_constant_everywhere(
+    embeddings: Tensor, way: str
+) -> None:
+    a = (CASES["sparse"] * 1e-40).requires_grad_()
+    loss = functional.monoloss(a, embeddings)
+    loss.backward()
+    assert loss.item() == 1.0
+    assert (a.grad == 0).all()
+    for scores in (functional.monoscore, functional.monoscore_pairwise):
+        assert (scores(a.detach(), embeddings) == 0).all()
+    assert streamed(a.detach(), embeddings, [40]).compute().num_defined == 0
+    assert functional.monoloss(a.detach().double(), embeddings.double()).item() == 1.0
 
 
 def test_a_support_must_match_its_embeddings(embeddings: Tensor) -> None:
@@ -256,6 +270,21 @@ def test_state_round_trips_through_a_file_without_unpickling(
         loaded_score.load_state_dict({"u": torch.zeros(3)})
 
 
+def test_a_saved_state_does_not_change_with_later_updates(embeddings: Tensor) -> None:
+    a, labels = CASES["sparse"], torch.arange(40) % 4
+    score, purity = streamed(a, embeddings, [40]), ClassPurity(4)
+    purity.update(a, labels)
+    states = score.state_dict(), purity.state_dict()
+    expected = score.compute().scores.clone(), purity.compute()
+    score.update(a.flip(0), embeddings)
+    purity.update(a.flip(0), labels)
+    loaded_score, loaded_purity = MonoScore(), ClassPurity(4)
+    loaded_score.load_state_dict(states[0])
+    loaded_purity.load_state_dict(states[1])
+    torch.testing.assert_close(loaded_score.compute().scores, expected[0], rtol=0, atol=0)
+    torch.testing.assert_close(loaded_purity.compute(), expected[1], rtol=0, atol=0)
+
+
 def test_empty_metrics_say_so() -> None:
     for metric in (MonoScore(), ClassPurity(3), R2()):
         with pytest.raises(ValueError, match="no data yet"):
@@ -269,10 +298,24 @@ def _reduce_on_a_rank(rank: int, folder: str) -> None:
     a, e = CASES["shifted"], torch.randn(40, 7, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(40) % 4
     score, purity = MonoScore(), ClassPurity(4)
-    parts = {0: slice(0, 25), 1: slice(25, 40)}  # the third rank has nothing
-    if rank in parts:
+    parts = {0: slice(0, 20), 1: slice(20, 32), 2: slice(32, 40)}
+    if rank < 2:  # the third rank has nothing yet
         score.update(a[parts[rank]], e[parts[rank]])
         purity.update(a[parts[rank]] - 100.005, labels[parts[rank]])
+    wider = MonoScore()
+    wider.update(torch.rand(4, 3 + rank), torch.rand(4, 2))
+    with pytest.raises(ValueError, match=r"widths: \(3, 2\), \(4, 2\), \(5, 2\)"):
+        wider.all_reduce_()
+    more_classes = ClassPurity(2 + rank)
+    more_classes.update(torch.rand(2, 3), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=r"numbers of classes and latents: \(2, 3\), \(3, 3\)"):
+        more_classes.all_reduce_()
+    for _ in range(2):  # what all ranks hold counts once
+        score.all_reduce_()
+        purity.all_reduce_()
+    if rank == 2:  # and goes on with what comes
+        score.update(a[parts[2]], e[parts[2]])
+        purity.update(a[parts[2]] - 100.005, labels[parts[2]])
     score.all_reduce_()
     purity.all_reduce_()
     torch.save((score.state_dict(), purity.state_dict()), f"{folder}/{rank}.pt")

@@ -14,15 +14,14 @@ from monoloss_plugin.kernels.statistics import BatchScores
 from monoloss_plugin.kernels.support import is_sparse, support_of
 
 GradientAt = Literal["all", "active"] | Tensor
-"""Which entries of dense latents need a gradient.
+"""Which entries of the latents get a gradient; the others get none, whatever the device or density.
 
 - "all": every entry.
 - "active": those that are not zero; exact where the activation function passes no gradient to the
   others (ReLU, TopK, BatchTopK, a gate).
 - a (B, M) bool tensor: those that are not zero, and these (JumpReLU's band around its threshold).
 
-Where fewer than all are needed, the others may get one or may not. COO latents have a gradient at
-their stored entries, whatever is said here.
+Sparse COO latents can have a gradient at their stored entries alone.
 """
 
 
@@ -37,7 +36,7 @@ def batch_scores(
     Args:
         latents: (B, M), dense or sparse COO.
         embeddings: (B, d); constants.
-        gradient_at: which entries need a gradient.
+        gradient_at: which entries get a gradient.
     """
     dtype = torch.promote_types(latents.dtype, torch.float32)
     if latents.numel() == 0:  # no samples or no latents: nothing is defined
@@ -45,13 +44,17 @@ def batch_scores(
         nothing = dense.to(dtype).sum(0)
         return BatchScores(nothing, torch.zeros_like(nothing, dtype=torch.bool))
     also = gradient_at if isinstance(gradient_at, Tensor) else None
+    everywhere = also is None and gradient_at == "all"
     with torch.autocast(latents.device.type, enabled=False):
         h, q = unit_rows(embeddings, dtype)
         if not is_sparse(latents, also):
-            return dense_scores(latents, h, q, dense_statistics(latents, h, q))
-        every_entry = also is None and gradient_at == "all" and latents.layout == torch.strided
-        if every_entry and latents.requires_grad and torch.is_grad_enabled():
-            return dense_scores(
-                latents, h, q, sparse_statistics(support_of(latents.detach()), h, q)
-            )
-        return sparse_scores(support_of(latents, also), h, q)
+            statistics = dense_statistics(latents, h, q)
+            return dense_scores(latents, h, q, statistics, everywhere=everywhere, also=also)
+        stored = latents.layout == torch.sparse_coo
+        if everywhere and not stored and latents.requires_grad and torch.is_grad_enabled():
+            statistics = sparse_statistics(support_of(latents.detach()), h, q)
+            return dense_scores(latents, h, q, statistics)
+        support = support_of(latents, also)
+        if stored and not everywhere:
+            support = support.constant_zeros(also)
+        return sparse_scores(support, h, q)

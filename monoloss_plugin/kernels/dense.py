@@ -46,18 +46,28 @@ def dense_statistics(latents: Tensor, h: Tensor, q: Tensor) -> Statistics:
     return Statistics.of(Range(lowest, scale, varies), u, v, t, w)
 
 
-def dense_scores(latents: Tensor, h: Tensor, q: Tensor, statistics: Statistics) -> BatchScores:
-    """Return the scores with the gradient of every entry of latents (B, M).
+def dense_scores(
+    latents: Tensor,
+    h: Tensor,
+    q: Tensor,
+    statistics: Statistics,
+    *,
+    everywhere: bool = True,
+    also: Tensor | None = None,
+) -> BatchScores:
+    """Return the scores with the gradient of entries of latents (B, M).
 
     Args:
         latents: (B, M).
         h: (N, d), as in :func:`dense_statistics`.
         q: (N,), as there.
         statistics: of these latents, from whichever way.
+        everywhere: every entry gets a gradient; or else those that are not zero.
+        also: (B, M) bool: besides those, zeros that get one.
     """
     range_, u, w, scores, defined, weight = statistics
     differentiable: Tensor = _DenseScores.apply(
-        latents, h, q, range_.lowest, range_.scale, u, w, scores, weight
+        latents, h, q, range_.lowest, range_.scale, u, w, scores, weight, everywhere, also
     )
     return BatchScores(differentiable, defined)
 
@@ -75,23 +85,28 @@ class _DenseScores(torch.autograd.Function):
         w: Tensor,
         scores: Tensor,
         weight: Tensor,
+        everywhere: bool,
+        also: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(latents, h, q, lowest, scale, u, w, scores, weight)
+        ctx.save_for_backward(latents, h, q, lowest, scale, u, w, scores, weight, also)
+        ctx.everywhere = everywhere
         return scores.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        latents, h, q, lowest, scale, u, w, scores, weight = ctx.saved_tensors
+        latents, h, q, lowest, scale, u, w, scores, weight, also = ctx.saved_tensors
         gradient = torch.empty_like(latents)
         factor = upstream[0] * weight / scale
         with torch.autocast(latents.device.type, enabled=False):
             for block in _blocks(latents):
                 a = _rescaled(latents[:, block], lowest[block], scale[block])
-                gradient[:, block] = _gradient(
-                    a, h, q, u[block], w[block], scores[block], factor[block]
-                )
-        return gradient, *(8 * [None])
+                part = _gradient(a, h, q, u[block], w[block], scores[block], factor[block])
+                if not ctx.everywhere:
+                    zero = latents[:, block] == 0
+                    part.masked_fill_(zero if also is None else zero & ~also[:, block], 0.0)
+                gradient[:, block] = part
+        return gradient, *(10 * [None])
 
 
 def _blocks(latents: Tensor) -> list[slice]:

@@ -15,6 +15,23 @@ then cancel, and at 1e-5 a float32 score is still good to about one percent.
 """
 
 
+CONSTANT_BELOW = torch.finfo(torch.float32).tiny
+"""A latent whose range over the samples is at most this, 1.2e-38, counts as constant.
+
+Its gradient, which grows as one over the range, would be beyond float32.
+"""
+
+HARDEST_PULL = 10.0
+"""A latent's gradient may be bounded by this many times what the median latent's is bounded by.
+
+At one activation, |dMS/da| <= 4/r, where r is the latent's activation outside its strongest sample.
+As r goes to 0 the score stays what it is, and the gradient grows without bound: such a latent, seen
+on hardly more than one sample, would take a clipped step for itself alone, and blow rounding up.
+So where r is less than a tenth of the median latent's, the gradient is scaled down, by r over that
+tenth. No score and no direction changes.
+"""
+
+
 class BatchScores(NamedTuple):
     """MonoScore of each latent over one batch."""
 
@@ -39,7 +56,7 @@ class Range(NamedTuple):
         """Return the range of latents from their smallest and largest values (M,)."""
         span = highest - lowest
         # NaN activations compare as False; "not (small)" lets them through to the logged value.
-        varies = ~(span <= torch.finfo(span.dtype).tiny)
+        varies = ~(span <= CONSTANT_BELOW)
         return cls(lowest, torch.where(varies, span, 1.0), varies)
 
 
@@ -56,7 +73,9 @@ class Statistics(NamedTuple):
     defined: Tensor
     """(M,) bool"""
     weight: Tensor
-    """(M,): 2 / den, 0 where undefined: dMS/dã = weight · (h·w - ã q - MS (u - ã))."""
+    """(M,): 2 / den, 0 where undefined: dMS/dã = weight · (h·w - ã q - MS (u - ã)).
+
+    Less than that for a latent that is hardly defined (see :data:`HARDEST_PULL`)."""
 
     @classmethod
     def of(cls, range_: Range, u: Tensor, v: Tensor, t: Tensor, w: Tensor) -> Statistics:
@@ -65,7 +84,16 @@ class Statistics(NamedTuple):
         defined = ~(denominator <= _DEFINED_ABOVE[u.dtype]) & range_.varies
         safe = torch.where(defined, denominator, 1.0)
         scores = torch.where(defined, (torch.linalg.vector_norm(w, dim=1).square() - t) / safe, 0.0)
-        return cls(range_, u, w, scores, defined, torch.where(defined, 2.0 / safe, 0.0))
+        weight = torch.where(defined, 2.0 / safe * _restraint(range_, u, defined), 0.0)
+        return cls(range_, u, w, scores, defined, weight)
+
+
+def _restraint(range_: Range, u: Tensor, defined: Tensor) -> Tensor:
+    """Return what to scale each latent's gradient by (M,), from 0 to 1."""
+    outside = (u - 1).clamp(min=0) * range_.scale  # rescaled, the strongest sample is 1
+    # With nan for the others, so that no shape depends on a value.
+    median = torch.where(defined, outside, torch.nan).nanmedian()
+    return (outside * (HARDEST_PULL / median)).clamp(max=1)
 
 
 class Raised(NamedTuple):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -92,6 +92,16 @@ class Support:
     def complete(self) -> Tensor:
         """Return which latents have an entry for every sample (M,)."""
         return self.counts() == self.num_rows
+
+    def constant_zeros(self, but: Tensor | None = None) -> Support:
+        """Return the same entries, of which zeros get no gradient, but for those of a mask (N, M).
+
+        COO latents may hold entries that are zero.
+        """
+        passes = self.values.detach() != 0
+        if but is not None:
+            passes |= but[self.rows, self.columns]
+        return replace(self, values=torch.where(passes, self.values, self.values.detach()))
 
     def by_sample(self) -> Tensor:
         """Return the latents as a sparse CSR tensor (N, M), without their gradient."""

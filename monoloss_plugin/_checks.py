@@ -137,6 +137,26 @@ def require_at_least(least: int, given: int, name: str) -> None:
         raise ValueError(f"{name}: expected at least {least}, got {given}")
 
 
+def require_device(device: torch.device | str) -> torch.device:
+    """Return a device that tensors can be moved to here.
+
+    Raises:
+        TypeError: not a device or its name.
+        ValueError: no such device, or none of that kind here.
+    """
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f"device: expected a name such as 'cpu' or 'cuda', got {device!r}")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        said = str(error).strip().splitlines()
+        raise ValueError(
+            f"device: cannot use {str(device)!r} here: {said[0] if said else type(error).__name__}"
+        ) from None
+    return found
+
+
 def require_share(shard: tuple[int, int]) -> tuple[int, int]:
     """Return ``(i, n)``, the i-th of n processes; raise ValueError where there is no such one."""
     if not (isinstance(shard, (tuple, list)) and [type(part) for part in shard] == [int, int]):

@@ -6,17 +6,22 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from monoloss_plugin._checks import as_rows, require_at_least
+from monoloss_plugin._checks import as_labels, as_rows, as_tensor, require_device
 from monoloss_plugin._optional import missing_extra
+from monoloss_plugin._samples import Samples, is_scaled, of_training, scaling_for
 from monoloss_plugin.batch import Batch
+from monoloss_plugin.embeddings import unit_rows
 from monoloss_plugin.kernels.support import Support, is_sparse, support_of
 from monoloss_plugin.metrics import R2, ClassPurity, MonoScore, MonoScoreResult
 from monoloss_plugin.purity import Purity
+
+if TYPE_CHECKING:
+    from monoloss_plugin.features import FeatureSet
 
 MEASURES: dict[str, str] = {
     "r2": "R²",
@@ -84,14 +89,14 @@ class Evaluation:
         return scalars
 
 
-@torch.no_grad()
 def evaluate(
     sae: SAE,
-    features: Tensor | Iterable[Batch],
+    features: Tensor | FeatureSet | Iterable[Batch],
     labels: Tensor | None = None,
     *,
     num_classes: int | None = None,
     embeddings: Tensor | None = None,
+    normalize: bool | None = None,
     batch_size: int = 2048,
     device: torch.device | str | None = None,
     progress: bool = False,
@@ -107,13 +112,17 @@ def evaluate(
 
     Args:
         sae: anything with ``encode`` and ``decode``, such as a SAELens SAE.
-        features: (N, d_in), what the SAE takes; leading dimensions are flattened. Or batches that
-            bring their labels and embeddings along, such as
-            ``FeatureBatches(features, shuffle="none", drop_last=False)``.
+        features: a :class:`~monoloss_plugin.features.FeatureSet`; or (N, d_in), leading dimensions
+            flattened; or batches that bring their labels and embeddings along: of the class
+            :class:`~monoloss_plugin.batch.Batch`, or a ``FeatureBatches``. Every row is scored,
+            once, also of a ``FeatureBatches`` that shuffles or drops its last batch.
         labels: (N,) integer classes, for purity; -1 where a sample has none.
         num_classes: number of classes; by default one more than the largest label, and what
             batches say of themselves.
         embeddings: (N, d) another similarity space of the same samples; the features by default.
+        normalize: scale features to unit norm. By default as the SAE says that it was trained (in
+            ``cfg.metadata.monoloss``); where it says nothing, a feature set is scaled and all else
+            is taken as it is.
         batch_size: samples a step.
         device: where the SAE computes; by default where its parameters are, or else the features.
         progress: show a progress bar (needs tqdm).
@@ -122,13 +131,15 @@ def evaluate(
         Scores of each latent and of the SAE, on the CPU.
 
     Raises:
-        TypeError: features not floating or labels not integer.
-        ValueError: shapes that do not match, no samples, NaN or infinite values, or labels or
-            embeddings beside batches.
+        TypeError: not an SAE, features of another kind, features not floating, labels not integer.
+        ValueError: shapes that do not match, no samples, NaN or infinite values, labels or
+            embeddings beside batches, or batches of unit norm for an SAE that takes features as
+            they are.
         ModuleNotFoundError: ``progress`` without tqdm.
 
     Warns:
-        UserWarning: a BatchTopK SAE in training.
+        UserWarning: a BatchTopK SAE in training; features of a training split; features that were
+            scaled since the SAE takes unit norm; a negative R².
 
     Examples:
         >>> class Identity:
@@ -139,46 +150,68 @@ def evaluate(
 
     Source: Nasiri-Sarvi et al. 2026, section 4.1 and appendix B.
     """
-    _warn_of_selection_over_batches(sae)
-    total: int | None
-    if isinstance(features, Tensor):
-        x = as_rows(features, "features")
-        total = len(x)
-        batches: Iterable[Batch] = _batches_of(x, labels, embeddings, batch_size)
-        if labels is not None and num_classes is None and labels.numel():
-            # Where no sample has a label (all are -1), of one class: no latent then has a purity.
-            num_classes = max(int(labels.max()), 0) + 1
-    else:
-        if not isinstance(features, Iterable) or hasattr(features, "tensor"):
-            got = type(features).__name__
-            remedy = "; FeatureBatches makes batches of it" if hasattr(features, "tensor") else ""
-            raise TypeError(f"features: expected a tensor or batches of samples, got {got}{remedy}")
-        if labels is not None or embeddings is not None:
-            raise ValueError("features: batches bring their own labels and embeddings")
-        batches, total = features, getattr(features, "num_rows", None)
-        num_classes = num_classes or getattr(features, "num_classes", None)
-    place = torch.device(device) if device is not None else _device_of(sae)
+    _require_sae(sae)
+    samples = Samples.of(features, labels, embeddings, num_classes, batch_size)
+    scale = scaling_for(sae, samples, normalize)
+    if _selects_over_batches(sae):
+        warnings.warn(
+            "sae: a BatchTopK SAE in training selects over each batch, and its scores depend on "
+            "the batch size; save it with save_inference_model, and evaluate what "
+            "SAE.load_from_disk gives, which is what others will use",
+            stacklevel=2,
+        )
+    if split := of_training(features):
+        warnings.warn(
+            f"features: these are of the split {split!r}; if the SAE was trained on them, its "
+            "scores are too good. Score held-out features",
+            stacklevel=2,
+        )
+    place = require_device(device) if device is not None else _device_of(sae)
+    found, were_scaled = _score(sae, samples, scale, place, progress)
+    if scale and not were_scaled and normalize is None and samples.scaling != "wanted":
+        warnings.warn(
+            "features: scaled to unit norm, which is what the SAE was trained on; pass "
+            "normalize=False to score them as they are",
+            stacklevel=2,
+        )
+    if found.r2 < 0:
+        warnings.warn(
+            f"sae: R² is {found.r2:.2f}, worse than the mean of the features; are they on the "
+            "scale that the SAE was trained on?",
+            stacklevel=2,
+        )
+    return found
+
+
+@torch.no_grad()
+def _score(
+    sae: SAE, samples: Samples, scale: bool, place: torch.device | None, progress: bool
+) -> tuple[Evaluation, bool]:
+    """Return what one pass finds, and whether the features came with unit norm."""
     decode, monoscore, r2, activity = _Decoder(sae), MonoScore(), R2(), _Activity()
     purity: ClassPurity | None = None
-    seen = 0
+    seen, were_scaled = 0, True
 
-    with _bar(total, progress) as advance:
-        for batch in batches:
-            if not isinstance(getattr(batch, "features", None), Tensor):
-                got = type(batch).__name__
-                raise TypeError(f"features: expected a tensor or batches of samples, got {got}s")
+    with _bar(samples.total, progress) as advance:
+        for batch in samples.batches:
             given = as_rows(batch.features, "features")
             given = given if place is None else given.to(place)
-            latents = as_rows(sae.encode(given), "latents", keep_sparse=True)
+            if scale:
+                were_scaled = were_scaled and is_scaled(given)
+                given, _ = unit_rows(given, torch.float32)
+            latents = as_rows(sae.encode(given), "sae.encode(features)", keep_sparse=True)
             # The entries are looked for once, and everything sums over them.
             found = support_of(latents) if is_sparse(latents) else latents
             r2.update(given, decode(latents, found))
-            monoscore.update(found, batch.similarity.to(given.device))
+            similarity = given if batch.embeddings is None else batch.embeddings
+            monoscore.update(found, as_tensor(similarity, "embeddings").to(given.device))
             if batch.labels is not None:
-                if num_classes is None:
+                if samples.num_classes is None:
                     raise ValueError("num_classes: needed for the purity of batches with labels")
-                purity = purity or ClassPurity(num_classes)
-                purity.update(*_labelled(found, latents, batch.labels.to(given.device)))
+                purity = purity or ClassPurity(samples.num_classes)
+                purity.update(
+                    *_labelled(found, latents, as_labels(batch.labels).flatten().to(given.device))
+                )
             activity.update(found)
             seen += len(given)
             advance(len(given))
@@ -187,24 +220,28 @@ def evaluate(
 
     scores, counts = monoscore.compute(), activity.counts.cpu()
     by_class = None if purity is None else purity.compute()
-    return Evaluation(
+    evaluation = Evaluation(
         monoscore=MonoScoreResult(scores.scores.cpu(), scores.defined.cpu(), scores.num_samples),
         purity=None if by_class is None else Purity(by_class.binary.cpu(), by_class.weighted.cpu()),
         r2=r2.compute(),
         l0=float(counts.sum()) / seen,
         frequency=counts / seen,
     )
+    return evaluation, were_scaled
 
 
-def _warn_of_selection_over_batches(sae: SAE) -> None:
+def _require_sae(sae: Any) -> None:
+    if isinstance(sae, type) or not all(
+        callable(getattr(sae, m, None)) for m in ("encode", "decode")
+    ):
+        got = f"the class {sae.__name__}" if isinstance(sae, type) else type(sae).__name__
+        hint = "; give its .sae" if hasattr(sae, "sae") else ""
+        raise TypeError(f"sae: expected an SAE with encode and decode, got {got}{hint}")
+
+
+def _selects_over_batches(sae: SAE) -> bool:
     architecture = getattr(getattr(sae, "cfg", None), "architecture", None)
-    if callable(architecture) and "batchtopk" in str(architecture()):
-        warnings.warn(
-            "sae: a BatchTopK SAE in training selects over each batch, and its scores depend on "
-            "the batch size; save it with save_inference_model, and evaluate what "
-            "SAE.load_from_disk gives, which is what others will use",
-            stacklevel=4,  # past torch.no_grad
-        )
+    return callable(architecture) and "batchtopk" in str(architecture())
 
 
 def _labelled(
@@ -216,22 +253,6 @@ def _labelled(
         return found, labels
     dense = latents if latents.layout == torch.strided else latents.to_dense()
     return dense[~unlabelled], labels[~unlabelled]
-
-
-def _batches_of(
-    x: Tensor, labels: Tensor | None, embeddings: Tensor | None, batch_size: int
-) -> Iterator[Batch]:
-    """Check tensors against each other, and return their batches."""
-    labels = None if labels is None else labels.flatten()
-    embeddings = x if embeddings is None else as_rows(embeddings, "embeddings")
-    for name, given in (("labels", labels), ("embeddings", embeddings)):
-        if given is not None and len(given) != len(x):
-            raise ValueError(f"{name}: expected {len(x)} rows to match features, got {len(given)}")
-    require_at_least(1, batch_size, "batch_size")
-    return (
-        Batch(x[rows], embeddings[rows], None if labels is None else labels[rows])
-        for rows in (slice(start, start + batch_size) for start in range(0, len(x), batch_size))
-    )
 
 
 class _Decoder:

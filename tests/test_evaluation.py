@@ -7,8 +7,9 @@ import torch
 from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sklearn.metrics import r2_score
 
-from monoloss_plugin import functional, load_features
+from monoloss_plugin import functional, load_features, load_pretrained
 from monoloss_plugin.evaluation import evaluate
+from monoloss_plugin.features import FeatureBatches
 
 
 class RandomSAE:
@@ -199,6 +200,58 @@ def test_a_batchtopk_sae_in_training_is_said_to_select_over_batches(recwarn) -> 
     assert not recwarn
 
 
-def test_a_feature_set_is_said_to_need_batches() -> None:
-    with pytest.raises(TypeError, match="got FeatureSet; FeatureBatches makes batches of it"):
-        evaluate(RandomSAE(), load_features("digits", "held_out"))
+@pytest.fixture(scope="module")
+def held_out():
+    return load_features("digits", "held_out")
+
+
+def test_every_row_is_scored_of_sets_and_of_batches_however_they_shuffle(held_out) -> None:
+    sae = load_pretrained("digits").sae
+    in_order = FeatureBatches(held_out, batch_size=100, shuffle="none", drop_last=False)
+    expected = evaluate(sae, list(in_order), num_classes=10)
+    assert expected.monoscore.num_samples == 599
+    for data in (held_out, FeatureBatches(held_out, batch_size=100, seed=3)):
+        found = evaluate(sae, data)
+        assert found.monoscore.num_samples == 599
+        assert found.summary() == pytest.approx(expected.summary(), rel=1e-6)
+    assert data.state_dict()["batch"] == 0  # an epoch under way stays where it is
+    half = evaluate(sae, FeatureBatches(held_out, batch_size=100, shard=(1, 2)))
+    assert half.monoscore.num_samples == 299
+
+
+def trained_on(inputs: str | None, scale: float | None = None):
+    sae = load_pretrained("digits").sae
+    sae.cfg.metadata.monoloss = {"inputs": inputs, "input_mean_square_norm": scale}
+    return sae
+
+
+@pytest.mark.parametrize(("inputs", "scale"), [("unit norm", None), (None, 1.0)])
+def test_features_of_another_scale_are_scaled_as_the_sae_was_trained(held_out, inputs, scale):
+    sae, stored = trained_on(inputs, scale), held_out.tensor().float()
+    expected = evaluate(sae, held_out).summary()
+    del expected["purity_binary"], expected["purity_weighted"]
+    with pytest.warns(UserWarning, match="features: scaled to unit norm, which is what") as said:
+        assert evaluate(sae, stored * 7).summary() == pytest.approx(expected, rel=1e-4)
+    assert said[0].filename == __file__
+    unscaled = FeatureBatches(held_out, batch_size=100, normalize=False)
+    with pytest.warns(UserWarning, match="features: scaled to unit norm"):
+        found = evaluate(sae, unscaled).summary()
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    with pytest.warns(UserWarning, match=r"R² is -\d.*worse than the mean.*on the scale"):
+        assert evaluate(sae, stored * 7, normalize=False).r2 < 0
+
+
+def test_an_sae_of_features_as_they_are_gets_them_as_they_are(held_out, recwarn) -> None:
+    unit = torch.nn.functional.normalize(held_out.tensor().float(), dim=1)
+    sae = trained_on("as they are")
+    assert evaluate(sae, held_out).r2 != evaluate(sae, unit).r2
+    unknown = trained_on(None)
+    assert evaluate(unknown, held_out).r2 == pytest.approx(evaluate(unknown, unit).r2, rel=1e-4)
+    with pytest.raises(ValueError, match="batches are scaled to unit norm, and the SAE takes"):
+        evaluate(sae, FeatureBatches(held_out, batch_size=100))
+
+
+def test_rows_of_a_training_split_are_said() -> None:
+    with pytest.warns(UserWarning, match="features: these are of the split 'train'") as said:
+        evaluate(load_pretrained("digits").sae, load_features("digits", "train"))
+    assert said[0].filename == __file__

@@ -132,10 +132,12 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
     @property
     def num_classes(self) -> int | None:
         """Number of the labels' classes; None without labels."""
-        if self.features.labels is None:
-            return None
-        names = self.features.classes
-        return int(self.features.labels.max()) + 1 if names is None else len(names)
+        return self.features.num_classes
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the feature set says of itself."""
+        return self.features.record
 
     @property
     def epoch(self) -> int:
@@ -196,6 +198,12 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
             )
         return self._given.similarity.to(features.device)
 
+    def every_row(self, batch_size: int) -> Iterator[Batch]:
+        """Yield every row of this process once, in the set's order, beside the epochs."""
+        rows_here = torch.arange(self.num_rows)[self.shard[0] :: self.shard[1]]
+        for rows in rows_here.split(min(batch_size, self.batch_size)):
+            yield self._batch_of(rows)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the position, and what it depends on.
 
@@ -250,7 +258,9 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
             self._read.warm(start, end)
             for read in self._read_others:
                 read.warm(start, end)
-        rows = self.order.rows(epoch, number)[self.shard[0] :: self.shard[1]]
+        return self._batch_of(self.order.rows(epoch, number)[self.shard[0] :: self.shard[1]])
+
+    def _batch_of(self, rows: Tensor) -> Batch:
         features = self._read(rows, self.normalize)
         unit = [read(rows, True) for read in self._read_others]
         of_set = self._read.numbers(rows)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,25 @@ class FeatureSet(torch.utils.data.Dataset[Batch]):
             return None
         found: list[str] = self.ids.take(pa.array(numbers.numpy())).to_pylist()
         return found
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return len(self)
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of the labels' classes; None without labels."""
+        if self.labels is None:
+            return None
+        return int(self.labels.max()) + 1 if self.classes is None else len(self.classes)
+
+    def every_row(self, batch_size: int = 2048) -> Iterator[Batch]:
+        """Yield every row once, in order, as it is stored but in float32 or wider."""
+        for rows in torch.arange(len(self)).split(batch_size):
+            x = self.take(rows)
+            labels = None if self.labels is None else self.labels[rows]
+            yield Batch(x.to(torch.promote_types(x.dtype, torch.float32)), labels=labels, rows=rows)
 
     def __getitem__(self, number: int) -> Batch:
         if not -len(self) <= number < len(self):

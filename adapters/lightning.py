@@ -65,7 +65,7 @@ class MonoLossCallback(Callback):
         sync: bool = False,
     ) -> None:
         require_embeddings(embeddings, "a key of the batch")
-        AttachedTerm.check(loss, warm_up_steps, latents)
+        AttachedTerm.check(loss, warm_up_steps, latents, sync)
         self._key = embeddings if isinstance(embeddings, str) else None
         self._embeddings = self._by_key if isinstance(embeddings, str) else Frozen(embeddings, None)
         self._options: dict[str, Any] = {

@@ -540,9 +540,10 @@ def _announce(
 ) -> None:
     """Say what lam became, visibly the first time, and write it into the SAE's metadata."""
     term = attached.term
-    as_it_is = math.isclose(factor, 1.0, rel_tol=1e-3)
+    show = not attached.conversion_shown and not math.isclose(factor, 1.0, rel_tol=1e-3)
+    attached.conversion_shown |= show
     logger.log(
-        logging.INFO if as_it_is or attached.conversion_shown else logging.WARNING,
+        logging.WARNING if show else logging.INFO,
         "%s: lam %g is measured against %r. SAELens sums its loss over d_in = %d and sees a mean "
         "squared input norm of %s, so the weight in its loss is %g times that: %g",
         term.name,
@@ -553,7 +554,6 @@ def _announce(
         factor,
         term.lam * factor,
     )
-    attached.conversion_shown = True
     record = dict(sae.cfg.metadata[_METADATA] or {})
     record["input_mean_square_norm"] = attachment.mean_square_norm
     record["terms"] = {

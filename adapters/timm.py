@@ -78,7 +78,7 @@ def add_loss(
     """
     if not isinstance(task, TrainingTask):
         raise TypeError(f"task: expected a timm TrainingTask, got {type(task).__name__}")
-    AttachedTerm.check(loss, warm_up_steps, latents)
+    AttachedTerm.check(loss, warm_up_steps, latents, sync)
     if embeddings is not None:
         require_embeddings(embeddings)
     attachment = _Attachment.find(task, loss.name)

@@ -76,7 +76,7 @@ def add_loss(
     """
     if not isinstance(trainer, Trainer):
         raise TypeError(f"trainer: expected a transformers Trainer, got {type(trainer).__name__}")
-    AttachedTerm.check(loss, warm_up_steps, latents)
+    AttachedTerm.check(loss, warm_up_steps, latents, sync)
     require_embeddings(embeddings, "a column's name")
     if trainer.args.n_gpu > 1:
         raise ValueError(

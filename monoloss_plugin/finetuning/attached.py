@@ -47,7 +47,7 @@ def check_term(term: Any, warm_up_steps: Any) -> None:
 
 def warn_of_long_warm_up(name: str, warm_up_steps: int, steps: float) -> None:
     """Warn where training ends before a term has its full weight."""
-    if warm_up_steps > steps:
+    if warm_up_steps > steps >= 0:  # a host that does not know may say -1
         warnings.warn(
             f"{name}: warm_up_steps={warm_up_steps} is longer than the {steps} steps of training "
             "that are left, so the term never gets its full weight lam",
@@ -81,17 +81,19 @@ class AttachedTerm:
         warm_up_steps: int = 0,
         sync: bool = False,
     ) -> None:
-        self.check(term, warm_up_steps, latents)
+        self.check(term, warm_up_steps, latents, sync)
         self.term, self.warm_up_steps, self.sync = term, warm_up_steps, sync
         self.embeddings = embeddings
         self.calls = 0
         self.recorder = LatentRecorder(model, latents)
 
     @staticmethod
-    def check(term: LossTerm, warm_up_steps: int, latents: str | nn.Module | None) -> None:
+    def check(term: Any, warm_up_steps: Any, latents: Any, sync: Any) -> None:
         """Raise what the class raises, before there is a model."""
         check_term(term, warm_up_steps)
         require_layer(latents)
+        if not isinstance(sync, bool):
+            raise TypeError(f"sync: expected True or False, got {sync!r}")
         if term.name in _RESERVED:
             raise ValueError(f"name: {term.name!r} is the host's own; take another")
         if term.needs_selection:

@@ -57,9 +57,15 @@ class MonoLayer(nn.Module):
     ) -> None:
         super().__init__()
         width = in_features if width is None else width
-        for name, size in (("in_features", in_features), ("width", width), ("k", k or 0)):
+        for name, size in (
+            ("in_features", in_features),
+            ("width", width),
+            ("k", 0 if k is None else k),
+        ):
             if isinstance(size, bool) or not isinstance(size, int):
                 raise TypeError(f"{name}: expected an integer, got {size!r}")
+        if not isinstance(relu, bool):
+            raise TypeError(f"relu: expected True or False, got {relu!r}")
         require_at_least(1, in_features, "in_features")
         require_at_least(1, width, "width")
         if selection is not None:
@@ -69,7 +75,7 @@ class MonoLayer(nn.Module):
                 f"k: with a selection, 1 to {width} latents; without one none, got {k}"
             )
         self.linear = nn.Linear(in_features, width)
-        self.relu = bool(relu) or selection is not None
+        self.relu = relu or selection is not None
         self.selection, self.k = selection, k
 
     @property

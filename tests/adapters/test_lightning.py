@@ -187,6 +187,8 @@ def test_what_is_wrong_is_named(tmp_path) -> None:
             MonoLossCallback(LOSS, embeddings=wrong)
         with pytest.raises(TypeError, match="loss: expected a loss term"):
             MonoLossCallback(wrong, embeddings="h")
+    with pytest.raises(TypeError, match="sync: expected True or False, got 'no'"):
+        MonoLossCallback(LOSS, embeddings="h", sync="no")
     with pytest.raises(TypeError, match="latents: expected a layer"):
         MonoLossCallback(LOSS, embeddings="h", latents=3)
     callback = MonoLossCallback(LOSS, embeddings=lambda batch: batch[2])

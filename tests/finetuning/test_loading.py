@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -55,11 +56,14 @@ def test_from_pretrained_says_that_it_loses_the_layer(tmp_path) -> None:
     with pytest.warns(UserWarning, match=said):
         plain = type(model).from_pretrained(tmp_path)
     with pytest.warns(UserWarning, match=said):
-        insert_mono_layer(plain)  # a new one, which is not the one that was saved
+        insert_mono_layer(copy.deepcopy(plain))  # a new one, which is not the one that was saved
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         made("vit")[0].save_pretrained(tmp_path / "plain")
         type(model).from_pretrained(tmp_path / "plain")
+    plain.save_pretrained(tmp_path / "lost")
+    with pytest.raises(ValueError, match=r"has no classifier.mono.linear.weight"):
+        load_with_mono_layer(type(model), tmp_path / "lost")
     with pytest.raises(ValueError, match="was not saved with a MonoLayer"):
         load_with_mono_layer(type(model), tmp_path / "plain")
 

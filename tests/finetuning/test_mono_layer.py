@@ -262,6 +262,8 @@ def test_arguments_of_another_kind_are_named(wrong) -> None:
     if wrong != 3:
         with pytest.raises(TypeError, match=r"^in_features: expected an integer"):
             MonoLayer(wrong)
+    with pytest.raises(TypeError, match=r"^relu: expected True or False"):
+        MonoLayer(4, relu=wrong)
 
 
 def test_a_plain_loop_trains_the_layer() -> None:

@@ -53,6 +53,10 @@ class MonoLossCallback(Callback):
             loss.
         ValueError: units other than "raw"; while fitting, a module that optimizes by itself, or no
             MonoLayer and no layer named.
+
+    Warns:
+        UserWarning: while fitting, the callback was added too late, no step is trained, or training
+            ends before the warm-up does.
     """
 
     def __init__(

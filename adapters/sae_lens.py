@@ -109,6 +109,9 @@ def add_loss(
         ValueError: a term of that name is there already, the architecture lacks what the term
             needs, or an argument is out of range.
 
+    Warns:
+        UserWarning: training has ended, or ends before the warm-up does.
+
     Examples:
         >>> from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
         >>> from monoloss_plugin import MonoLoss

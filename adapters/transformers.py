@@ -73,6 +73,9 @@ def add_loss(
         AttributeError: no such layer.
         ValueError: a term of that name is there already, units other than "raw", no MonoLayer and
             no layer named, or a Trainer with ``DataParallel``.
+
+    Warns:
+        UserWarning: training has ended; while training, it ends before the warm-up does.
     """
     if not isinstance(trainer, Trainer):
         raise TypeError(f"trainer: expected a transformers Trainer, got {type(trainer).__name__}")

@@ -185,6 +185,9 @@ def insert_mono_layer(
         TypeError: not a module, not a linear layer, or one that has a MonoLayer already.
         ValueError: no classifier was found, or options as for :class:`MonoLayer`.
 
+    Warns:
+        UserWarning: a Hugging Face model was saved with such a layer and loaded without it.
+
     Examples:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
         >>> x = torch.randn(2, 4)

@@ -80,6 +80,9 @@ def test_a_frozen_encoder_sees_the_images_of_the_step(batch) -> None:
     assert found == pytest.approx(1 - expected(images, target, h)[1], rel=1e-5)
     assert not any(p.requires_grad for p in encoder.parameters())
     assert not any("encoder" in key for key in task.state_dict())
+    arrays = task_of(model_of())
+    arrays.add_loss(LOSS, embeddings=lambda images: encoder(images).numpy())
+    assert arrays(images, target)["monoscore"].item() == pytest.approx(found, rel=1e-5)
 
 
 def test_evaluation_checkpoints_and_removal_are_the_hosts_own(batch) -> None:

@@ -12,6 +12,7 @@ the module back as it was.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import wraps
 from types import MethodType
@@ -52,18 +53,23 @@ class MonoLossCallback(Callback):
             loss.
         ValueError: units other than "raw"; while fitting, a module that optimizes by itself, or no
             MonoLayer and no layer named.
+
+    Warns:
+        UserWarning: while fitting, the callback was added too late, no step is trained, or training
+            ends before the warm-up does.
     """
 
     def __init__(
         self,
         loss: LossTerm,
         *,
-        embeddings: str | Callable[[Any], Tensor],
+        embeddings: str | Callable[[Any], Any],
         latents: str | nn.Module | None = None,
         warm_up_steps: int = 0,
         sync: bool = False,
     ) -> None:
         require_embeddings(embeddings, "a key of the batch")
+        AttachedTerm.check(loss, warm_up_steps, latents, sync)
         self._key = embeddings if isinstance(embeddings, str) else None
         self._embeddings = self._by_key if isinstance(embeddings, str) else Frozen(embeddings, None)
         self._options: dict[str, Any] = {
@@ -74,7 +80,6 @@ class MonoLossCallback(Callback):
         self._loss = loss
         self._attached: AttachedTerm | None = None
         self._replaced: Replaced | None = None
-        AttachedTerm.check(loss, warm_up_steps)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Wrap the training step."""
@@ -95,18 +100,38 @@ class MonoLossCallback(Callback):
 
         self._replaced = Replaced(pl_module, {"training_step": training_step})
 
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Warn where the callback came too late to be set up."""
+        if self._attached is None:
+            warnings.warn(
+                f"{self._loss.name}: the callback was added after fit() began, so it does nothing "
+                "in this fit; give it to Trainer(callbacks=[...])",
+                stacklevel=2,
+            )
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the module back as it was."""
-        if self._attached is not None and self._replaced is not None:
-            self._attached.recorder.remove()
-            self._replaced.undo()
-            self._attached = self._replaced = None
+        """Give the module back as it was, and warn where there was nothing to train."""
+        if self._attached is not None and not self._attached.calls:
+            warnings.warn(
+                f"{self._loss.name}: fit() ended without a training step, so the term did nothing; "
+                "had training ended already?",
+                stacklevel=2,
+            )
+        self._give_back()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Give the module back where the host does not come to its end."""
-        self.teardown(trainer, pl_module, "fit")
+        self._give_back()
+
+    def _give_back(self) -> None:
+        if self._attached is not None and self._replaced is not None:
+            self._attached.recorder.remove()
+            self._replaced.undo()
+            self._attached = self._replaced = None
 
     def _with_term(
         self,
@@ -124,15 +149,16 @@ class MonoLossCallback(Callback):
             raise TypeError(f"training_step: expected a loss or a dict with one, got {got}")
         assert self._attached is not None
         batch = arguments[0] if arguments else more["batch"]
-        of_step = self._attached(self._embeddings(batch), trainer.global_step)
+        of_step = self._attached(
+            self._embeddings(batch), trainer.global_step, trainer.estimated_stepping_batches
+        )
         for name, value in of_step.metrics.items():
             pl_module.log(name, value.float(), batch_size=1)
         loss = loss + of_step.weighted
         return {**output, "loss": loss} if isinstance(output, dict) else loss
 
-    def _by_key(self, batch: Any) -> Tensor:
+    def _by_key(self, batch: Any) -> Any:
         if not isinstance(batch, Mapping) or self._key not in batch:
             has = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
             raise ValueError(f"embeddings: the batch has no {self._key!r}; it is or has {has}")
-        found: Tensor = batch[self._key]
-        return found
+        return batch[self._key]

@@ -18,7 +18,9 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +32,11 @@ from torch import Tensor, nn
 
 from monoloss_plugin._checks import as_rows, looks_are_free
 from monoloss_plugin._optional import missing_extra
+from monoloss_plugin.finetuning.attached import (
+    check_term,
+    require_embeddings,
+    warn_of_long_warm_up,
+)
 from monoloss_plugin.kernels.batch import GradientAt
 from monoloss_plugin.kernels.support import is_sparse, sampled_rows
 from monoloss_plugin.losses import LossHandle, LossTerm, StepTensors, lam_factor
@@ -102,6 +109,9 @@ def add_loss(
         ValueError: a term of that name is there already, the architecture lacks what the term
             needs, or an argument is out of range.
 
+    Warns:
+        UserWarning: training has ended, or ends before the warm-up does.
+
     Examples:
         >>> from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
         >>> from monoloss_plugin import MonoLoss
@@ -113,16 +123,14 @@ def add_loss(
         >>> sae.get_coefficients()
         {}
     """
-    if not isinstance(loss, LossTerm):
-        got = f"the class {loss.__name__}" if isinstance(loss, type) else type(loss).__name__
-        raise TypeError(f"loss: expected a loss term such as MonoLoss(lam=3e-4), got {got}")
-    if isinstance(warm_up_steps, bool) or not isinstance(warm_up_steps, int) or warm_up_steps < 0:
-        raise ValueError(f"warm_up_steps: expected an integer of at least 0, got {warm_up_steps!r}")
-
+    check_term(loss, warm_up_steps)
+    if embeddings is not None:
+        require_embeddings(embeddings)
     attached = _Attached(loss, warm_up_steps, embeddings)
     places = _places(target, saes)
     for place in places:
         _check(place, attached)
+    _warn_of_no_effect(target, attached)
     undo = [_attach(place, attached) for place in places]
 
     def remove() -> None:
@@ -148,7 +156,11 @@ def strip_checkpoint(checkpoint: str | Path) -> list[str]:
 
     Raises:
         FileNotFoundError: not a training checkpoint.
+        TypeError: not a path.
     """
+    if not isinstance(checkpoint, (str, Path)) or not str(checkpoint):
+        got = repr(checkpoint) if isinstance(checkpoint, str) else type(checkpoint).__name__
+        raise TypeError(f"checkpoint: expected a folder, got {got}")
     folder = Path(checkpoint)
     state_path = folder / TRAINER_STATE_FILENAME
     state = torch.load(state_path, map_location="cpu", weights_only=True)
@@ -162,13 +174,14 @@ def strip_checkpoint(checkpoint: str | Path) -> list[str]:
     return removed
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Attached:
-    """A term and how it was attached."""
+    """A term and how it was attached, to one or several SAEs."""
 
     term: LossTerm
     warm_up_steps: int
     embeddings: Embeddings | None
+    conversion_shown: bool = False
 
 
 @dataclass
@@ -201,6 +214,8 @@ class _Attachment:
 
 
 def _places(target: Any, saes: Iterable[str] | None) -> list[_Place]:
+    if saes is not None and (isinstance(saes, str) or not isinstance(saes, Iterable)):
+        raise TypeError(f"saes: expected a list of names, got {saes!r}")
     if isinstance(target, (MultiSAETrainer, MultiSAETrainingRunner)):
         trainers = target.trainers if isinstance(target, MultiSAETrainer) else {}
         names = list(target.saes) if saes is None else list(saes)
@@ -222,6 +237,23 @@ def _places(target: Any, saes: Iterable[str] | None) -> list[_Place]:
         "target: expected a SAELens SAETrainer, MultiSAETrainer, training runner or TrainingSAE, "
         f"got {type(target).__name__}"
     )
+
+
+def _warn_of_no_effect(target: Any, attached: _Attached) -> None:
+    """Warn where training is over, or will be before the term has its full weight."""
+    name, steps = attached.term.name, getattr(target.cfg, "total_training_steps", None)
+    if steps is None:  # an SAE alone, which knows of no trainer
+        return
+    done = getattr(target, "n_training_samples", None)  # a runner has not begun
+    if done is not None and done >= target.cfg.total_training_samples:
+        warnings.warn(
+            f"{name}: training has ended ({done} of {target.cfg.total_training_samples} samples), "
+            "so the term does nothing; add it before fit()",
+            stacklevel=3,
+        )
+    else:
+        left = steps - getattr(target, "n_training_steps", 0)
+        warn_of_long_warm_up(name, attached.warm_up_steps, left)
 
 
 def _check(place: _Place, attached: _Attached) -> None:
@@ -388,7 +420,12 @@ def _add_terms(
         weight = _coefficient(step_input, attached) * _factor(
             sae, attachment, attached, inputs, step_input.n_training_steps
         )
-        # At weight 0 the term is only measured, so that the host's run stays what it was.
+        output.metrics[f"{name}_weight"] = weight
+        # At weight 0 the term is only measured, where the host logs it, and without a gradient, so
+        # that the host's run stays what it was.
+        if weight == 0 and not getattr(step_input, "is_logging_step", True):
+            output.losses[name] = torch.zeros_like(output.loss)
+            continue
         with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
             value, metrics = term.compute_loss(_step_tensors(sae, attachment, attached, output))
             weighted = weight * value
@@ -396,7 +433,6 @@ def _add_terms(
             output.loss = output.loss + weighted
         output.losses[name] = weighted
         output.metrics.update(metrics)
-        output.metrics[f"{name}_weight"] = weight
 
 
 def _step_tensors(
@@ -505,17 +541,21 @@ def _factor(
 def _announce(
     sae: TrainingSAE[Any], attachment: _Attachment, attached: _Attached, factor: float
 ) -> None:
-    """Say once what lam became, and write it into the SAE's metadata."""
+    """Say what lam became, visibly the first time, and write it into the SAE's metadata."""
     term = attached.term
-    logger.info(
-        "%s: lam %g (measured against %r) becomes %g in SAELens, whose loss sums over d_in = %d "
-        "and sees a mean squared input norm of %s",
+    show = not attached.conversion_shown and not math.isclose(factor, 1.0, rel_tol=1e-3)
+    attached.conversion_shown |= show
+    logger.log(
+        logging.WARNING if show else logging.INFO,
+        "%s: lam %g is measured against %r. SAELens sums its loss over d_in = %d and sees a mean "
+        "squared input norm of %s, so the weight in its loss is %g times that: %g",
         term.name,
         term.lam,
         term.lam_units,
-        term.lam * factor,
         sae.cfg.d_in,
         attachment.mean_square_norm,
+        factor,
+        term.lam * factor,
     )
     record = dict(sae.cfg.metadata[_METADATA] or {})
     record["input_mean_square_norm"] = attachment.mean_square_norm

@@ -3,8 +3,8 @@
 Importing this module is the opt-in: it gives ``TrainingTask`` a method ``add_loss``, so that a
 script around timm's own tasks takes one line more::
 
-    import monoloss_plugin.adapters.timm as adapter
-    adapter.insert_mono_layer(model)
+    import monoloss_plugin.adapters.timm
+    insert_mono_layer(model)                          # of monoloss_plugin.finetuning
     task = ClassificationTask(model, criterion)
     task.add_loss(MonoLoss(lam=0.1, lam_units="raw"), embeddings=frozen_encoder)
 
@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from monoloss_plugin import finetuning
+from monoloss_plugin._checks import as_rows, as_tensor
 from monoloss_plugin._optional import missing_extra
+from monoloss_plugin.finetuning import insert_mono_layer, load_with_mono_layer
 from monoloss_plugin.finetuning.alignment import Frozen
-from monoloss_plugin.finetuning.attached import AttachedTerm, Replaced
-from monoloss_plugin.finetuning.mono_layer import MonoLayer, Selection
+from monoloss_plugin.finetuning.attached import AttachedTerm, Attachment, require_embeddings
 from monoloss_plugin.losses import LossHandle, LossTerm
 
 try:
@@ -33,9 +33,13 @@ try:
 except ModuleNotFoundError as error:
     raise missing_extra(error, "vision") from error
 
-__all__ = ["LossHandle", "add_loss", "insert_mono_layer", "mix_with_embeddings"]
-
-_ATTACHMENT = "_monoloss_attachment"
+__all__ = [
+    "LossHandle",
+    "add_loss",
+    "insert_mono_layer",
+    "load_with_mono_layer",
+    "mix_with_embeddings",
+]
 
 
 def add_loss(
@@ -74,85 +78,26 @@ def add_loss(
     """
     if not isinstance(task, TrainingTask):
         raise TypeError(f"task: expected a timm TrainingTask, got {type(task).__name__}")
-    AttachedTerm.check(loss, warm_up_steps)
-    if embeddings is not None and not callable(embeddings):
-        got = type(embeddings).__name__
-        raise TypeError(f"embeddings: expected a frozen encoder to call, got {got}")
-    attachment: _Attachment | None = task.__dict__.get(_ATTACHMENT)
-    if attachment is not None and loss.name in attachment.terms:
-        raise ValueError(f"{loss.name}: a term of this name is attached already; remove it first")
+    AttachedTerm.check(loss, warm_up_steps, latents, sync)
+    if embeddings is not None:
+        require_embeddings(embeddings)
+    attachment = _Attachment.find(task, loss.name)
     model = task.get_trainable_module()
     if model is None:
         raise ValueError(f"task: {type(task).__name__} has no model to train")
-    source = None if embeddings is None else Frozen(embeddings, model)
     attached = AttachedTerm(
         loss,
         model,
+        embeddings=None if embeddings is None else Frozen(embeddings, model),
         latents=latents,
         warm_up_steps=warm_up_steps,
         sync=sync,
     )
-    attachment = attachment or _Attachment(task)
-    attachment.terms[loss.name] = _Term(attached, source)
-
-    def undo() -> None:
-        term = attachment.terms.pop(loss.name, None)
-        if term is not None:
-            term.attached.recorder.remove()
-            if not attachment.terms:
-                attachment.replaced.undo()
-
-    return LossHandle(loss.name, undo)
-
-
-def insert_mono_layer(
-    model: nn.Module,
-    *,
-    classifier: str | None = None,
-    width: int | None = None,
-    relu: bool = False,
-    selection: Selection | None = None,
-    k: int | None = None,
-) -> MonoLayer:
-    """Put a MonoLayer before a timm model's classifier.
-
-    ``get_classifier`` then gives the new head, a linear layer still; ``reset_classifier`` removes
-    it, MonoLayer and all. State dicts of the plain model fit the backbone, and at the features' own
-    width the head too, but for the new layer's ``mono.*``.
-
-    Args:
-        model: any timm classifier with a linear head, such as a ResNet, ViT or ConvNeXt.
-        classifier: path of a linear layer; by default what ``get_classifier`` gives.
-        width: number of latents; as for :func:`~monoloss_plugin.finetuning.insert_mono_layer`.
-        relu: whether latents are rectified, as there.
-        selection: a Top-k selection, as there.
-        k: how many it keeps, as there.
-
-    Returns:
-        The layer, which is in the model.
-
-    Raises:
-        AttributeError: no layer of that path.
-        TypeError: not a linear layer, or a model that has a MonoLayer already.
-        ValueError: the model has no linear classifier, or options that do not go together.
-    """
-    if not hasattr(model, "get_classifier"):
-        raise ValueError(f"model: expected a timm model, got {type(model).__name__}")
-    options: dict[str, Any] = {"width": width, "relu": relu, "selection": selection, "k": k}
-    if classifier is not None:
-        return finetuning.insert_mono_layer(model, classifier, **options)
-    head: Any = model.get_classifier()  # type: ignore[operator]
-    paths = [name for name, module in model.named_modules() if module is head]
-    if not isinstance(head, nn.Linear) or not paths:
-        raise ValueError(
-            f"model: expected a linear classifier, got {type(head).__name__}; make the model with "
-            "num_classes above 0, or name a linear layer with classifier="
-        )
-    return finetuning.insert_mono_layer(model, paths[0], **options)
+    return (attachment or _Attachment(task)).add(attached)
 
 
 def mix_with_embeddings(
-    mixup: Mixup, images: Tensor, target: Tensor, embeddings: Tensor
+    mixup: Mixup, images: Any, target: Any, embeddings: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Apply timm's mixup or cutmix to images, targets and precomputed embeddings alike.
 
@@ -169,13 +114,21 @@ def mix_with_embeddings(
         Images, soft targets (B, classes), and embeddings (B, d).
 
     Raises:
-        ValueError: another kind of mixup, targets that are not (B,) classes, or embeddings of
-            another number of rows.
+        TypeError: arguments of another kind.
+        ValueError: a collating mixup or one for several labels, images that are not
+            (B, C, H, W), targets that are not (B,) classes, or embeddings of another number of
+            rows.
 
     Source: timm's ``Mixup``; each sample's own number as its class shows what it was mixed of.
     """
+    if not isinstance(mixup, Mixup):
+        raise TypeError(f"mixup: expected timm's Mixup, got {type(mixup).__name__}")
     if isinstance(mixup, FastCollateMixup) or mixup.multi_label:
         raise ValueError("mixup: expected timm's Mixup, which mixes batches of single labels")
+    images, target = as_tensor(images, "images"), as_tensor(target, "target")
+    embeddings = as_rows(embeddings, "embeddings")
+    if images.ndim != 4:
+        raise ValueError(f"images: expected (B, C, H, W), got {tuple(images.shape)}")
     if target.ndim != 1 or target.is_floating_point():
         raise ValueError(f"target: expected (B,) classes, got {tuple(target.shape)}")
     if len(embeddings) != len(images):
@@ -193,21 +146,10 @@ def mix_with_embeddings(
     return images, shares @ plain, shares.to(unit) @ unit
 
 
-class _Term:
-    def __init__(
-        self, attached: AttachedTerm, embeddings: Callable[[Tensor], Tensor] | None
-    ) -> None:
-        self.attached, self.embeddings = attached, embeddings
-        self.calls = 0
-
-
-class _Attachment:
-    """What one task carries: its terms, and the forward that was there."""
-
+class _Attachment(Attachment):
     def __init__(self, task: TrainingTask) -> None:
-        self.terms: dict[str, _Term] = {}
         self._forward = task.forward
-        self.replaced = Replaced(task, {"forward": self.forward, _ATTACHMENT: self})
+        super().__init__(task, {"forward": self.forward})
 
     def forward(
         self, input: Tensor, target: Any, *rest: Any, embeddings: Tensor | None = None, **more: Any
@@ -224,8 +166,7 @@ class _Attachment:
                     f"{name}: no embeddings; call task(images, target, embeddings=...), or give "
                     "add_loss a frozen encoder"
                 )
-            of_step = term.attached(given, term.calls)
-            term.calls += 1
+            of_step = term(given)
             result["loss"] = result["loss"] + of_step.weighted
             result.update(of_step.metrics)
         return result

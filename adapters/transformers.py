@@ -2,41 +2,41 @@
 
 Importing this module is the opt-in: it gives ``Trainer`` a method ``add_loss``::
 
-    import monoloss_plugin.adapters.transformers as adapter
-    adapter.insert_mono_layer(model)                  # before the Trainer, and before peft
+    import monoloss_plugin.adapters.transformers
+    insert_mono_layer(model)                          # of monoloss_plugin.finetuning, before peft
     trainer = Trainer(model, args, train_dataset=data)
     trainer.add_loss(MonoLoss(lam=0.1, lam_units="raw"), embeddings="embeddings")
 
 The term attaches to one Trainer instance, at methods that the host itself calls: ``compute_loss``,
 whose result it adds to; ``prediction_step``, which must not see the embeddings; and ``log``. The
-scale under gradient accumulation is the host's own rule.
+scale under gradient accumulation is the host's own rule. And ``from_pretrained`` warns where a
+model was saved with a MonoLayer, which only ``load_with_mono_layer`` loads.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from monoloss_plugin import finetuning
 from monoloss_plugin._optional import missing_extra
+from monoloss_plugin.finetuning import insert_mono_layer, load_with_mono_layer
 from monoloss_plugin.finetuning.alignment import Frozen
-from monoloss_plugin.finetuning.attached import AttachedTerm, Replaced, require_embeddings
-from monoloss_plugin.finetuning.mono_layer import MonoLayer, Selection
+from monoloss_plugin.finetuning.attached import AttachedTerm, Attachment, require_embeddings
+from monoloss_plugin.finetuning.mono_layer import warn_of_lost_layer
 from monoloss_plugin.losses import LossHandle, LossTerm
 
 try:
-    from transformers import Trainer
+    from transformers import PreTrainedModel, Trainer
 except ModuleNotFoundError as error:
     raise missing_extra(error, "vision") from error
 
-__all__ = ["LossHandle", "add_loss", "insert_mono_layer"]
-
-_ATTACHMENT = "_monoloss_attachment"
-_HEADS = ("classifier", "fc", "head")
+__all__ = ["LossHandle", "add_loss", "insert_mono_layer", "load_with_mono_layer"]
 
 
 def add_loss(
@@ -73,10 +73,13 @@ def add_loss(
         AttributeError: no such layer.
         ValueError: a term of that name is there already, units other than "raw", no MonoLayer and
             no layer named, or a Trainer with ``DataParallel``.
+
+    Warns:
+        UserWarning: training has ended; while training, it ends before the warm-up does.
     """
     if not isinstance(trainer, Trainer):
         raise TypeError(f"trainer: expected a transformers Trainer, got {type(trainer).__name__}")
-    AttachedTerm.check(loss, warm_up_steps)
+    AttachedTerm.check(loss, warm_up_steps, latents, sync)
     require_embeddings(embeddings, "a column's name")
     if trainer.args.n_gpu > 1:
         raise ValueError(
@@ -88,10 +91,8 @@ def add_loss(
             "trainer: makes its model anew when it trains (model_init), without the layer and its "
             "hook; give it a model"
         )
-    attachment: _Attachment | None = trainer.__dict__.get(_ATTACHMENT)
-    if attachment is not None and loss.name in attachment.terms:
-        raise ValueError(f"{loss.name}: a term of this name is attached already; remove it first")
-    source: Callable[[dict[str, Any]], Tensor]
+    attachment = _Attachment.find(trainer, loss.name)
+    source: Callable[[dict[str, Any]], Any]
     if isinstance(embeddings, str):
         source = _Column(embeddings)
     elif isinstance(embeddings, nn.Module):
@@ -99,8 +100,19 @@ def add_loss(
     else:
         source = Frozen(embeddings, trainer.model)
     attached = AttachedTerm(
-        loss, trainer.model, latents=latents, warm_up_steps=warm_up_steps, sync=sync
+        loss,
+        trainer.model,
+        embeddings=source,
+        latents=latents,
+        warm_up_steps=warm_up_steps,
+        sync=sync,
     )
+    if trainer.state.global_step and not trainer.is_in_train:
+        warnings.warn(
+            f"{loss.name}: training has ended, so the term does nothing unless train() is called "
+            "again",
+            stacklevel=2,
+        )
     attachment = attachment or _Attachment(trainer)
     if isinstance(embeddings, str):
         # Or the host would drop the column as one that the model does not take.
@@ -109,67 +121,7 @@ def add_loss(
         if embeddings not in columns:
             columns.append(embeddings)
             attachment.columns.add(embeddings)
-    attachment.terms[loss.name] = _Term(attached, source)
-
-    def undo() -> None:
-        term = attachment.terms.pop(loss.name, None)
-        if term is None:
-            return
-        term.attached.recorder.remove()
-        sources = (other.embeddings for other in attachment.terms.values())
-        wanted = {one.name for one in sources if isinstance(one, _Column)}
-        for column in attachment.columns - wanted:
-            if column in trainer._signature_columns:
-                trainer._signature_columns.remove(column)
-        # A training that is under way goes on to get the column, which the model must not see.
-        if not attachment.terms and not attachment.columns:
-            attachment.replaced.undo()
-
-    return LossHandle(loss.name, undo)
-
-
-def insert_mono_layer(
-    model: nn.Module,
-    *,
-    classifier: str | None = None,
-    width: int | None = None,
-    relu: bool = False,
-    selection: Selection | None = None,
-    k: int | None = None,
-) -> MonoLayer:
-    """Put a MonoLayer before an image classifier's last linear layer.
-
-    Args:
-        model: such as ``ViTForImageClassification``. Insert before peft wraps it, and name the
-            classifier in ``modules_to_save``, which trains both.
-        classifier: path of the last linear layer; found by default.
-        width: number of latents; as for :func:`~monoloss_plugin.finetuning.insert_mono_layer`.
-        relu: whether latents are rectified, as there.
-        selection: a Top-k selection, as there.
-        k: how many it keeps, as there.
-
-    Returns:
-        The layer, which is in the model.
-
-    Raises:
-        AttributeError: no layer of that path.
-        TypeError: not a linear layer, or a model that has a MonoLayer already.
-        ValueError: no linear classifier is found, or options that do not go together.
-    """
-    options: dict[str, Any] = {"width": width, "relu": relu, "selection": selection, "k": k}
-    if classifier is not None:
-        return finetuning.insert_mono_layer(model, classifier, **options)
-    if any(isinstance(module, MonoLayer) for module in model.modules()):
-        raise TypeError("model: has a MonoLayer already")
-    for name, head in model.named_children():
-        linear = [n for n, m in head.named_modules() if isinstance(m, nn.Linear)]
-        if name in _HEADS and linear:  # a ResNet's is the last of a Sequential
-            path = f"{name}.{linear[-1]}".rstrip(".")
-            return finetuning.insert_mono_layer(model, path, **options)
-    raise ValueError(
-        f"model: no linear layer found among {', '.join(_HEADS)} of {type(model).__name__}; name "
-        "it with classifier="
-    )
+    return attachment.add(attached)
 
 
 @dataclass(frozen=True)
@@ -178,7 +130,7 @@ class _OfPixels:
 
     embed: Frozen
 
-    def __call__(self, inputs: dict[str, Any]) -> Tensor:
+    def __call__(self, inputs: dict[str, Any]) -> Any:
         if "pixel_values" not in inputs:
             raise ValueError(f"embeddings: no pixel_values in the batch, only {', '.join(inputs)}")
         return self.embed(inputs["pixel_values"])
@@ -190,39 +142,39 @@ class _Column:
 
     name: str
 
-    def __call__(self, inputs: dict[str, Any]) -> Tensor:
+    def __call__(self, inputs: dict[str, Any]) -> Any:
         if self.name not in inputs:
             raise ValueError(
                 f"embeddings: the batch has no column {self.name!r}, only {', '.join(inputs)}; a "
                 "data collator of your own must keep it, and the loss be added before training"
             )
-        found = inputs[self.name]
-        if not isinstance(found, Tensor):
-            raise TypeError(
-                f"embeddings: expected a tensor as {self.name!r}, got {type(found).__name__}"
-            )
-        return found
+        return inputs[self.name]
 
 
-@dataclass(frozen=True)
-class _Term:
-    attached: AttachedTerm
-    embeddings: Callable[[dict[str, Any]], Tensor]
-
-
-class _Attachment:
+class _Attachment(Attachment):
     """What one Trainer carries: its terms, and what they came to since the last log."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self.terms: dict[str, _Term] = {}
         self.columns: set[str] = set()
         """What the batches have for the terms, and the model must not see."""
         self.sums: dict[str, tuple[Tensor, int]] = {}
         """Of each metric, and of how many steps."""
         self.step = 0
-        self.replaced = Replaced(trainer, _methods(trainer, self) | {_ATTACHMENT: self})
+        self._trainer = trainer
+        super().__init__(trainer, _methods(trainer, self))
 
-    def add(self, metrics: Mapping[str, Tensor], step: int) -> None:
+    def after_removal(self) -> None:
+        sources = (other.embeddings for other in self.terms.values())
+        wanted = {one.name for one in sources if isinstance(one, _Column)}
+        columns: Any = self._trainer._signature_columns
+        for column in self.columns - wanted:
+            if column in columns:
+                columns.remove(column)
+        # A training that is under way goes on to get the column, which the model must not see.
+        if not self.columns:
+            super().after_removal()
+
+    def log(self, metrics: Mapping[str, Tensor], step: int) -> None:
         if step < self.step:  # another run, which has nothing to do with what is left of the last
             self.sums.clear()
         self.step = step
@@ -251,7 +203,7 @@ def _methods(trainer: Trainer, attachment: _Attachment) -> dict[str, Any]:
         num_items_in_batch: Any = None,
     ) -> Any:
         terms = attachment.terms if torch.is_grad_enabled() else {}
-        embeddings = {name: term.embeddings(inputs) for name, term in terms.items()}
+        embeddings = {n: t.embeddings(inputs) for n, t in terms.items() if t.embeddings}
         found = compute_loss(
             model,
             attachment.without_columns(inputs),
@@ -265,10 +217,10 @@ def _methods(trainer: Trainer, attachment: _Attachment) -> dict[str, Any]:
         scale, step = _scale(trainer, num_items_in_batch), trainer.state.global_step
         metrics: dict[str, Tensor] = {}
         for name, term in terms.items():
-            of_step = term.attached(embeddings[name], step)
+            of_step = term(embeddings[name], step, trainer.state.max_steps)
             loss = loss + scale * of_step.weighted
             metrics |= of_step.metrics
-        attachment.add(metrics, step)
+        attachment.log(metrics, step)
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(model: nn.Module, inputs: dict[str, Any], *rest: Any, **more: Any) -> Any:
@@ -306,3 +258,19 @@ def _scale(trainer: Trainer, num_items_in_batch: Any) -> float:
 
 if getattr(Trainer, "add_loss", add_loss) is add_loss:
     Trainer.add_loss = add_loss  # type: ignore[attr-defined]
+
+
+def _with_warning(from_pretrained: Any) -> Any:
+    @wraps(from_pretrained)
+    def warning(cls: Any, *arguments: Any, **options: Any) -> Any:
+        found = from_pretrained(cls, *arguments, **options)
+        warn_of_lost_layer(found[0] if isinstance(found, tuple) else found)
+        return found
+
+    return classmethod(warning)
+
+
+_model: Any = PreTrainedModel
+if not hasattr(_model, "_warns_of_lost_mono_layer"):  # or a reload would wrap it twice
+    _model._warns_of_lost_mono_layer = True
+    _model.from_pretrained = _with_warning(_model.from_pretrained.__func__)

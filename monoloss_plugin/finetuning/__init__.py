@@ -6,6 +6,7 @@ output with a :class:`LatentRecorder`, and add ``loss(recorder.take(), embedding
 
 from monoloss_plugin.finetuning.alignment import WithEmbeddings, aligned_embeddings
 from monoloss_plugin.finetuning.gathering import gather_rows
+from monoloss_plugin.finetuning.loading import load_with_mono_layer
 from monoloss_plugin.finetuning.mono_layer import MonoHead, MonoLayer, insert_mono_layer
 from monoloss_plugin.finetuning.recorder import LatentRecorder
 
@@ -17,4 +18,5 @@ __all__ = [
     "aligned_embeddings",
     "gather_rows",
     "insert_mono_layer",
+    "load_with_mono_layer",
 ]

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from monoloss_plugin._checks import as_tensor
+
 if TYPE_CHECKING:
     from monoloss_plugin.features import FeatureSet
 
 
-def aligned_embeddings(features: FeatureSet, ids: Sequence[str]) -> Tensor:
+def aligned_embeddings(features: FeatureSet, ids: Iterable[str]) -> Tensor:
     """Return the features of images in the order of their ids.
 
     Args:
@@ -24,8 +26,17 @@ def aligned_embeddings(features: FeatureSet, ids: Sequence[str]) -> Tensor:
         (N, d) in float32.
 
     Raises:
+        TypeError: not a feature set, or ids that are not a list.
         ValueError: a set without ids, an id that it does not have, or one that it has twice.
     """
+    if isinstance(features, type) or not (hasattr(features, "ids") and hasattr(features, "take")):
+        raise TypeError(
+            "features: expected a feature set, such as load_features gives, got "
+            f"{type(features).__name__}"
+        )
+    if isinstance(ids, (str, bytes, type)) or not isinstance(ids, Iterable):
+        raise TypeError(f"ids: expected a list of ids, got {type(ids).__name__}")
+    wanted = [str(one) for one in ids]
     if features.ids is None:
         raise ValueError("features: the set has no image_id to find images by")
     rows: dict[str, int] = {}
@@ -33,13 +44,13 @@ def aligned_embeddings(features: FeatureSet, ids: Sequence[str]) -> Tensor:
         if image_id in rows:
             raise ValueError(f"features: the image_id {image_id!r} occurs twice")
         rows[image_id] = row
-    missing = [str(one) for one in ids if str(one) not in rows]
+    missing = [one for one in wanted if one not in rows]
     if missing:
         raise ValueError(
-            f"ids: {len(missing)} of {len(ids)} images have no features, such as "
+            f"ids: {len(missing)} of {len(wanted)} images have no features, such as "
             f"{missing[0]!r}; the set has ids such as {next(iter(rows), None)!r}"
         )
-    numbers = torch.tensor([rows[str(one)] for one in ids], dtype=torch.int64)
+    numbers = torch.tensor([rows[one] for one in wanted], dtype=torch.int64)
     return features.take(numbers).float()
 
 
@@ -50,11 +61,11 @@ class WithEmbeddings(Dataset[Any]):
 
     Args:
         dataset: with ``__len__`` and ``__getitem__``, of tuples or dicts.
-        embeddings: (N, d), one row a sample.
+        embeddings: (N, d), one row a sample, of floating-point numbers.
         key: name of the embeddings in samples that are dicts; to tuples they are appended.
 
     Raises:
-        TypeError: embeddings that are not floating.
+        TypeError: another kind of dataset, or embeddings that are not floating.
         ValueError: another number of rows than samples.
 
     Examples:
@@ -66,9 +77,19 @@ class WithEmbeddings(Dataset[Any]):
         tensor([0., 0., 1., 0.])
     """
 
-    def __init__(self, dataset: Any, embeddings: Tensor, key: str = "embeddings") -> None:
-        if not isinstance(embeddings, Tensor) or not embeddings.is_floating_point():
-            raise TypeError("embeddings: expected a floating-point tensor (N, d)")
+    def __init__(self, dataset: Any, embeddings: Any, key: str = "embeddings") -> None:
+        sized = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+        if not sized or isinstance(dataset, (str, bytes, type)):
+            raise TypeError(
+                f"dataset: expected one with __len__ and __getitem__, got {type(dataset).__name__}"
+            )
+        if not isinstance(key, str) or not key:
+            raise TypeError(f"key: expected a name, got {key!r}")
+        embeddings = as_tensor(embeddings, "embeddings")
+        if not embeddings.is_floating_point():
+            raise TypeError(
+                f"embeddings: expected floating-point numbers (N, d), got {embeddings.dtype}"
+            )
         if embeddings.ndim != 2 or len(embeddings) != len(dataset):
             raise ValueError(
                 f"embeddings: expected ({len(dataset)}, d), one row a sample, got "
@@ -103,7 +124,7 @@ class Frozen:
         ValueError: encoder and model share parameters.
     """
 
-    def __init__(self, encoder: Callable[[Any], Tensor], model: torch.nn.Module | None) -> None:
+    def __init__(self, encoder: Callable[[Any], Any], model: torch.nn.Module | None) -> None:
         self.encoder = encoder
         if isinstance(encoder, torch.nn.Module):
             trained = set() if model is None else {id(p) for p in model.parameters()}
@@ -115,15 +136,10 @@ class Frozen:
             encoder.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def __call__(self, inputs: Any) -> Tensor:
-        """Return the embeddings (B, d)."""
+    def __call__(self, inputs: Any) -> Any:
+        """Return the embeddings (B, d), as the encoder gives them."""
         if isinstance(self.encoder, torch.nn.Module):
             self.encoder.eval()  # a host's model.train() may have reached it
             if isinstance(inputs, Tensor):
                 self.encoder.to(inputs.device)
-        found = self.encoder(inputs)
-        if not isinstance(found, Tensor):
-            raise TypeError(
-                f"embeddings: expected a tensor (B, d) from the encoder, got {type(found).__name__}"
-            )
-        return found
+        return self.encoder(inputs)

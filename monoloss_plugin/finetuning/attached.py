@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from monoloss_plugin._checks import as_rows
 from monoloss_plugin.finetuning.gathering import gather_rows
-from monoloss_plugin.finetuning.recorder import LatentRecorder, requires_gradient
-from monoloss_plugin.losses import LossTerm, StepTensors
+from monoloss_plugin.finetuning.recorder import LatentRecorder, require_layer, requires_gradient
+from monoloss_plugin.losses import LossHandle, LossTerm, StepTensors
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_ATTACHMENT = "_monoloss_attachment"
 _RESERVED = ("loss", "output", "epoch", "grad_norm", "learning_rate")
 """What hosts call what they log or return."""
 
@@ -27,12 +33,35 @@ class TermOfStep:
     """Scalars to log: the weighted term under its name, and what it says of itself."""
 
 
+def check_term(term: Any, warm_up_steps: Any) -> None:
+    """Raise TypeError or ValueError unless a host can take a term and its warm-up."""
+    if not isinstance(term, LossTerm):
+        got = f"the class {term.__name__}" if isinstance(term, type) else type(term).__name__
+        raise TypeError(f"loss: expected a loss term such as MonoLoss(lam=0.1), got {got}")
+    wanted = f"warm_up_steps: expected an integer of at least 0, got {warm_up_steps!r}"
+    if isinstance(warm_up_steps, bool) or not isinstance(warm_up_steps, int):
+        raise TypeError(wanted)
+    if warm_up_steps < 0:
+        raise ValueError(wanted)
+
+
+def warn_of_long_warm_up(name: str, warm_up_steps: int, steps: float) -> None:
+    """Warn where training ends before a term has its full weight."""
+    if warm_up_steps > steps >= 0:  # a host that does not know may say -1
+        warnings.warn(
+            f"{name}: warm_up_steps={warm_up_steps} is longer than the {steps} steps of training "
+            "that are left, so the term never gets its full weight lam",
+            stacklevel=4,
+        )
+
+
 class AttachedTerm:
-    """A loss term, and where its latents come from.
+    """A loss term, and where its latents and embeddings come from.
 
     Args:
         term: such as ``MonoLoss(lam=0.1, lam_units="raw")``.
         model: what it is attached to.
+        embeddings: from what the host has to (B, d).
         latents: a layer of the model or its path; by default its MonoLayer.
         warm_up_steps: the weight grows from 0 over this many steps.
         sync: over the global batch of all processes.
@@ -47,26 +76,24 @@ class AttachedTerm:
         term: LossTerm,
         model: nn.Module,
         *,
+        embeddings: Callable[[Any], Any] | None = None,
         latents: str | nn.Module | None = None,
         warm_up_steps: int = 0,
         sync: bool = False,
     ) -> None:
-        self.check(term, warm_up_steps)
+        self.check(term, warm_up_steps, latents, sync)
         self.term, self.warm_up_steps, self.sync = term, warm_up_steps, sync
+        self.embeddings = embeddings
+        self.calls = 0
         self.recorder = LatentRecorder(model, latents)
 
     @staticmethod
-    def check(term: LossTerm, warm_up_steps: int) -> None:
+    def check(term: Any, warm_up_steps: Any, latents: Any, sync: Any) -> None:
         """Raise what the class raises, before there is a model."""
-        if not isinstance(term, LossTerm):
-            got = f"the class {term.__name__}" if isinstance(term, type) else type(term).__name__
-            raise TypeError(
-                f"loss: expected a loss term such as MonoLoss(lam=0.1, lam_units='raw'), got {got}"
-            )
-        if isinstance(warm_up_steps, bool) or not isinstance(warm_up_steps, int):
-            raise TypeError(f"warm_up_steps: expected an integer, got {warm_up_steps!r}")
-        if warm_up_steps < 0:
-            raise ValueError(f"warm_up_steps: expected at least 0, got {warm_up_steps}")
+        check_term(term, warm_up_steps)
+        require_layer(latents)
+        if not isinstance(sync, bool):
+            raise TypeError(f"sync: expected True or False, got {sync!r}")
         if term.name in _RESERVED:
             raise ValueError(f"name: {term.name!r} is the host's own; take another")
         if term.needs_selection:
@@ -77,15 +104,19 @@ class AttachedTerm:
                 "loss, and there is none here; use lam_units='raw'"
             )
 
-    def __call__(self, embeddings: Tensor, step: int) -> TermOfStep:
+    def __call__(
+        self, embeddings: Any, step: int | None = None, steps: float = float("inf")
+    ) -> TermOfStep:
         """Return the term of the last forward pass.
 
         Args:
             embeddings: (B, d) of the same samples; constants.
-            step: how many steps have been done, for the warm-up.
+            step: how many steps have been done, for the warm-up; by default how many calls.
+            steps: how many there will be, as far as the host knows.
 
         Raises:
             RuntimeError: no forward pass since the last time.
+            TypeError: embeddings that are not floating-point numbers.
             ValueError: latents or embeddings that do not fit.
         """
         latents = requires_gradient(self.recorder.take(), self.term.name)
@@ -98,6 +129,10 @@ class AttachedTerm:
             latents, given = gather_rows(latents), gather_rows(given)
         step_tensors = StepTensors(latents, given, gradient_at=self.recorder.gradient_at)
         value, metrics = self.term.compute_loss(step_tensors)
+        if not self.calls:
+            warn_of_long_warm_up(self.term.name, self.warm_up_steps, steps)
+        step = self.calls if step is None else step
+        self.calls += 1
         warm = min(1.0, step / self.warm_up_steps) if self.warm_up_steps else 1.0
         weighted = self.term.lam * warm * value
         said = {self.term.name: weighted.detach(), **metrics}
@@ -125,9 +160,53 @@ class Replaced:
         self._target.__dict__.update(self._before)
 
 
-def require_embeddings(given: Any, what: str) -> None:
-    """Raise TypeError unless embeddings are a column's name or something to call."""
-    if given is None or not (isinstance(given, str) or callable(given)):
-        raise TypeError(
-            f"embeddings: expected {what}, or a frozen encoder to call, got {type(given).__name__}"
-        )
+class Attachment:
+    """The terms of one object of a host, such as a trainer, and what was put over its methods.
+
+    Args:
+        target: the object.
+        methods: what goes over its own, by name.
+    """
+
+    def __init__(self, target: Any, methods: dict[str, Any]) -> None:
+        self.terms: dict[str, AttachedTerm] = {}
+        self._replaced = Replaced(target, methods | {_ATTACHMENT: self})
+
+    @classmethod
+    def find(cls, target: Any, name: str) -> Self | None:
+        """Return what an object carries, if it does.
+
+        Raises:
+            ValueError: there is a term of that name.
+        """
+        found: Self | None = target.__dict__.get(_ATTACHMENT)
+        if found is not None and name in found.terms:
+            raise ValueError(f"{name}: a term of this name is attached already; remove it first")
+        return found
+
+    def add(self, attached: AttachedTerm) -> LossHandle:
+        """Add a term; return what removes it."""
+        name = attached.term.name
+        self.terms[name] = attached
+
+        def undo() -> None:
+            if self.terms.get(name) is attached:
+                del self.terms[name]
+                attached.recorder.remove()
+                self.after_removal()
+
+        return LossHandle(name, undo)
+
+    def after_removal(self) -> None:
+        """Give the object back its methods after the last term."""
+        if not self.terms:
+            self._replaced.undo()
+
+
+def require_embeddings(given: Any, column: str = "") -> None:
+    """Raise TypeError unless embeddings are something to call, or, where it may be, a column."""
+    named = bool(column) and isinstance(given, str) and given != ""
+    if not named and (isinstance(given, type) or not callable(given)):
+        wanted = f"{column}, or a frozen encoder to call" if column else "a frozen encoder to call"
+        got = repr(given) if isinstance(given, (str, type)) else type(given).__name__
+        raise TypeError(f"embeddings: expected {wanted}, got {got}")

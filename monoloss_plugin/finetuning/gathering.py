@@ -9,6 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from monoloss_plugin._checks import as_tensor
+from monoloss_plugin._ranks import gather_numbers
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def gather_rows(rows: Tensor) -> Tensor:
     """Return the rows of every process, in the order of ranks, differentiably.
@@ -18,35 +23,54 @@ def gather_rows(rows: Tensor) -> Tensor:
     afterwards, as DistributedDataParallel does, the result is the gradient of that one loss.
 
     Args:
-        rows: (B, d); B may differ from process to process.
+        rows: (B, d) of floating-point numbers; B may differ from process to process.
 
     Returns:
         (sum of B, d); the rows themselves where there is one process.
+
+    Raises:
+        TypeError: not a tensor or an array.
+        ValueError: on every process, where one has rows of another shape, width or dtype, or is
+            alone with or without gradients.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    rows = as_tensor(rows, "rows")
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    dtype = _DTYPES.index(rows.dtype) if rows.dtype in _DTYPES else -1
+    trained = rows.requires_grad and torch.is_grad_enabled()
+    own = [rows.shape[0] if rows.ndim else 0, rows.ndim, rows.shape[-1] if rows.ndim else 0]
+    own += [dtype, int(trained)]
+    every = gather_numbers(own, rows.device) if several else [own]
+    if len({tuple(kind) for _, *kind in every}) > 1 or rows.ndim != 2 or dtype < 0:
+        raise ValueError(f"rows: expected (B, d) of one d and dtype, got {_describe(every)}")
+    if not several:
         return rows
-    gathered: Tensor = _GatherRows.apply(rows)
+    gathered: Tensor = _GatherRows.apply(rows, [count for count, *_ in every])
     return gathered
+
+
+def _describe(every: list[list[int]]) -> str:
+    return "; ".join(
+        f"rank {rank}: {ndim} dimensions, width {width}, "
+        f"{_DTYPES[dtype] if dtype >= 0 else 'no floating-point numbers'}, "
+        f"{'with' if trained else 'without'} gradients"
+        for rank, (_, ndim, width, dtype, trained) in enumerate(every)
+    )
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        world, rank = dist.get_world_size(), dist.get_rank()
-        own = torch.tensor([len(rows)], device=rows.device)
-        sizes = [torch.zeros_like(own) for _ in range(world)]
-        dist.all_gather(sizes, own)
-        counts = [int(size) for size in sizes]
-        padded = rows.new_zeros((max(counts), *rows.shape[1:]))
+    def forward(ctx: Any, rows: Tensor, counts: list[int]) -> Tensor:
+        rank = dist.get_rank()
+        padded = rows.new_zeros((max(counts), rows.shape[1]))
         padded[: len(rows)] = rows
-        parts = [torch.empty_like(padded) for _ in range(world)]
+        parts = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(parts, padded)
         ctx.first, ctx.count = sum(counts[:rank]), counts[rank]
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         total = gradient.clone(memory_format=torch.contiguous_format)  # others may hold this one
         dist.all_reduce(total)
-        return total[ctx.first : ctx.first + ctx.count]
+        return total[ctx.first : ctx.first + ctx.count], None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import warnings
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,12 @@ from monoloss_plugin._checks import require_at_least, require_choice
 from monoloss_plugin.kernels.batch import GradientAt
 
 Selection = Literal["topk", "batchtopk"]
+
+_SELECTIONS = (None, *get_args(Selection))
+_HEADS = ("classifier", "fc", "head", "heads")
+"""Where Hugging Face's and torchvision's classifiers keep their last linear layer."""
+RECORD = "monoloss"
+"""Where a Hugging Face config says which layer its model has."""
 
 
 class MonoLayer(nn.Module):
@@ -30,7 +37,10 @@ class MonoLayer(nn.Module):
     Shape:
         (..., d) to (..., M).
 
+    A state dict says which options a layer has, and does not load into a layer with other ones.
+
     Raises:
+        TypeError: sizes that are not integers.
         ValueError: sizes below 1, an unknown selection, or ``k`` without one.
 
     Source: Nasiri-Sarvi et al. 2026, section 4.2.
@@ -47,6 +57,16 @@ class MonoLayer(nn.Module):
     ) -> None:
         super().__init__()
         width = in_features if width is None else width
+        for name, size in (
+            ("in_features", in_features),
+            ("width", width),
+            ("k", 0 if k is None else k),
+        ):
+            if isinstance(size, bool) or not isinstance(size, int):
+                raise TypeError(f"{name}: expected an integer, got {size!r}")
+        if not isinstance(relu, bool):
+            raise TypeError(f"relu: expected True or False, got {relu!r}")
+        require_at_least(1, in_features, "in_features")
         require_at_least(1, width, "width")
         if selection is not None:
             require_choice(selection, "selection", get_args(Selection))
@@ -57,6 +77,30 @@ class MonoLayer(nn.Module):
         self.linear = nn.Linear(in_features, width)
         self.relu = relu or selection is not None
         self.selection, self.k = selection, k
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What makes such a layer again, besides the width of its input."""
+        width = self.linear.out_features
+        return {"width": width, "relu": self.relu, "selection": self.selection, "k": self.k}
+
+    def get_extra_state(self) -> Tensor:
+        """Return the options as a state dict keeps them: ReLU, selection and k, as integers."""
+        return torch.tensor([self.relu, _SELECTIONS.index(self.selection), self.k or 0])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Check the options of a state dict.
+
+        Raises:
+            ValueError: they are not this layer's, so it would compute something else.
+        """
+        saved = options_of(state)
+        own = {name: self.options[name] for name in saved}
+        if own != saved:
+            raise ValueError(
+                f"state_dict: was saved from a MonoLayer with {saved}, this one has {own}; insert "
+                "the layer with those options, or use load_with_mono_layer"
+            )
 
     @property
     def gradient_at(self) -> GradientAt:
@@ -100,9 +144,15 @@ class MonoHead(nn.Linear):
         return super().forward(self.mono(input))
 
 
+def options_of(state: Tensor) -> dict[str, Any]:
+    """Return the options that a state dict keeps of a MonoLayer, but for the width."""
+    relu, selection, k = (int(number) for number in state)
+    return {"relu": bool(relu), "selection": _SELECTIONS[selection], "k": k or None}
+
+
 def insert_mono_layer(
     model: nn.Module,
-    classifier: str,
+    classifier: str | None = None,
     *,
     width: int | None = None,
     relu: bool = False,
@@ -117,8 +167,11 @@ def insert_mono_layer(
     does not keep.
 
     Args:
-        model: any; it is changed in place.
-        classifier: path of its last linear layer, such as ``"fc"`` or ``"head.fc"``.
+        model: a classifier of timm, Hugging Face or torchvision, or any module whose classifier
+            you name; it is changed in place. Insert before peft wraps it.
+        classifier: path of its last linear layer, such as ``"fc"`` or ``"head.fc"``. By default
+            what timm's ``get_classifier`` gives, or else the last linear layer of ``classifier``,
+            ``fc``, ``head`` or ``heads``.
         width: number of latents M, as for :class:`MonoLayer`; by default the features' width.
         relu: whether latents are rectified, as there.
         selection: a Top-k selection, as there.
@@ -129,8 +182,11 @@ def insert_mono_layer(
 
     Raises:
         AttributeError: no such module.
-        TypeError: not a linear layer, or one that has a MonoLayer already.
-        ValueError: as for :class:`MonoLayer`.
+        TypeError: not a module, not a linear layer, or one that has a MonoLayer already.
+        ValueError: no classifier was found, or options as for :class:`MonoLayer`.
+
+    Warns:
+        UserWarning: a Hugging Face model was saved with such a layer and loaded without it.
 
     Examples:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
@@ -144,25 +200,81 @@ def insert_mono_layer(
         >>> bool((model(x) - before).abs().max() < 1e-5)
         True
     """
-    if not classifier:
+    require_module(model)
+    path = _find_classifier(model) if classifier is None else classifier
+    if not isinstance(path, str):
+        raise TypeError(f"classifier: expected a path in the model, got {type(path).__name__}")
+    if not path:
         raise ValueError("classifier: expected a path in the model, such as 'fc', got ''")
-    old = model.get_submodule(classifier)
-    parts = classifier.split(".")
-    above = [model.get_submodule(".".join(parts[: n + 1])) for n in range(len(parts))]
-    if not isinstance(old, nn.Linear) or any(isinstance(m, (MonoHead, MonoLayer)) for m in above):
+    old = model.get_submodule(path)
+    parts = path.split(".")
+    above = [model.get_submodule(".".join(parts[:n])) for n in range(len(parts) + 1)]
+    taken: list[nn.Module] = [m for m in above if isinstance(m, (MonoHead, MonoLayer))]
+    if taken or not isinstance(old, nn.Linear):
         raise TypeError(
-            f"classifier: expected a linear layer as {classifier!r}, without a MonoLayer, got "
-            f"{type(above[0] if isinstance(above[0], MonoHead) else old).__name__}"
+            f"classifier: expected a linear layer as {path!r}, without a MonoLayer, got "
+            f"{type((taken or [old])[0]).__name__}"
         )
     layer = MonoLayer(old.in_features, width, relu=relu, selection=selection, k=k)
+    warn_of_lost_layer(model)
     head = MonoHead(layer, old.out_features, bias=old.bias is not None)
     head.to(old.weight.device, old.weight.dtype)
     with torch.no_grad():
         _start_as(head, old)
     head.train(old.training)
-    parent, _, name = classifier.rpartition(".")
-    setattr(model.get_submodule(parent), name, head)
+    setattr(above[-2], parts[-1], head)
+    for depth, module in enumerate(above[:-1]):
+        if _has_config(module):
+            record = {"classifier": ".".join(parts[depth:]), **layer.options}
+            setattr(module.config, RECORD, record)
+            break
     return layer
+
+
+def require_module(model: Any) -> None:
+    """Raise TypeError where a model is something else, such as a class or a path."""
+    if not isinstance(model, nn.Module):
+        got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"model: expected a torch module, got {got}")
+
+
+def warn_of_lost_layer(model: nn.Module) -> None:
+    """Warn where a Hugging Face model was saved with a layer that was not loaded."""
+    lost = _has_config(model) and hasattr(model.config, RECORD)
+    if lost and not any(isinstance(module, MonoLayer) for module in model.modules()):
+        name = type(model).__name__
+        warnings.warn(
+            f"{name}: its config says that it was saved with a MonoLayer, and it has none: "
+            "from_pretrained does not load the layer's weights (mono.*), so it computes something "
+            f"else. Use load_with_mono_layer({name}, checkpoint)",
+            stacklevel=3,
+        )
+
+
+def _has_config(model: nn.Module) -> bool:
+    """Say whether a model keeps a config of Hugging Face's beside its weights."""
+    return hasattr(getattr(model, "config", None), "to_diff_dict")
+
+
+def _find_classifier(model: nn.Module) -> str:
+    paths: list[str]
+    if hasattr(model, "get_classifier"):  # timm
+        head: Any = model.get_classifier()  # type: ignore[operator]
+        paths = [name for name, module in model.named_modules() if module is head]
+    else:
+        paths = [
+            f"{child}.{name}".rstrip(".")
+            for child, head in model.named_children()
+            if child in _HEADS
+            for name, module in head.named_modules()
+            if isinstance(module, nn.Linear)
+        ]
+    if not paths:
+        raise ValueError(
+            f"classifier: {type(model).__name__} has no one linear layer that get_classifier() "
+            f"gives, and none in {', '.join(_HEADS)}; name one, such as classifier='fc'"
+        )
+    return paths[-1]
 
 
 def _start_as(head: MonoHead, old: nn.Linear) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from monoloss_plugin.finetuning.mono_layer import MonoLayer
+from monoloss_plugin.finetuning.mono_layer import MonoLayer, require_module
 from monoloss_plugin.kernels.batch import GradientAt
 
 _WRAPPERS = {"base_model", "model", "module"}
@@ -27,6 +27,7 @@ class LatentRecorder:
 
     Raises:
         AttributeError: no module of that path.
+        TypeError: a model or layer of another kind.
         ValueError: no MonoLayer, or several, and none is named; or a model that is compiled
             already, where a new hook may never be called.
 
@@ -103,6 +104,7 @@ class LatentRecorder:
 
 
 def _uncompiled(model: nn.Module) -> nn.Module:
+    require_module(model)
     if hasattr(model, "_orig_mod"):
         raise ValueError(
             "model: is compiled already, where a new hook may never be called; add the loss first, "
@@ -115,6 +117,7 @@ def _modules(model: nn.Module, layer: str | nn.Module | None) -> list[nn.Module]
     """Return the layer; where peft has copied it to train, all copies, of which one runs."""
     if isinstance(layer, nn.Module):
         return [layer]
+    require_layer(layer)
     named = {name: _plain(name) for name, _ in model.named_modules()}
     if layer is None:
         layers = [n for n, m in model.named_modules() if isinstance(m, MonoLayer)]
@@ -122,7 +125,8 @@ def _modules(model: nn.Module, layer: str | nn.Module | None) -> list[nn.Module]
         if len(places) != 1:
             found = ", ".join(sorted(places)) or "none"
             raise ValueError(
-                f"latents: expected one MonoLayer in the model, found {found}; name a layer"
+                f"latents: expected one MonoLayer in the model, found {found}; name a layer, or "
+                "put one in with insert_mono_layer or load_with_mono_layer"
             )
         return [model.get_submodule(name) for name in layers]
     exact = [name for name, plain in named.items() if layer in (name, plain)]
@@ -142,6 +146,13 @@ def _below_wrappers(name: str, path: str) -> bool:
 def _plain(name: str) -> str:
     """Return a module's path without what peft puts in it for its copies."""
     return _COPIES.sub("", name)
+
+
+def require_layer(layer: Any) -> None:
+    """Raise TypeError unless a layer is a module, its path, or left out."""
+    if layer is None or isinstance(layer, nn.Module) or (isinstance(layer, str) and layer):
+        return
+    raise TypeError(f"latents: expected a layer of the model or its path, got {layer!r}")
 
 
 def requires_gradient(latents: Tensor, name: str) -> Tensor:

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -163,11 +163,34 @@ def test_resume_gives_the_same_trajectory(tmp_path) -> None:
         assert torch.allclose(one, other, atol=1e-6)
 
 
+def test_a_term_that_can_do_nothing_is_warned_of(tmp_path) -> None:
+    long = MonoLossCallback(LOSS, embeddings=embeddings_of, warm_up_steps=3)
+    trainer = trainer_of([long], tmp_path, max_steps=2)
+    with pytest.warns(UserWarning, match="warm_up_steps=3 is longer than the 2 steps"):
+        trainer.fit(Classifier(), loader())
+    with pytest.warns(UserWarning, match="fit.. ended without a training step"):
+        trainer.fit(Classifier(), loader())
+
+    class Add(Callback):
+        def on_train_start(self, trainer, pl_module):
+            trainer.callbacks.append(MonoLossCallback(LOSS, embeddings=embeddings_of))
+
+    with pytest.warns(UserWarning, match="the callback was added after fit"):
+        fit(Classifier(), [Add()], tmp_path)
+
+
 def test_what_is_wrong_is_named(tmp_path) -> None:
     with pytest.raises(ValueError, match="use lam_units='raw'"):
         MonoLossCallback(MonoLoss(lam=3e-4), embeddings="h")
-    with pytest.raises(TypeError, match="embeddings: expected a key of the batch"):
-        MonoLossCallback(LOSS, embeddings=None)
+    for wrong in (None, "", nn.Flatten, 3, loader()):
+        with pytest.raises(TypeError, match="embeddings: expected a key of the batch"):
+            MonoLossCallback(LOSS, embeddings=wrong)
+        with pytest.raises(TypeError, match="loss: expected a loss term"):
+            MonoLossCallback(wrong, embeddings="h")
+    with pytest.raises(TypeError, match="sync: expected True or False, got 'no'"):
+        MonoLossCallback(LOSS, embeddings="h", sync="no")
+    with pytest.raises(TypeError, match="latents: expected a layer"):
+        MonoLossCallback(LOSS, embeddings="h", latents=3)
     callback = MonoLossCallback(LOSS, embeddings=lambda batch: batch[2])
     with pytest.raises(ValueError, match="optimizes by itself"):
         fit(Classifier(manual=True), [callback], tmp_path)

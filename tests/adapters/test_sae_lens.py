@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -307,6 +308,8 @@ def test_lam_is_converted_by_width_and_measured_input_scale(
         assert output.metrics["monoloss_weight"] == pytest.approx(3e-4 * factor, rel=1e-5)
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 1
+    # A host shows warnings by default, and a weight that stays as it is needs none.
+    assert (caplog.records[0].levelno >= logging.WARNING) == (abs(factor - 1) > 1e-3)
     assert "lam 0.0003" in said[0]
     assert f"{3e-4 * factor:g}" in said[0]
 
@@ -577,6 +580,42 @@ def test_wrong_targets_losses_and_options_are_named(images):
         trainer.add_loss(MonoLoss(lam=0.1), warm_up_steps=-1)
     with pytest.raises(ValueError, match="saes: only for a target with several SAEs"):
         trainer.add_loss(MonoLoss(lam=0.1), saes=["a"])
+    with pytest.raises(TypeError, match="saes: expected a list of names, got 'a'"):
+        trainer.add_loss(MonoLoss(lam=0.1), saes="a")
+    for wrong in ("", torch.nn.Linear, images.numpy(), 3):
+        with pytest.raises(TypeError, match="embeddings: expected a frozen encoder to call"):
+            trainer.add_loss(MonoLoss(lam=0.1), embeddings=wrong)
+        with pytest.raises(TypeError, match="checkpoint: expected a folder"):
+            strip_checkpoint(wrong)
+
+
+def test_a_term_that_can_do_nothing_is_warned_of(images):
+    trainer = make_trainer(make_sae("topk"), stream(images), steps=3)
+    with pytest.warns(UserWarning, match="a: warm_up_steps=4 is longer than the 3 steps"):
+        trainer.add_loss(MonoLoss(lam=0.1, name="a"), warm_up_steps=4)
+    trainer.add_loss(MonoLoss(lam=0.1, name="b"), warm_up_steps=3)
+    trainer.fit()
+    with pytest.warns(UserWarning, match="c: training has ended .384 of 384 samples"):
+        trainer.add_loss(MonoLoss(lam=0.1, name="c"))
+
+
+def test_at_weight_zero_the_term_is_computed_only_where_the_host_logs(images, monkeypatch):
+    calls = []
+    compute = MonoLoss.compute_loss
+    monkeypatch.setattr(MonoLoss, "compute_loss", lambda *a: calls.append(1) or compute(*a))
+    sae = make_sae("topk")
+    add_loss(sae, MonoLoss(lam=0.0))
+    quiet = step_input(images[:BATCH], sae)
+    output = sae.training_forward_pass(quiet)
+    assert not calls
+    assert output.losses["monoloss"].item() == 0
+    assert output.metrics == {"monoloss_weight": 0.0}
+    logging_step = replace(quiet, is_logging_step=True)
+    assert 0 < sae.training_forward_pass(logging_step).metrics["monoscore"] < 1
+    of_older_hosts = copy.copy(quiet)
+    del of_older_hosts.is_logging_step
+    assert "monoscore" in sae.training_forward_pass(of_older_hosts).metrics
+    assert len(calls) == 2
 
 
 def test_a_warm_up_without_a_schedule_is_an_error(images):
@@ -591,7 +630,7 @@ def test_a_warm_up_without_a_schedule_is_an_error(images):
 
 
 @pytest.mark.parametrize("chosen", [None, ["b"]])
-def test_multi_sae_trainer_takes_all_or_some(chosen, images, tmp_path: Path):
+def test_multi_sae_trainer_takes_all_or_some(chosen, images, tmp_path: Path, caplog):
     def fresh():
         saes = {"a": make_sae("topk"), "b": make_sae("jumprelu")}
         batches = ({"hook": x} for x in stream(images))
@@ -601,6 +640,9 @@ def test_multi_sae_trainer_takes_all_or_some(chosen, images, tmp_path: Path):
     trainer = fresh()
     handle = trainer.add_loss(MonoLoss(lam=0.01), warm_up_steps=5, saes=chosen)
     saes = trainer.fit()
+    assert [record.getMessage()[:20] for record in caplog.records] == ["monoloss: lam 0.01 i"]
+    with pytest.warns(UserWarning, match="late: training has ended"):
+        trainer.add_loss(MonoLoss(lam=0.1, name="late")).remove()
     on = chosen or ["a", "b"]
     for name, sae in saes.items():
         output = sae.training_forward_pass(step_input(images[:BATCH], sae))
@@ -733,7 +775,8 @@ def test_language_model_runner_trains_resumes_and_whitens(
         )
 
     first = runner(save_final_checkpoint=True)
-    add_loss(first, MonoLoss(lam=0.01), warm_up_steps=20)
+    with pytest.warns(UserWarning, match="longer than the 12 steps"):
+        add_loss(first, MonoLoss(lam=0.01), warm_up_steps=20)
     seen = []
     monkeypatch.setattr(
         SAETrainer,
@@ -750,11 +793,11 @@ def test_language_model_runner_trains_resumes_and_whitens(
 
     (checkpoint,) = Path(first.cfg.checkpoint_path).glob("final_*")
     second = runner(resume_from_checkpoint=str(checkpoint))
-    second.cfg.training_tokens = 16 * 64
+    second.cfg.training_tokens = 20 * 64
     add_loss(second, MonoLoss(lam=0.01), warm_up_steps=20)
     seen.clear()
     second.run()
     trainer, output = seen[-1]
-    assert trainer.coefficient_schedulers["monoloss"].current_step == 16
+    assert trainer.coefficient_schedulers["monoloss"].current_step == 20
     again = second.sae.cfg.metadata.monoloss
     assert again["input_mean_square_norm"] == saved["input_mean_square_norm"]

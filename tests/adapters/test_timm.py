@@ -9,7 +9,6 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from timm.data.mixup import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.task import ClassificationTask
@@ -17,9 +16,8 @@ from torch import nn
 
 from monoloss_plugin import MonoLoss, functional
 from monoloss_plugin.adapters.timm import add_loss, insert_mono_layer, mix_with_embeddings
-from monoloss_plugin.finetuning import LatentRecorder
+from monoloss_plugin.finetuning import LatentRecorder, attached
 from tests.finetuning.test_mono_layer import TIMM
-from tests.processes import leave_together
 
 LOSS = MonoLoss(lam=0.5, lam_units="raw")
 
@@ -82,6 +80,9 @@ def test_a_frozen_encoder_sees_the_images_of_the_step(batch) -> None:
     assert found == pytest.approx(1 - expected(images, target, h)[1], rel=1e-5)
     assert not any(p.requires_grad for p in encoder.parameters())
     assert not any("encoder" in key for key in task.state_dict())
+    arrays = task_of(model_of())
+    arrays.add_loss(LOSS, embeddings=lambda images: encoder(images).numpy())
+    assert arrays(images, target)["monoscore"].item() == pytest.approx(found, rel=1e-5)
 
 
 def test_evaluation_checkpoints_and_removal_are_the_hosts_own(batch) -> None:
@@ -177,8 +178,13 @@ def test_what_is_wrong_is_named(batch) -> None:
         task(images, target)
     with pytest.raises(ValueError, match="expected 16 rows, one a sample, got 15"):
         task(images, target, embeddings=h[1:])
-    with pytest.raises(ValueError, match="expected a timm model, got Linear"):
-        insert_mono_layer(nn.Linear(2, 2))
+    for wrong in (nn.Flatten, "encoder", np.eye(2)):
+        with pytest.raises(TypeError, match="embeddings: expected a frozen encoder to call"):
+            task_of(model_of()).add_loss(LOSS, embeddings=wrong)
+    with pytest.raises(TypeError, match="mixup: expected timm's Mixup, got NoneType"):
+        mix_with_embeddings(None, images, target, h)
+    with pytest.raises(TypeError, match="images: expected a tensor"):
+        mix_with_embeddings(Mixup(), None, target, h)
 
 
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
@@ -219,36 +225,18 @@ def test_a_step_with_mixup(batch) -> None:
     assert torch.isfinite(result["loss"])
 
 
-def frozen_norms(model: nn.Module) -> nn.Module:
-    """Have batch normalisation use its running statistics, which know no batch."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
-    return model
-
-
-def work(rank: int, port: int, batch, out: str) -> None:
-    torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    model = frozen_norms(model_of())
-    task = task_of(model)
-    task.add_loss(LOSS, sync=True)
-    task.prepare_distributed()
-    images, target, h = (part[8 * rank : 8 * rank + 8] for part in batch)
-    task(images, target, embeddings=h)["loss"].backward()
-    torch.save({k: p.grad for k, p in model.named_parameters()}, f"{out}/{rank}.pt")
-    leave_together()
-
-
-def test_two_processes_with_sync_are_one_with_the_whole_batch(batch, tmp_path, free_port) -> None:
-    mp.spawn(work, (free_port, batch, str(tmp_path)), nprocs=2)
+def test_sync_gathers_latents_and_embeddings(batch, free_port, monkeypatch) -> None:
     images, target, h = batch
-    model = frozen_norms(model_of())
-    task = task_of(model)
-    task.add_loss(LOSS)
-    task(images, target, embeddings=h)["loss"].backward()
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt")
-        for name, p in model.named_parameters():
-            assert (found[name] - p.grad).abs().max() < 1e-5, name
+    gathered = []
+    monkeypatch.setattr(attached, "gather_rows", lambda rows: gathered.append(rows) or rows)
+    address = f"tcp://127.0.0.1:{free_port}"
+    dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+    try:
+        task = task_of(model_of())
+        task.add_loss(LOSS, sync=True)
+        task.prepare_distributed()
+        loss = task(images, target, embeddings=h)["loss"]
+    finally:
+        dist.destroy_process_group()
+    assert [tuple(rows.shape) for rows in gathered] == [(16, 48), (16, 7)]
+    assert loss.item() == pytest.approx(expected(images, target, h)[0], rel=1e-5)

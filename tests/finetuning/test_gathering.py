@@ -35,33 +35,57 @@ def gradients_of(model, x, h, gather):
     return value.item(), [p.grad.clone() for p in inner.parameters() if p.grad is not None]
 
 
-def work(rank, world, sizes, port, out) -> None:
+MISFITS = {
+    "width": lambda rank: torch.ones(2, 3 + rank),
+    "dtype": lambda rank: torch.ones(2, 3, dtype=(torch.float32, torch.float64)[rank]),
+    "no float": lambda rank: torch.ones(2, 3, dtype=(torch.float32, torch.int64)[rank]),
+    "dimensions": lambda rank: torch.ones((2, 3, 1)[: 2 + rank]),
+    "gradients": lambda rank: torch.ones(2, 3, requires_grad=rank == 0),
+}
+
+
+def refusal_of(rows) -> str:
+    with pytest.raises(ValueError, match=r"^rows: expected \(B, d\) of one d and dtype") as caught:
+        gather_rows(rows)
+    return str(caught.value)
+
+
+def work(rank, world, port, out) -> None:
     torch.set_num_threads(1)
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
-    model, x, h = make()
-    parallel = DistributedDataParallel(model)
-    first = sum(sizes[:rank])
-    rows = slice(first, first + sizes[rank])
-    torch.save(gradients_of(parallel, x[rows], h[rows], gather=True), f"{out}/{rank}.pt")
+    found = {}
+    for name, sizes in SPLITS.items():
+        model, x, h = make()
+        parallel = DistributedDataParallel(model)
+        first = sum(sizes[:rank])
+        rows = slice(first, first + sizes[rank])
+        found[name] = gradients_of(parallel, x[rows], h[rows], gather=True)
     own = torch.ones(2, 3, requires_grad=True)
     gathered, kept = gather_rows(own), torch.ones(4, 3, requires_grad=True)
     ((gathered + kept) ** 2).sum().backward()
     assert torch.equal(kept.grad, torch.full((4, 3), 4.0))  # which the reduction must not touch
     assert torch.equal(own.grad, torch.full((2, 3), 8.0))
+    said = {name: refusal_of(rows(rank)) for name, rows in MISFITS.items()}
+    torch.save((found, said), f"{out}/{rank}.pt")
     leave_together()
 
 
-@pytest.mark.parametrize("split", SPLITS)
-def test_two_processes_give_the_gradient_of_one(split, tmp_path, free_port) -> None:
-    mp.spawn(work, (2, SPLITS[split], free_port, str(tmp_path)), nprocs=2)
+def test_two_processes_give_the_gradient_of_one_and_agree_first(tmp_path, free_port) -> None:
+    mp.spawn(work, (2, free_port, str(tmp_path)), nprocs=2)
     value, expected = gradients_of(*make(), gather=False)
-    for rank in range(2):
-        found_value, found = torch.load(tmp_path / f"{rank}.pt")
-        assert found_value == pytest.approx(value, abs=1e-6)
-        assert len(found) == len(expected)
-        for one, other in zip(found, expected, strict=True):
-            assert (one - other).abs().max() <= 1e-5 * other.abs().max().clamp(min=1e-3)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for gradients, _ in ranks:
+        for found_value, found in gradients.values():
+            assert found_value == pytest.approx(value, abs=1e-6)
+            assert len(found) == len(expected)
+            for one, other in zip(found, expected, strict=True):
+                assert (one - other).abs().max() <= 1e-5 * other.abs().max().clamp(min=1e-3)
+    said, of_other = (refusals for _, refusals in ranks)
+    assert said == of_other
+    assert "rank 0: 2 dimensions, width 3" in said["width"]
+    assert "rank 1: 2 dimensions, width 4" in said["width"]
+    assert "torch.float64" in said["dtype"]
 
 
 def test_one_process_is_left_alone() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -20,6 +21,7 @@ from monoloss_plugin.finetuning import (
     MonoLayer,
     WithEmbeddings,
     aligned_embeddings,
+    gather_rows,
     insert_mono_layer,
 )
 
@@ -73,12 +75,12 @@ def logits_of(model, images):
 
 
 def made(name):
-    """A model, images for it, and what inserts the layer."""
+    """A model and images for it."""
     torch.manual_seed(0)
     if name in TIMM:
         model = timm.create_model(name, num_classes=10, **TIMM[name])
-        return model, torch.randn(4, 3, *_size(model)), timm_adapter.insert_mono_layer
-    return hugging_face(name), torch.randn(4, 3, 16, 16), transformers_adapter.insert_mono_layer
+        return model, torch.randn(4, 3, *_size(model))
+    return hugging_face(name), torch.randn(4, 3, 16, 16)
 
 
 def _size(model):
@@ -89,13 +91,14 @@ def _size(model):
 
 @pytest.mark.parametrize("name", [*TIMM, *HUGGING_FACE])
 def test_models_compute_at_first_what_they_did(name) -> None:
-    model, images, insert = made(name)
+    model, images = made(name)
     before = logits_of(model, images)
     keys = set(model.state_dict())
-    layer = insert(model)
+    layer = insert_mono_layer(model)
     assert torch.allclose(logits_of(model, images), before, atol=1e-5)
     added = set(model.state_dict()) - keys
-    assert {key.rpartition("mono.")[2] for key in added} == {"linear.weight", "linear.bias"}
+    new = {key.rpartition("mono.")[2] for key in added}
+    assert new == {"linear.weight", "linear.bias", "_extra_state"}
     assert keys < set(model.state_dict())
     with LatentRecorder(model) as recorder:
         logits_of(model, images)
@@ -104,24 +107,49 @@ def test_models_compute_at_first_what_they_did(name) -> None:
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "vit", "resnet"])
 def test_checkpoints_of_the_plain_model_fit(name, tmp_path) -> None:
-    plain, images, insert = made(name)
+    plain, images = made(name)
     torch.save(plain.state_dict(), tmp_path / "plain.pt")
-    model, _, _ = made(name)
-    insert(model)
+    model, _ = made(name)
+    insert_mono_layer(model)
     found = model.load_state_dict(torch.load(tmp_path / "plain.pt"), strict=False)
     assert not found.unexpected_keys
-    assert all(".mono.linear." in key for key in found.missing_keys)
+    assert all(".mono." in key for key in found.missing_keys)
     assert torch.allclose(logits_of(model, images), logits_of(plain, images), atol=1e-5)
     torch.save(model.state_dict(), tmp_path / "with.pt")
-    again, _, _ = made(name)
-    insert(again)
+    again, _ = made(name)
+    insert_mono_layer(again)
     again.load_state_dict(torch.load(tmp_path / "with.pt"))
     assert torch.equal(logits_of(again, images), logits_of(model, images))
 
 
+class Torchvision(nn.Module):
+    """Keeps its classifier as torchvision's ViT, VGG or ConvNeXt do."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.features = nn.Linear(4, 32)
+        setattr(self, name, nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 3)))
+
+    def forward(self, x):
+        return next(reversed(self._modules.values()))(self.features(x))
+
+
+def test_one_function_finds_the_classifier_of_every_host() -> None:
+    assert timm_adapter.insert_mono_layer is insert_mono_layer
+    assert transformers_adapter.insert_mono_layer is insert_mono_layer
+    for name in ("heads", "classifier"):
+        model = Torchvision(name)
+        insert_mono_layer(model)
+        assert isinstance(model.get_submodule(f"{name}.2"), MonoHead)
+    with pytest.raises(TypeError, match="got MonoHead"):
+        insert_mono_layer(model)
+    with pytest.raises(ValueError, match="classifier: Linear has no one linear layer"):
+        insert_mono_layer(nn.Linear(2, 2))
+
+
 def test_timms_own_ways_with_a_classifier_still_work() -> None:
-    model, images, insert = made("resnet18")
-    insert(model, width=48)
+    model, images = made("resnet18")
+    insert_mono_layer(model, width=48)
     head = model.get_classifier()
     assert isinstance(head, MonoHead)
     assert head.in_features == 48
@@ -131,11 +159,11 @@ def test_timms_own_ways_with_a_classifier_still_work() -> None:
     assert type(model.get_classifier()) is nn.Linear
     assert logits_of(model, images).shape == (4, 5)
     headless = timm.create_model("resnet18", num_classes=0, **TIMM["resnet18"])
-    with pytest.raises(ValueError, match="expected a linear classifier, got Identity"):
-        insert(headless)
-    insert(model)
+    with pytest.raises(TypeError, match=r"expected a linear layer as 'fc'.*got Identity"):
+        insert_mono_layer(headless)
+    insert_mono_layer(model)
     with pytest.raises(TypeError, match="got MonoHead"):
-        insert(model)
+        insert_mono_layer(model)
 
 
 @pytest.mark.parametrize(
@@ -209,6 +237,33 @@ def test_selections_keep_what_they_say() -> None:
 def test_bad_options_are_named(options, said) -> None:
     with pytest.raises(ValueError, match=said):
         MonoLayer(8, **options)
+
+
+@pytest.mark.parametrize("wrong", [None, nn.Linear, 3, "", [1], "a/path"])
+def test_arguments_of_another_kind_are_named(wrong) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(TypeError, match=r"^model: expected a torch module, got"):
+        insert_mono_layer(wrong)
+    with pytest.raises(TypeError, match=r"^model: "):
+        LatentRecorder(wrong)
+    with pytest.raises(TypeError, match=r"^embeddings: "):
+        WithEmbeddings([(1,)], wrong if wrong != [1] else object())
+    with pytest.raises((TypeError, ValueError), match=r"^(dataset|embeddings): "):
+        WithEmbeddings(wrong, torch.eye(2))
+    with pytest.raises((TypeError, ValueError), match=r"^features: "):
+        aligned_embeddings(wrong, ["a"])
+    with pytest.raises((TypeError, ValueError), match=r"^rows: "):
+        gather_rows(wrong)
+    if wrong is not None:
+        with pytest.raises((TypeError, ValueError, AttributeError), match=r"classifier|a/path"):
+            insert_mono_layer(model, wrong)
+        with pytest.raises((TypeError, AttributeError), match=r"^latents: "):
+            LatentRecorder(model, wrong)
+    if wrong != 3:
+        with pytest.raises(TypeError, match=r"^in_features: expected an integer"):
+            MonoLayer(wrong)
+    with pytest.raises(TypeError, match=r"^relu: expected True or False"):
+        MonoLayer(4, relu=wrong)
 
 
 def test_a_plain_loop_trains_the_layer() -> None:
@@ -301,7 +356,7 @@ def test_embeddings_stay_with_their_samples() -> None:
         assert torch.equal(h[:, 0].long(), labels)
         seen += len(h)
     assert seen == 48
-    dicts = WithEmbeddings([{"a": 1}, {"a": 2}], torch.eye(2), key="h")
+    dicts = WithEmbeddings([{"a": 1}, {"a": 2}], np.eye(2, dtype=np.float32), key="h")
     assert torch.equal(dicts[1]["h"], torch.eye(2)[1])
     with pytest.raises(ValueError, match=r"expected \(50, d\), one row a sample, got \(49, 2\)"):
         WithEmbeddings(TensorDataset(x, y), torch.zeros(49, 2))
@@ -309,7 +364,7 @@ def test_embeddings_stay_with_their_samples() -> None:
         WithEmbeddings(dicts, torch.eye(2), key="h")[0]
     with pytest.raises(TypeError, match="samples that are tuples or dicts, got Tensor"):
         WithEmbeddings(x, torch.zeros(50, 2))[0]
-    with pytest.raises(TypeError, match="expected a floating-point tensor"):
+    with pytest.raises(TypeError, match="expected floating-point numbers"):
         WithEmbeddings(TensorDataset(x, y), torch.zeros(50, 2).long())
 
 

@@ -1,0 +1,102 @@
+"""Loads what was saved with a MonoLayer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from monoloss_plugin.finetuning.mono_layer import (
+    RECORD,
+    insert_mono_layer,
+    options_of,
+    require_module,
+)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_WEIGHT = ".mono.linear.weight"
+
+
+def load_with_mono_layer(
+    model: Model | type[Model], checkpoint: Mapping[str, Tensor] | str | Path, **options: Any
+) -> Model:
+    """Return a model with the MonoLayer that it was saved with, and with all its weights.
+
+    Args:
+        model: for Hugging Face a class with ``from_pretrained``, an Auto class too. Otherwise the
+            model that :func:`insert_mono_layer` was given, such as
+            ``timm.create_model("resnet50", num_classes=10)``; it is changed in place.
+        checkpoint: for Hugging Face what ``from_pretrained`` takes: a folder, or a name on the
+            Hub. Otherwise a state dict, such as ``timm.models.load_state_dict(path)`` gives.
+        options: of ``from_pretrained``.
+
+    Raises:
+        TypeError: a model or checkpoint of another kind.
+        ValueError: the checkpoint has no MonoLayer, or does not say which one.
+        RuntimeError: its weights are not the model's.
+
+    Examples:
+        >>> def build():
+        ...     return nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+        >>> model = build()
+        >>> layer = insert_mono_layer(model, "1", width=8, relu=True)
+        >>> again = load_with_mono_layer(build(), model.state_dict())
+        >>> x = torch.randn(2, 4)
+        >>> torch.equal(again(x), model(x))
+        True
+    """
+    if isinstance(model, type) and hasattr(model, "from_pretrained"):
+        loaded: Model = _from_pretrained(model, checkpoint, options)
+        return loaded
+    require_module(model)
+    assert isinstance(model, nn.Module)
+    if not isinstance(checkpoint, Mapping) or options:
+        raise TypeError(
+            "checkpoint: expected a state dict for a model, such as timm.models.load_state_dict("
+            f"path) gives, got {', '.join([type(checkpoint).__name__, *options])}; for Hugging "
+            "Face give the model's class"
+        )
+    paths = [key.removesuffix(_WEIGHT) for key in checkpoint if key.endswith(_WEIGHT)]
+    if len(paths) != 1:
+        raise ValueError(f"checkpoint: expected one key ...{_WEIGHT}, found {len(paths)}")
+    width = len(checkpoint[paths[0] + _WEIGHT])
+    saved = options_of(checkpoint[f"{paths[0]}.mono._extra_state"])
+    insert_mono_layer(model, paths[0], width=width, **saved)
+    model.load_state_dict(checkpoint)
+    return model
+
+
+def _from_pretrained(model: Any, checkpoint: Any, options: dict[str, Any]) -> Any:
+    """Have Hugging Face load into a class of its own that makes the layer."""
+    if not isinstance(checkpoint, (str, Path)) or not str(checkpoint):
+        got = repr(checkpoint) if isinstance(checkpoint, str) else type(checkpoint).__name__
+        raise TypeError(f"checkpoint: expected a folder or a name on the Hub, got {got}")
+    plain = model
+    if hasattr(model, "from_config"):  # an Auto class, which chooses by the config
+        from transformers import AutoConfig
+
+        of_hub = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder")
+        found = {name: options[name] for name in (*of_hub, "token") if name in options}
+        with torch.device("meta"):
+            plain = type(model.from_config(AutoConfig.from_pretrained(checkpoint, **found)))
+
+    class WithMonoLayer(plain):  # type: ignore[misc,valid-type]
+        def __init__(self, config: Any, *rest: Any, **more: Any) -> None:
+            super().__init__(config, *rest, **more)
+            record = self.config.__dict__.pop(RECORD, None)
+            if record is None:
+                raise ValueError(f"checkpoint: {str(checkpoint)!r} was not saved with a MonoLayer")
+            insert_mono_layer(self, **record)
+
+    WithMonoLayer.__name__ = plain.__name__  # from which the host derives the loss
+    WithMonoLayer.__module__ = plain.__module__
+    loaded, report = WithMonoLayer.from_pretrained(checkpoint, output_loading_info=True, **options)
+    missing = [key for key in report["missing_keys"] if key.endswith(_WEIGHT)]
+    if missing:
+        raise ValueError(f"checkpoint: {str(checkpoint)!r} has no {missing[0]}")
+    loaded.__class__ = plain
+    return loaded

@@ -80,6 +80,6 @@ handle = add_loss(host, MonoLoss(lam=given.lam))  # <- the one line of a user
 host.fit(batches.tensors(), given.steps)
 handle.remove()
 
-held_out = FeatureBatches(load_features("digits", "held_out"), shuffle="none", drop_last=False)
+held_out = load_features("digits", "held_out")
 for name, value in evaluate(host, held_out).summary().items():
     print(f"{name:20} {value:.3f}")

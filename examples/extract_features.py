@@ -59,6 +59,5 @@ trainer = SAETrainer(
 trainer.add_loss(MonoLoss(lam=3e-4))
 trainer.fit().save_inference_model(given.out / "sae")
 sae = SAE.load_from_disk(given.out / "sae")
-everything = FeatureBatches(features, shuffle="none", drop_last=False)
-for name, value in evaluate(sae, everything).summary().items():
+for name, value in evaluate(sae, features).summary().items():
     print(f"{name:20} {value:.3f}")

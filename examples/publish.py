@@ -14,7 +14,6 @@ from monoloss_plugin import (
     publish_sae,
 )
 from monoloss_plugin.evaluation import evaluate
-from monoloss_plugin.features import FeatureBatches
 
 options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 options.add_argument("repo_id", help="USER/NAME of the SAEs; features go to USER/NAME-data")
@@ -22,10 +21,9 @@ options.add_argument("--upload", action="store_true")
 given = options.parse_args()
 
 held_out = load_features("digits", "held_out")
-batches = FeatureBatches(held_out, shuffle="none", drop_last=False)
 sae = load_pretrained("digits").sae
 without = load_pretrained("digits", "batchtopk-256").sae
-evaluation, baseline = evaluate(sae, batches), evaluate(without, batches)
+evaluation, baseline = evaluate(sae, held_out), evaluate(without, held_out)
 print(f"MonoScore {evaluation.monoscore.mean:.3f}, without {baseline.monoscore.mean:.3f}")
 
 published = [

@@ -43,6 +43,6 @@ trainer.add_loss(MonoLoss(lam=given.lam), warm_up_steps=100)  # <- the one line
 
 trainer.fit().save_inference_model(given.out)
 sae = SAE.load_from_disk(given.out)  # as everybody loads it, without this package too
-held_out = FeatureBatches(load_features("digits", "held_out"), shuffle="none", drop_last=False)
+held_out = load_features("digits", "held_out")
 for name, value in evaluate(sae, held_out).summary().items():
     print(f"{name:20} {value:.3f}")

@@ -9,7 +9,6 @@ import argparse
 
 from monoloss_plugin import list_pretrained, load_features, load_pretrained
 from monoloss_plugin.evaluation import evaluate
-from monoloss_plugin.features import FeatureBatches
 
 options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 options.add_argument("repo_id", nargs="?", default="digits", help="of SAEs on the Hub")
@@ -23,9 +22,7 @@ for one in list_pretrained(given.repo_id):
 
 loaded = load_pretrained(given.repo_id, given.sae_id)  # <- the SAE, and what is known of it
 features = load_features(given.features, given.split)
-unit_norm = loaded.record.inputs == "unit norm"
-batches = FeatureBatches(features, shuffle="none", drop_last=False, normalize=unit_norm)
-result = evaluate(loaded.sae, batches)
+result = evaluate(loaded.sae, features)  # scaled as the SAE was trained
 
 print(f"\n{loaded.sae_id}: published and measured here")
 for name, value in result.summary().items():

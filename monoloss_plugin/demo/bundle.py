@@ -12,7 +12,7 @@ from pathlib import Path
 from monoloss_plugin.demo.digits import digit_features
 from monoloss_plugin.demo.saes import train_sae
 from monoloss_plugin.evaluation import evaluate
-from monoloss_plugin.features import FeatureBatches, FeatureSet
+from monoloss_plugin.features import FeatureSet
 from monoloss_plugin.hub.bundled import BUNDLED, folder_of
 from monoloss_plugin.hub.feature_repository import DEFAULT
 from monoloss_plugin.hub.publishing_features import stage_features
@@ -35,12 +35,11 @@ def write_bundle(root: Path) -> None:
         }
         for split, features in splits.items():
             stage_features(features, root / "datasets", config=DEFAULT, split=split)
-        batches = FeatureBatches(data.held_out, shuffle="none", drop_last=False)
         baseline = None
         for terms in ((), (MonoLoss(lam=3e-3),)):
             folder = Path(scratch) / f"{len(terms)}-terms"
             train_sae(data.train, "batchtopk", terms, seed=0, folder=folder)
-            evaluation = evaluate(SAE.load_from_disk(folder), batches)
+            evaluation = evaluate(SAE.load_from_disk(folder), data.held_out)
             stage_sae(
                 folder,
                 root / "models",

@@ -19,9 +19,9 @@ from monoloss_plugin.demo.pictures import (
     pairs_of_the_same_rank,
 )
 from monoloss_plugin.demo.saes import NUM_LATENTS, train_sae
+from monoloss_plugin.embeddings import unit_rows
 from monoloss_plugin.evaluation import MEASURES as EVALUATED
 from monoloss_plugin.evaluation import Evaluation, evaluate
-from monoloss_plugin.features import FeatureBatches
 from monoloss_plugin.losses import LossTerm
 from monoloss_plugin.report import activating_images_figure, curves_figure
 
@@ -68,7 +68,6 @@ def run_demo(
     """
     out.mkdir(parents=True, exist_ok=True)
     data = digit_features(out)
-    held_out = FeatureBatches(data.held_out, shuffle="none", drop_last=False)
     evaluations: dict[str, list[Evaluation]] = {run: [] for run in RUNS}
     summaries: dict[str, list[dict[str, float]]] = {run: [] for run in RUNS}
     for seed in seeds:
@@ -82,7 +81,7 @@ def run_demo(
                 seed=seed,
                 folder=folder,
             )
-            evaluation = evaluate(SAE.load_from_disk(folder), held_out, progress=True)
+            evaluation = evaluate(SAE.load_from_disk(folder), data.held_out, progress=True)
             evaluations[run].append(evaluation)
             summaries[run].append({**evaluation.summary(), "seconds": seconds})
 
@@ -99,7 +98,8 @@ def run_demo(
             "results": out / "results.json",
         },
     )
-    _draw(result, data.held_out_images, next(iter(held_out)).features, evaluations, out)
+    features, _ = unit_rows(data.held_out.tensor(), torch.float32)
+    _draw(result, data.held_out_images, features, evaluations, out)
     serialisable = {k: v for k, v in asdict(result).items() if k != "files"}
     result.files["results"].write_text(json.dumps(serialisable, indent=2) + "\n")
     return result

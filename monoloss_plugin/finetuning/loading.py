@@ -81,8 +81,9 @@ def _from_pretrained(model: Any, checkpoint: Any, options: dict[str, Any]) -> An
 
         of_hub = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder")
         found = {name: options[name] for name in (*of_hub, "token") if name in options}
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False, **found)
         with torch.device("meta"):
-            plain = type(model.from_config(AutoConfig.from_pretrained(checkpoint, **found)))
+            plain = type(model.from_config(config, trust_remote_code=False))
 
     class WithMonoLayer(plain):  # type: ignore[misc,valid-type]
         def __init__(self, config: Any, *rest: Any, **more: Any) -> None:

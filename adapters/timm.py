@@ -72,9 +72,8 @@ def add_loss(
 
     Raises:
         TypeError: not a timm task, loss term or embeddings.
-        AttributeError: no such layer.
-        ValueError: a term of that name is there already, units other than "raw", no MonoLayer and
-            no layer named, or a task that is compiled already.
+        ValueError: no such layer; a term of that name is there already; units other than "raw"; no
+            MonoLayer and no layer named; or a task that is compiled already.
     """
     if not isinstance(task, TrainingTask):
         raise TypeError(f"task: expected a timm TrainingTask, got {type(task).__name__}")

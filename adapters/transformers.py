@@ -70,9 +70,8 @@ def add_loss(
 
     Raises:
         TypeError: not a Trainer, loss term or embeddings.
-        AttributeError: no such layer.
-        ValueError: a term of that name is there already, units other than "raw", no MonoLayer and
-            no layer named, or a Trainer with ``DataParallel``.
+        ValueError: no such layer; a term of that name is there already; units other than "raw"; no
+            MonoLayer and no layer named; or a Trainer with ``DataParallel``.
 
     Warns:
         UserWarning: training has ended; while training, it ends before the warm-up does.

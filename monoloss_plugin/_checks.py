@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_MOST = 2**31 - 1
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -16,8 +17,11 @@ def as_tensor(value: Any, name: str) -> Tensor:
 
     Raises:
         TypeError: anything else; the error names the argument.
+        ValueError: a tensor without values, on the meta device.
     """
     if isinstance(value, Tensor):
+        if value.is_meta:
+            raise ValueError(f"{name}: expected a tensor with values, got one on the meta device")
         return value
     if isinstance(value, (list, tuple)) or hasattr(value, "__array_interface__"):
         try:
@@ -132,9 +136,30 @@ def require_choice(value: str, name: str, allowed: tuple[str, ...]) -> None:
 def require_at_least(least: int, given: int, name: str) -> None:
     """Raise ValueError for an integer below the least that makes sense, TypeError for another."""
     if isinstance(given, bool) or not isinstance(given, int):
-        raise TypeError(f"{name}: expected an integer, got {given!r}")
+        raise TypeError(f"{name}: expected an integer, got {_shown(given)}")
     if given < least:
         raise ValueError(f"{name}: expected at least {least}, got {given}")
+    if given > _MOST:
+        raise ValueError(f"{name}: expected at most {_MOST}, got {given}")
+
+
+def require_number(given: Any, name: str) -> None:
+    """Raise TypeError where something is no real number."""
+    if not isinstance(given, (int, float)) or isinstance(given, bool):
+        raise TypeError(f"{name}: expected a number, got {_shown(given)}")
+    if abs(given) > 1e308 and given not in (float("inf"), -float("inf")):
+        raise ValueError(f"{name}: expected a number that a float can hold, got {given}")
+
+
+def require_flag(given: Any, name: str) -> None:
+    """Raise TypeError where something is neither True nor False."""
+    if not isinstance(given, bool):
+        raise TypeError(f"{name}: expected True or False, got {_shown(given)}")
+
+
+def _shown(given: Any) -> str:
+    """Return a value as an error shows it: short."""
+    return repr(given) if isinstance(given, (str, int, float, type(None))) else type(given).__name__
 
 
 def require_device(device: torch.device | str) -> torch.device:

@@ -22,6 +22,8 @@ def unit_rows(
         h (N, d) and ||h||² (N,).
     """
     e = embeddings.detach()
+    if e.shape[1] == 0:  # vectors of no dimensions are zero
+        return e.to(dtype), e.new_zeros(len(e), dtype=dtype)
     if e.dtype == torch.float16 and dtype in (torch.float32, torch.float64):
         h = e.to(dtype) if out is None else out.copy_(e)  # wide enough for any float16's square
     else:

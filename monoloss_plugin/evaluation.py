@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from monoloss_plugin._checks import as_labels, as_rows, as_tensor, require_device
+from monoloss_plugin._checks import (
+    as_labels,
+    as_rows,
+    as_tensor,
+    require_device,
+    require_finite,
+)
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin._samples import Samples, is_scaled, of_training, scaling_for
 from monoloss_plugin.batch import Batch
@@ -195,7 +201,9 @@ def _score(
     with _bar(samples.total, progress) as advance:
         for batch in samples.batches:
             given = as_rows(batch.features, "features")
+            _require_width(sae, given)
             given = given if place is None else given.to(place)
+            require_finite(given, "features")
             if scale:
                 were_scaled = were_scaled and is_scaled(given)
                 given, _ = unit_rows(given, torch.float32)
@@ -237,6 +245,14 @@ def _require_sae(sae: Any) -> None:
         got = f"the class {sae.__name__}" if isinstance(sae, type) else type(sae).__name__
         hint = "; give its .sae" if hasattr(sae, "sae") else ""
         raise TypeError(f"sae: expected an SAE with encode and decode, got {got}{hint}")
+
+
+def _require_width(sae: Any, features: Tensor) -> None:
+    d_in = getattr(getattr(sae, "cfg", None), "d_in", None)
+    if isinstance(d_in, int) and features.shape[1] != d_in:
+        raise ValueError(
+            f"features: expected (N, {d_in}), which the SAE takes, got {tuple(features.shape)}"
+        )
 
 
 def _selects_over_batches(sae: SAE) -> bool:

@@ -21,6 +21,8 @@ from monoloss_plugin._checks import (
     require_at_least,
     require_choice,
     require_finite,
+    require_flag,
+    require_number,
 )
 from monoloss_plugin._chunks import parts_of
 from monoloss_plugin.embeddings import unit_rows
@@ -62,12 +64,15 @@ def monoscore(latents: Tensor, embeddings: Tensor, *, undefined: float = 0.0) ->
 
     Source: Nasiri-Sarvi et al. 2026, eq. 2 and Algorithm 2.
     """
+    require_number(undefined, "undefined")
     a, e = paired_rows(latents, embeddings, keep_sparse=True)
     moments = Moments(a.shape[1], e.shape[1], a.device)
     for rows, part in parts_of(a):
         moments.update_(part, e[rows])
     scores, defined = moments.score()
-    return scores.masked_fill(~defined, undefined).to(torch.promote_types(a.dtype, torch.float32))
+    return scores.masked_fill(~defined, float(undefined)).to(
+        torch.promote_types(a.dtype, torch.float32)
+    )
 
 
 def monoscore_pairwise(latents: Tensor, embeddings: Tensor, *, undefined: float = 0.0) -> Tensor:
@@ -96,6 +101,7 @@ def monoscore_pairwise(latents: Tensor, embeddings: Tensor, *, undefined: float 
 
     Source: Pach et al. 2025; Nasiri-Sarvi et al. 2026, eq. 1 and 2 and Algorithm 1.
     """
+    require_number(undefined, "undefined")
     a, e = paired_rows(latents, embeddings)
     require_finite(a, "latents")
     require_finite(e, "embeddings")
@@ -110,7 +116,9 @@ def monoscore_pairwise(latents: Tensor, embeddings: Tensor, *, undefined: float 
     numerator = (normalised * (similarity @ normalised)).sum(0) / 2
     denominator = (normalised * (pairs @ normalised)).sum(0) / 2
     defined = (denominator > 0) & (span > CONSTANT_BELOW)
-    return torch.where(defined, numerator / torch.where(defined, denominator, 1.0), undefined)
+    return torch.where(
+        defined, numerator / torch.where(defined, denominator, 1.0), float(undefined)
+    )
 
 
 def monoloss(latents: Tensor, embeddings: Tensor, *, gradient_at: GradientAt = "all") -> Tensor:
@@ -250,6 +258,7 @@ def l1_l2_ratio(
 
     Source: Jacquier et al. 2026, Regularizer 2.
     """
+    require_flag(normalize, "normalize")
     z, _, active = _before_selection(pre_acts, selected, units, rectify)
     if z.numel() == 0:
         return z.sum()
@@ -322,6 +331,7 @@ def _before_selection(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return z (B, M) in float32 or wider, the selected entries (B, M), the units to use (M,)."""
     require_choice(units, "units", ("batch_active", "all"))
+    require_flag(rectify, "rectify")
     pre_acts = as_tensor(pre_acts, "pre_acts")
     z = as_rows(pre_acts, "pre_acts")
     kept = _mask_rows(selected, "selected", pre_acts, "pre_acts")

@@ -19,7 +19,13 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 from torch import Tensor
 
 from monoloss_plugin import functional
-from monoloss_plugin._checks import paired_rows, require_choice
+from monoloss_plugin._checks import (
+    paired_rows,
+    require_at_least,
+    require_choice,
+    require_flag,
+    require_number,
+)
 from monoloss_plugin.functional import Units
 from monoloss_plugin.kernels.batch import GradientAt, batch_scores
 
@@ -96,10 +102,11 @@ class LossTerm(ABC):
     """How the value grows with the activations: 0 scale-free, 1 in proportion."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.lam, bool) or not isinstance(self.lam, (int, float)):
-            raise TypeError(f"lam: expected a number, got {type(self.lam).__name__}")
+        require_number(self.lam, "lam")
         if not 0 <= self.lam < float("inf"):
             raise ValueError(f"lam: expected a finite weight of at least 0, got {self.lam}")
+        if not isinstance(self.name, str):
+            raise TypeError(f"name: expected a string, got {type(self.name).__name__}")
         if not self.name:
             raise ValueError("name: expected a name for the host's logs, got an empty one")
         require_choice(self.lam_units, "lam_units", get_args(LamUnits))
@@ -182,6 +189,7 @@ class _TopKRegularizer(LossTerm):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_choice(self.units, "units", get_args(Units))
+        require_flag(self.rectify, "rectify")
 
     @property
     def needs_nonnegative(self) -> bool:
@@ -267,6 +275,10 @@ class L1L2Ratio(_TopKRegularizer):
     normalize: bool = field(default=False, kw_only=True)
     name: str = field(default="l1_l2_ratio", kw_only=True)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_flag(self.normalize, "normalize")
+
     def _value(self, pre_acts: Tensor, selected: Tensor) -> Tensor:
         return functional.l1_l2_ratio(
             pre_acts,
@@ -299,6 +311,7 @@ def lam_factor(
         degree: of the term, 0 or 1.
 
     Raises:
+        TypeError: a width or degree that is no integer, or X no number.
         ValueError: an unknown option, or X not positive.
 
     Examples:
@@ -309,6 +322,9 @@ def lam_factor(
     """
     require_choice(lam_units, "lam_units", get_args(LamUnits))
     require_choice(reduction, "reduction", ("sum", "mean"))
+    require_at_least(1, width, "width")
+    require_number(mean_square_norm, "mean_square_norm")
+    require_at_least(0, degree, "degree")
     if lam_units == "raw":
         return 1.0
     if not 0 < mean_square_norm < float("inf"):

@@ -7,6 +7,7 @@ and loaded with ``weights_only=True``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -176,6 +177,7 @@ class MonoScore:
         Raises:
             ValueError: an entry is missing.
         """
+        _require_state(state)
         self.moments = Moments.from_state_dict(state) if state else None
         self._counted_elsewhere = False
 
@@ -291,6 +293,7 @@ class ClassPurity:
         Raises:
             ValueError: an entry is missing, or the number of classes is another.
         """
+        _require_state(state)
         self._counted_elsewhere = False
         if not state:
             self.sums = None
@@ -357,6 +360,7 @@ class R2:
 
     def merge(self, other: R2) -> None:
         """Take up what another metric has seen; ``other`` stays as it is."""
+        _require_metric(other, R2)
         if other.n:
             self._merge(other.n, other.mean, other.deviation, other.error)
 
@@ -397,6 +401,12 @@ def _seen(state: _State | None, name: str) -> _State:
 def _require_metric(other: object, kind: type) -> None:
     if not isinstance(other, kind):
         raise TypeError(f"other: expected a {kind.__name__}, got {type(other).__name__}")
+
+
+def _require_state(state: object) -> None:
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        got = type(state).__name__
+        raise TypeError(f"state: expected tensors by name, as state_dict gives them, got {got}")
 
 
 def _agreed(

@@ -34,7 +34,7 @@ def aligned_embeddings(features: FeatureSet, ids: Iterable[str]) -> Tensor:
             "features: expected a feature set, such as load_features gives, got "
             f"{type(features).__name__}"
         )
-    if isinstance(ids, (str, bytes, type)) or not isinstance(ids, Iterable):
+    if isinstance(ids, (str, bytes, type, Tensor)) or not isinstance(ids, Iterable):
         raise TypeError(f"ids: expected a list of ids, got {type(ids).__name__}")
     wanted = [str(one) for one in ids]
     if features.ids is None:
@@ -79,7 +79,11 @@ class WithEmbeddings(Dataset[Any]):
 
     def __init__(self, dataset: Any, embeddings: Any, key: str = "embeddings") -> None:
         sized = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-        if not sized or isinstance(dataset, (str, bytes, type)):
+        if (
+            not sized
+            or isinstance(dataset, (str, bytes, type))
+            or getattr(dataset, "shape", 1) == ()
+        ):
             raise TypeError(
                 f"dataset: expected one with __len__ and __getitem__, got {type(dataset).__name__}"
             )

@@ -181,7 +181,6 @@ def insert_mono_layer(
         The layer, which is in the model.
 
     Raises:
-        AttributeError: no such module.
         TypeError: not a module, not a linear layer, or one that has a MonoLayer already.
         ValueError: no classifier was found, or options as for :class:`MonoLayer`.
 
@@ -206,7 +205,10 @@ def insert_mono_layer(
         raise TypeError(f"classifier: expected a path in the model, got {type(path).__name__}")
     if not path:
         raise ValueError("classifier: expected a path in the model, such as 'fc', got ''")
-    old = model.get_submodule(path)
+    try:
+        old = model.get_submodule(path)
+    except AttributeError as error:
+        raise ValueError(f"classifier: no module {path!r} in the model: {error}") from None
     parts = path.split(".")
     above = [model.get_submodule(".".join(parts[:n])) for n in range(len(parts) + 1)]
     taken: list[nn.Module] = [m for m in above if isinstance(m, (MonoHead, MonoLayer))]

@@ -26,10 +26,9 @@ class LatentRecorder:
         layer: a module of it, or its path; by default its only :class:`MonoLayer`.
 
     Raises:
-        AttributeError: no module of that path.
         TypeError: a model or layer of another kind.
-        ValueError: no MonoLayer, or several, and none is named; or a model that is compiled
-            already, where a new hook may never be called.
+        ValueError: no module of that path; no MonoLayer, or several, and none is named; or a model
+            that is compiled already, where a new hook may never be called.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -134,7 +133,7 @@ def _modules(model: nn.Module, layer: str | nn.Module | None) -> list[nn.Module]
     wrapped = [name for name, plain in named.items() if _below_wrappers(plain, layer)]
     if not exact and not wrapped:
         some = ", ".join(name for name, _ in list(model.named_children())[:8])
-        raise AttributeError(f"latents: the model has no module {layer!r}; it has {some}, ...")
+        raise ValueError(f"latents: the model has no module {layer!r}; it has {some}, ...")
     return [model.get_submodule(name) for name in exact or wrapped]
 
 

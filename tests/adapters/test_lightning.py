@@ -196,7 +196,7 @@ def test_what_is_wrong_is_named(tmp_path) -> None:
         fit(Classifier(manual=True), [callback], tmp_path)
     with pytest.raises(TypeError, match="expected a loss or a dict with one, got str"):
         fit(Classifier(returns="text"), [callback], tmp_path)
-    with pytest.raises(AttributeError, match="has no module 'head'"):
+    with pytest.raises(ValueError, match="has no module 'head'"):
         fit(
             Classifier(),
             [MonoLossCallback(LOSS, embeddings=lambda b: b[2], latents="head")],

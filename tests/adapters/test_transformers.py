@@ -482,7 +482,7 @@ def test_what_is_wrong_is_named(data, tmp_path) -> None:
             trainer.add_loss(LOSS, embeddings="embeddings", latents=wrong)
     with pytest.raises(TypeError, match="trainer: expected a transformers Trainer"):
         add_loss(trainer.model, LOSS, embeddings="embeddings")
-    with pytest.raises(AttributeError, match="has no module 'fc2'"):
+    with pytest.raises(ValueError, match="has no module 'fc2'"):
         trainer.add_loss(LOSS, embeddings="embeddings", latents="fc2")
     with pytest.raises(ValueError, match="warm_up_steps: expected an integer of at least 0"):
         trainer.add_loss(LOSS, embeddings="embeddings", warm_up_steps=-1)

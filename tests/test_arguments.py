@@ -1,0 +1,322 @@
+"""Every public function, with about fifty wrong arguments in the place of each right one.
+
+What comes of it is a TypeError or a ValueError (of paths, also a FileNotFoundError or a
+FileExistsError) that names the argument, or a defined result; never anything else.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from monoloss_plugin import (
+    ClassPurity,
+    L1L2Ratio,
+    MonoLoss,
+    MonoScore,
+    OffSupportL1,
+    functional,
+    load_features,
+    load_pretrained,
+)
+from monoloss_plugin.evaluation import evaluate
+from monoloss_plugin.finetuning import (
+    LatentRecorder,
+    MonoLayer,
+    WithEmbeddings,
+    aligned_embeddings,
+    gather_rows,
+    insert_mono_layer,
+    load_with_mono_layer,
+)
+from monoloss_plugin.losses import lam_factor
+from monoloss_plugin.metrics import R2
+
+ALLOWED = (TypeError, ValueError, FileNotFoundError, FileExistsError)
+
+B, M, D = 4, 3, 2
+
+
+class Case(NamedTuple):
+    """A function and a right call of it."""
+
+    call: Callable[..., Any]
+    arguments: Mapping[str, Any]
+    names: Mapping[str, str] = {}
+    """What an error may call an argument instead of by its own name."""
+    leave: tuple[str, ...] = ()
+    """Arguments that may be anything."""
+
+
+def wrong_values() -> Iterator[tuple[str, Any]]:
+    """Yield values of every kind that may come where something else is wanted."""
+    x = torch.rand(B, M)
+    yield from {
+        "None": None,
+        "True": True,
+        "0": 0,
+        "-1": -1,
+        "1.5": 1.5,
+        "nan": float("nan"),
+        "inf": float("inf"),
+        "10**30": 10**30,
+        "empty string": "",
+        "string": "some",
+        "string with a null": "a\0b",
+        "bytes": b"some",
+        "path": Path("nowhere"),
+        "class": nn.Linear,
+        "object": object(),
+        "function": lambda *_: None,
+        "module": nn.Linear(2, 2),
+        "dtype": torch.float32,
+        "device": torch.device("cpu"),
+        "empty list": [],
+        "list of numbers": [1, 2],
+        "ragged list": [[1.0, 2.0], [3.0]],
+        "list of strings": ["a", "b"],
+        "tuple": (),
+        "dict": {"a": 1},
+        "set": {1, 2},
+        "range": range(3),
+        "generator": (i for i in range(3)),
+        "DataLoader": DataLoader(TensorDataset(x), batch_size=2),
+        "Dataset": TensorDataset(x),
+        "exception": ValueError("some"),
+        "array of floats": np.random.default_rng(0).random((B, M)),
+        "array of ints": np.arange(B * M).reshape(B, M),
+        "array of strings": np.array(["a", "b"]),
+        "array of objects": np.array([object(), None]),
+        "complex array": np.ones((B, M), dtype=complex),
+        "number of numpy": np.float32(1.5),
+        "scalar": torch.tensor(1.0),
+        "vector": torch.rand(B),
+        "no rows": torch.rand(0, M),
+        "no columns": torch.rand(B, 0),
+        "fewer rows": torch.rand(B - 1, M),
+        "more columns": torch.rand(B, M + 2),
+        "three dimensions": torch.rand(2, 2, M),
+        "int64": torch.ones(B, M, dtype=torch.int64),
+        "bool": torch.ones(B, M, dtype=torch.bool),
+        "complex": torch.ones(B, M, dtype=torch.complex64),
+        "float8": torch.ones(B, M).to(torch.float8_e4m3fn),
+        "half": x.half(),
+        "COO": x.to_sparse(),
+        "CSR": x.to_sparse_csr(),
+        "NaN": torch.full((B, M), float("nan")),
+        "infinite": torch.full((B, M), float("inf")),
+        "huge": torch.full((B, M), 3e38),
+        "denormal": torch.full((B, M), 1e-44),
+        "negative": -x,
+        "with a gradient": x.clone().requires_grad_(),
+        "meta": torch.empty(B, M, device="meta"),
+    }.items()
+
+
+def outcome_of(case: Case, name: str, value: Any) -> str | None:
+    """Return what is wrong with the outcome of a call with a wrong argument; None if nothing."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            case.call(**{**case.arguments, name: value})
+    except ALLOWED as error:
+        said = str(error)
+        called = case.names.get(name, name)
+        if not re.search(rf"\b({called})\b", said):
+            return f"{type(error).__name__}, which does not name it: {said[:120]}"
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:120]}"
+    return None
+
+
+def updated(metric: Any) -> Callable[..., Any]:
+    def update(**arguments: Any) -> Any:
+        made = metric()
+        made.update(**arguments)
+        return made.compute() if made.state_dict() else None
+
+    return update
+
+
+def of_r2(**arguments: Any) -> float:
+    metric = R2()
+    metric.update(**arguments)
+    return metric.compute() if metric.n else 0.0
+
+
+class Tied:
+    """An SAE."""
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return x.float().relu()
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents
+
+
+def sae_of_the_digits() -> Any:
+    return load_pretrained("digits").sae
+
+
+def cases() -> dict[str, Case]:
+    latents, embeddings = torch.rand(B, M), torch.rand(B, D)
+    labels, mask = torch.tensor([0, 1, 1, 0]), torch.rand(B, M) > 0.5
+    pair = {"latents": latents, "embeddings": embeddings}
+    regularizer = {"pre_acts": latents, "selected": mask}
+    term = {"lam": 0.1, "lam_units": "nmse", "name": "some"}
+    digits = load_features("digits", "held_out")
+    ids = digits.ids_of(torch.arange(3))
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(M, 3))
+    saved = nn.Sequential(nn.Flatten(), nn.Linear(M, 3))
+    insert_mono_layer(saved, "1")
+
+    def inserted(**arguments: Any) -> Any:
+        fresh = nn.Sequential(nn.Flatten(), nn.Linear(M, 3))
+        return insert_mono_layer(**{"model": fresh, **arguments})
+
+    def loaded(**arguments: Any) -> Any:
+        fresh = nn.Sequential(nn.Flatten(), nn.Linear(M, 3))
+        return load_with_mono_layer(**{"model": fresh, **arguments})
+
+    return {
+        "monoscore": Case(functional.monoscore, {**pair, "undefined": 0.0}),
+        "monoscore_pairwise": Case(functional.monoscore_pairwise, {**pair, "undefined": 0.0}),
+        "monoloss": Case(functional.monoloss, {**pair, "gradient_at": "all"}),
+        "off_support_l1": Case(
+            functional.off_support_l1,
+            {**regularizer, "units": "all", "rectify": True, "over_units": "sum"},
+        ),
+        "l1_l2_ratio": Case(
+            functional.l1_l2_ratio,
+            {**regularizer, "units": "all", "rectify": True, "normalize": False},
+        ),
+        "class_purity": Case(
+            functional.class_purity, {"latents": latents, "labels": labels, "num_classes": 2}
+        ),
+        "MonoLoss": Case(MonoLoss, term),
+        "MonoLoss()": Case(MonoLoss(lam=0.1), {**pair, "gradient_at": "active"}),
+        "OffSupportL1": Case(
+            OffSupportL1, {**term, "units": "all", "rectify": True, "over_units": "sum"}
+        ),
+        "OffSupportL1()": Case(OffSupportL1(lam=0.1), regularizer),
+        "L1L2Ratio": Case(L1L2Ratio, {**term, "units": "all", "rectify": True, "normalize": False}),
+        "L1L2Ratio()": Case(L1L2Ratio(lam=0.1), regularizer),
+        "lam_factor": Case(
+            lam_factor,
+            {
+                "lam_units": "mse",
+                "width": 8,
+                "mean_square_norm": 1.0,
+                "reduction": "sum",
+                "degree": 0,
+            },
+        ),
+        "MonoScore.update": Case(updated(MonoScore), pair),
+        "MonoScore.merge": Case(MonoScore().merge, {"other": MonoScore()}),
+        "MonoScore.load_state_dict": Case(MonoScore().load_state_dict, {"state": {}}),
+        "ClassPurity": Case(ClassPurity, {"num_classes": 2}),
+        "ClassPurity.update": Case(
+            updated(lambda: ClassPurity(2)), {"latents": latents, "labels": labels}
+        ),
+        "ClassPurity.merge": Case(ClassPurity(2).merge, {"other": ClassPurity(2)}),
+        "ClassPurity.load_state_dict": Case(ClassPurity(2).load_state_dict, {"state": {}}),
+        "R2.update": Case(
+            of_r2,
+            {"targets": latents, "reconstructions": latents},
+            names={
+                "targets": "targets|reconstructions",
+                "reconstructions": "targets|reconstructions",
+            },
+        ),
+        "R2.merge": Case(R2().merge, {"other": R2()}),
+        "evaluate": Case(
+            evaluate,
+            {
+                "sae": Tied(),
+                "features": latents,
+                "labels": labels,
+                "num_classes": 2,
+                "embeddings": embeddings,
+                "normalize": None,
+                "batch_size": 2,
+                "device": None,
+                "progress": False,
+            },
+            names={"features": "features|labels|embeddings"},
+            leave=("progress",),
+        ),
+        "evaluate a feature set": Case(
+            evaluate,
+            {
+                "sae": sae_of_the_digits(),
+                "features": digits,
+                "num_classes": 10,
+                "normalize": True,
+                "batch_size": 300,
+                "device": "cpu",
+            },
+            names={"features": "features|num_classes|labels", "num_classes": "num_classes|labels"},
+        ),
+        "LatentRecorder": Case(
+            LatentRecorder,
+            {"model": plain, "layer": "1"},
+            names={"layer": "layer|latents", "model": "model|latents"},
+        ),
+        "MonoLayer": Case(
+            MonoLayer,
+            {"in_features": 4, "width": 8, "relu": True, "selection": "topk", "k": 2},
+            names={"selection": "selection|k"},
+        ),
+        "insert_mono_layer": Case(
+            inserted,
+            {"classifier": "1", "width": 8, "relu": True, "selection": "topk", "k": 2},
+            names={"selection": "selection|k"},
+        ),
+        "insert_mono_layer of a model": Case(
+            insert_mono_layer,
+            {"model": nn.Sequential(nn.Linear(2, 2)), "classifier": "0"},
+            names={"classifier": "classifier|model", "model": "classifier|model"},
+        ),
+        "load_with_mono_layer": Case(loaded, {"checkpoint": saved.state_dict()}),
+        "load_with_mono_layer of a model": Case(
+            load_with_mono_layer,
+            {"model": plain, "checkpoint": saved.state_dict()},
+            names={"model": "model|checkpoint|classifier"},
+            leave=("checkpoint",),
+        ),
+        "gather_rows": Case(gather_rows, {"rows": latents}),
+        "aligned_embeddings": Case(aligned_embeddings, {"features": digits, "ids": ids}),
+        "WithEmbeddings": Case(
+            WithEmbeddings,
+            {"dataset": TensorDataset(latents), "embeddings": embeddings, "key": "embeddings"},
+            names={"dataset": "dataset|embeddings"},
+        ),
+    }
+
+
+CASES = cases()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_wrong_arguments_are_named_or_have_a_defined_result(name: str) -> None:
+    case = CASES[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        case.call(**case.arguments)  # the call is right as it is
+    wrong = {
+        f"{argument}={kind}": found
+        for argument in case.arguments
+        if argument not in case.leave
+        for kind, value in wrong_values()
+        if (found := outcome_of(case, argument, value)) is not None
+    }
+    assert not wrong, "\n".join(f"{call}: {said}" for call, said in wrong.items())

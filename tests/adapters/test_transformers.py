@@ -518,17 +518,19 @@ def test_what_is_wrong_is_named(data, tmp_path) -> None:
         trainer.train()
 
 
+SLOWLY = {"max_steps": 8, "learning_rate": 1e-2}
+
 SCRIPT = """
 import sys
 import datasets, torch
 from monoloss_plugin import MonoLoss
 import monoloss_plugin.adapters.transformers
-from tests.adapters.test_transformers import LOSS, model_of, trainer_of
+from tests.adapters.test_transformers import SLOWLY, LOSS, model_of, trainer_of
 from tests.processes import leave_together
 
 torch.set_num_threads(1)
 data = datasets.load_from_disk(sys.argv[1]).with_format("torch")
-trainer = trainer_of(model_of(), data, sys.argv[2], per_device_train_batch_size=32)
+trainer = trainer_of(model_of(), data, sys.argv[2], per_device_train_batch_size=32, **SLOWLY)
 trainer.add_loss(LOSS, embeddings="embeddings", sync=True)
 trainer.train()
 if trainer.is_world_process_zero():
@@ -552,9 +554,13 @@ def test_torchrun_with_sync_is_one_process_with_the_whole_batch(data, tmp_path, 
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    start = model_of().state_dict()
     found = torch.load(tmp_path / "out" / "weights.pt")
-    expected = expected_gradient("vit", data, ROWS)
-    assert_close({key: start[key] - found[key] for key in expected}, expected)
+    alone = trainer_of(model_of(), data, tmp_path, **SLOWLY)
+    alone.add_loss(LOSS, embeddings="embeddings")
+    alone.train()
+    # Latents that are hardly defined must not blow the rounding of the sums up: 0.003 before they
+    # were held back.
+    for key, value in alone.model.state_dict().items():
+        torch.testing.assert_close(found[key], value, atol=1e-6, rtol=0)
     entry = torch.load(tmp_path / "out" / "log.pt")[0]
     assert entry["monoloss"] == pytest.approx(LAM * (1 - entry["monoscore"]), rel=1e-5)

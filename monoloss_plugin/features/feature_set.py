@@ -73,6 +73,11 @@ class FeatureSet(torch.utils.data.Dataset[Batch]):
                 raise TypeError(f"label: expected integers, got {column.type}")
             filled = pc.fill_null(column.cast(pa.int64()), -1)
             labels = torch.tensor(filled.to_numpy())
+            if self.classes is not None and bool((labels >= len(self.classes)).any()):
+                raise ValueError(
+                    f"label: expected numbers below {len(self.classes)}, of the classes that have "
+                    f"names, got {int(labels.max())}"
+                )
             self.labels = labels if bool((labels >= 0).any()) else None
         self.record = _described(dataset) if record is None else record
         """Encoder, source and settings that the set was made with."""
@@ -175,10 +180,12 @@ def rows_in_common(first: FeatureSet, others: Sequence[FeatureSet]) -> list[Tens
         None where they match row by row.
 
     Raises:
-        ValueError: no image in common, an id that occurs twice, or sets without ids that are not
-            equally long.
+        ValueError: sets of different sources or splits, no image in common, an id that occurs
+            twice, or sets without ids that are not equally long.
     """
     sets = [first, *others]
+    for one in others:
+        _require_same_source(first, one)
     if any(one.ids is None for one in sets):
         if len({len(one) for one in sets}) > 1:
             sizes = ", ".join(str(len(one)) for one in sets)
@@ -187,8 +194,6 @@ def rows_in_common(first: FeatureSet, others: Sequence[FeatureSet]) -> list[Tens
             )
         logger.warning("sets without image_id are taken to hold the same images in the same order")
         return None
-    for one in others:
-        _require_same_numbering(first, one)
     if all(one.ids.equals(first.ids) for one in others):  # type: ignore[union-attr]
         return None
     for one in sets:
@@ -205,17 +210,30 @@ def rows_in_common(first: FeatureSet, others: Sequence[FeatureSet]) -> list[Tens
     return [rows, *matched]
 
 
-def _require_same_numbering(one: FeatureSet, other: FeatureSet) -> None:
-    """Raise ValueError where the ids of two sources are mere numbers of their rows."""
-    sources = [known.record.get("source", {}) for known in (one, other)]
-    numbered = [
-        source.get("kind") in ("dataset", "hub") and source.get("image_id") is None
-        for source in sources
+def _require_same_source(one: FeatureSet, other: FeatureSet) -> None:
+    """Raise ValueError where two sets are of different images, which may have the same ids."""
+    sources: list[dict[str, Any]] = [known.record.get("source") or {} for known in (one, other)]
+    if not all(sources):
+        return
+    names = ["kind", "name", "config", "split"]
+    checksums = ["ids_sha256", "sample_sha256"]
+    if sources[0].get("kind") == "open-images":  # whose ids are the same in every part of it
+        checksums = []
+    elif len({source.get("images") is None for source in sources}) > 1:
+        checksums = []  # the sample of a stream is its beginning
+    differing = [name for name in names if sources[0].get(name) != sources[1].get(name)]
+    differing += [
+        name
+        for name in checksums
+        if all(name in source for source in sources) and sources[0][name] != sources[1][name]
     ]
-    if any(numbered) and all(sources) and sources[0] != sources[1]:
+    if differing:
+        said = [f"{source.get('name')} (split {source.get('split')})" for source in sources]
         raise ValueError(
-            "embeddings: the ids of these sets are row numbers of different sources "
-            f"({sources[0].get('name')} and {sources[1].get('name')}), and match nothing"
+            f"embeddings: expected the images that the features are of, {said[0]}, got "
+            f"{said[1]}; their records differ in {', '.join(differing)}. Images of different "
+            "sources may have the same ids. If you know that they are the same images, open one "
+            "set without its record: FeatureSet(other.dataset, record={})"
         )
 
 

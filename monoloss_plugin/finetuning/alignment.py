@@ -13,19 +13,30 @@ if TYPE_CHECKING:
     from monoloss_plugin.features import FeatureSet
 
 
-def aligned_embeddings(features: FeatureSet, ids: Sequence[str]) -> Tensor:
+def aligned_embeddings(
+    features: FeatureSet, ids: Sequence[str], *, split: str | None = None
+) -> Tensor:
     """Return the features of images in the order of their ids.
 
     Args:
         features: a set with ``image_id``, such as ``extract`` makes with the frozen encoder.
         ids: one for each sample of the data to train on.
+        split: the split that the samples are of. Images of another may have the same ids, such as
+            ``cat/001.png``; features of another are refused.
 
     Returns:
         (N, d) in float32.
 
     Raises:
-        ValueError: a set without ids, an id that it does not have, or one that it has twice.
+        ValueError: features of another split, a set without ids, an id that it does not have, or
+            one that it has twice.
     """
+    source = features.record.get("source") or {}
+    if split is not None and source and split not in (source.get("split"), source.get("name")):
+        raise ValueError(
+            f"features: expected those of split {split!r}, got features of {source.get('name')} "
+            f"(split {source.get('split')}), whose images may have the same ids"
+        )
     if features.ids is None:
         raise ValueError("features: the set has no image_id to find images by")
     rows: dict[str, int] = {}

@@ -204,7 +204,7 @@ def extract(
                 encoded = run.encode(forward, shown(batches), getattr(torch, dtype))
         finally:
             run.close()
-        whole.complete(folder)
+    whole.complete(folder)
     done = shards.finished(folder)
     return Extraction(
         folder=folder,

@@ -101,7 +101,11 @@ class FeatureSet(torch.utils.data.Dataset[Batch]):
             )
         if not (path / shards.STATE).exists():
             raise FileNotFoundError(f"folder: no feature dataset in {path}")
-        return cls(load_from_disk(str(path)))
+        try:
+            dataset = load_from_disk(str(path))
+        except (KeyError, OSError, TypeError, ValueError) as error:
+            raise ValueError(f"folder: {path} is no dataset that can be read: {error}") from error
+        return cls(dataset)
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -417,13 +418,75 @@ def test_a_run_that_another_one_overtakes_leaves_its_result_alone(
     assert whole.verify(out) == []
 
 
+def dead_process() -> int:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def unfinished(folder: Path, name: str, machine: str, process: int) -> Path:
+    """Leave what a killed process leaves of a file."""
+    path = folder / f".{name}.unfinished-{machine}-{process}-0123abcd"
+    path.write_bytes(b"half of it")
+    return path
+
+
 def test_what_killed_runs_left_is_swept_up(vit, image_folder, tmp_path) -> None:
-    out = tmp_path / "out"
+    out, here = tmp_path / "out", platform.node()
     extract(image_folder, vit, out, shard=(0, 2), shard_size=40, **QUIET)
     (out / "data-00000.journal").write_bytes(b"")
-    (out / ".data-00001.arrow.99-abc").write_bytes(b"half a shard")
+    left = unfinished(out, "data-00001.arrow", here, dead_process())
+    kept = [unfinished(out, "state.json", "elsewhere", 1), unfinished(out, "x", here, os.getpid())]
+    extract(image_folder, vit, out, shard=(0, 2), shard_size=40, **QUIET)
+    assert [path.exists() for path in (left, *kept)] == [False, True, True]
     extract(image_folder, vit, out, shard_size=40, **QUIET)
     assert {path.suffix for path in out.iterdir()} == {".arrow", ".json"}
+    # Killed between its last file and its sweeping.
+    (out / "data-00000.json").write_text("{}")
+    unfinished(out, "features.json", "elsewhere", 1)
+    extract(image_folder, vit, out, shard_size=40, **QUIET)
+    assert len(list(out.iterdir())) == 4 + 4
+
+
+def test_a_killed_join_is_swept_up_by_the_next(vit, image_folder, tmp_path, monkeypatch) -> None:
+    for part in (0, 1):
+        extract(image_folder, vit, tmp_path / f"{part}", shard=(part, 2), shard_size=40, **QUIET)
+    joined = tmp_path / "joined"
+    process = os.fork()
+    if process == 0:
+        monkeypatch.setattr(whole.shutil, "copyfileobj", lambda *_: os._exit(9))
+        whole.join(joined, [tmp_path / "0"])
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 9
+    assert [path.name[:17] for path in joined.glob(".*")] == [".data-00000.arrow"]
+    assert not whole.join(joined, [tmp_path / "0"])
+    assert list(joined.glob(".*")) == []
+    assert whole.join(joined, [tmp_path / "1"])
+
+
+def test_nothing_is_written_through_a_link(vit, image_folder, tmp_path) -> None:
+    out, outside = tmp_path / "out", tmp_path / "outside"
+    extract(image_folder, vit, out, shard=(0, 2), shard_size=40, **QUIET)
+    outside.write_text("years of work")
+    for name in ("data-00001.arrow", "state.json", "dataset_info.json", "source_rows.json"):
+        (out / name).unlink(missing_ok=True)
+        (out / name).symlink_to(outside)
+    with pytest.raises(ValueError, match=r"source_rows\.json was cut or overwritten"):
+        extract(image_folder, vit, out, shard_size=40, **QUIET)
+    (out / "source_rows.json").unlink()
+    (out / "data-00001.journal").symlink_to(outside)
+    with pytest.raises(ValueError, match=r"data-00001\.journal is a link, which is not followed"):
+        extract(image_folder, vit, out, shard_size=40, **QUIET)
+    (out / "data-00001.journal").unlink()
+    assert extract(image_folder, vit, out, shard_size=40, **QUIET).complete
+    (tmp_path / "joined").mkdir()
+    (tmp_path / "joined" / "extraction.json").symlink_to(tmp_path / "nowhere")
+    whole.join(tmp_path / "joined", [out])
+    for folder in (out, tmp_path / "joined"):
+        assert not any(path.is_symlink() for path in folder.iterdir())
+        assert whole.verify(folder) == []
+    assert outside.read_text() == "years of work"
+    assert not (tmp_path / "nowhere").exists()
 
 
 @pytest.mark.parametrize("lost", ["data-00001.arrow", "state.json", "dataset_info.json"])
@@ -441,6 +504,32 @@ def test_a_damaged_set_is_repaired_by_running_again(lost, vit, image_folder, tmp
     assert repaired.images == (39 if lost.startswith("data-0") else 0)
     assert whole.verify(out) == []
     torch.testing.assert_close(FeatureSet.open(out).tensor(), before, rtol=2e-3, atol=2e-3)
+
+
+def test_settings_that_were_cut_or_overwritten_are_found_and_repaired(
+    vit, image_folder, tmp_path
+) -> None:
+    out = tmp_path / "out"
+    extract(image_folder, vit, out, shard_size=80, **QUIET)
+    for name in ("state.json", "dataset_info.json"):
+        whole_file = (out / name).read_bytes()
+        for content in (whole_file[:-20], b"", b"{}", whole_file.replace(b"1", b"2")):
+            (out / name).write_bytes(content)
+            assert whole.verify(out) == [f"{name}: altered, its checksum differs"]
+            with pytest.raises(ValueError, match=f"is damaged .{name}: altered"):
+                FeatureSet.open(out)
+            assert extract(image_folder, vit, out, shard_size=80, **QUIET).images == 0
+            assert whole.verify(out) == []
+            assert (out / name).read_bytes() == whole_file
+    (out / "features.json").write_bytes(b"")
+    for look in (whole.verify, FeatureSet.open):
+        with pytest.raises(
+            ValueError, match=r"features\.json was cut or overwritten .*; delete it"
+        ):
+            look(out)
+    (out / "features.json").unlink()
+    assert extract(image_folder, vit, out, shard_size=80, **QUIET).images == 150
+    assert whole.verify(out) == []
 
 
 def test_joining_takes_complete_sets_and_refuses_damaged_shards(

@@ -52,6 +52,8 @@ class Extraction:
     """Images in the folder's finished shards, other processes' and earlier runs' included."""
     unreadable: list[dict[str, Any]]
     """Row, id and error of every image left out of those shards."""
+    classes: list[str] | None
+    """Names of the labels' classes; None where labels have none."""
     complete: bool
     """Whether every shard is there; if not, other processes are still at theirs."""
     seconds: float
@@ -90,7 +92,8 @@ def extract(
 
     Args:
         source: images, as :func:`~monoloss_plugin.features.sources.open_source` takes them: a
-            folder, ``open-images:FOLDER``, a Hub dataset's name, or a ``datasets`` object.
+            ``Path`` or a string such as ``"./photos"``, ``open-images:FOLDER``, a Hub dataset's
+            name, or a ``datasets`` object.
         encoder: a name for :func:`~monoloss_plugin.features.encoders.load_encoder`, or an
             :class:`Encoder`.
         out: the folder.
@@ -211,6 +214,7 @@ def extract(
         images=encoded,
         rows=sum(s.rows for s in done.values()),
         unreadable=[one for _, s in sorted(done.items()) for one in s.unreadable],
+        classes=images.classes,
         complete=shards.is_complete(folder),
         seconds=time.perf_counter() - started,
     )

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.batch import Batch
-from monoloss_plugin.features import shards, whole
+from monoloss_plugin.features import arrays, shards, whole
 from monoloss_plugin.features.rows import Rows
 
 try:
@@ -50,7 +50,7 @@ class FeatureSet(torch.utils.data.Dataset[Batch]):
         if not isinstance(dataset, Dataset):
             raise TypeError(
                 f"dataset: expected a datasets.Dataset, got {type(dataset).__name__}; "
-                "FeatureSet.open takes a folder"
+                "FeatureSet.open takes a folder or a file, FeatureSet.from_tensors takes arrays"
             )
         if "features" not in dataset.column_names:
             raise ValueError(
@@ -83,29 +83,80 @@ class FeatureSet(torch.utils.data.Dataset[Batch]):
         """Encoder, source and settings that the set was made with."""
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> FeatureSet:
-        """Open a folder that :func:`~monoloss_plugin.features.extract` has completed.
+    def open(cls, source: str | os.PathLike[str] | Dataset) -> FeatureSet:
+        """Open features that are there already.
+
+        Nothing is ever unpickled. In a file or a dataset the features may be called ``features``,
+        ``x`` or ``embeddings``, classes ``labels``, ids ``ids``; in a file also ``classes``, the
+        names of the classes.
+
+        Args:
+            source: a folder that :func:`~monoloss_plugin.features.extract` or
+                ``Dataset.save_to_disk`` has written; a file ``.npy``, ``.npz``, ``.pt``,
+                ``.safetensors`` or ``.parquet``; or a ``datasets.Dataset``.
 
         Raises:
-            FileNotFoundError: no such folder, or no feature dataset in it.
-            ValueError: its extraction is not complete, or files of it are missing or cut short.
+            TypeError: a source of another kind.
+            FileNotFoundError: no such folder or file, or no feature dataset in it.
+            ValueError: its extraction is not complete, files of it are missing or damaged, or it is
+                not clear what the features are.
         """
-        path = Path(folder)
+        if isinstance(source, Dataset):
+            return cls(arrays.fitted(source))
+        if not isinstance(source, (str, os.PathLike)):
+            raise TypeError(
+                "source: expected a folder, a file or a datasets.Dataset, got "
+                f"{type(source).__name__}; FeatureSet.from_tensors takes arrays"
+            )
+        path = Path(source).expanduser()
+        if path.is_file():
+            return cls(arrays.read_file(path))
         if not shards.is_complete(path) and (path / shards.SETTINGS).exists():
             raise ValueError(
-                f"folder: the extraction into {path} is not complete; run it again to go on"
+                f"source: the extraction into {path} is not complete; run it again to go on"
             )
         if shards.is_complete(path) and (problems := whole.damaged(path)):
             raise ValueError(
-                f"folder: {path} is damaged ({problems[0]}); run its extraction again to repair it"
+                f"source: {path} is damaged ({problems[0]}); run its extraction again to repair it"
             )
         if not (path / shards.STATE).exists():
-            raise FileNotFoundError(f"folder: no feature dataset in {path}")
+            raise FileNotFoundError(f"source: no feature dataset in {path}")
         try:
             dataset = load_from_disk(str(path))
         except (KeyError, OSError, TypeError, ValueError) as error:
-            raise ValueError(f"folder: {path} is no dataset that can be read: {error}") from error
+            raise ValueError(f"source: {path} is no dataset that can be read: {error}") from error
         return cls(dataset)
+
+    @classmethod
+    def from_tensors(
+        cls,
+        x: Any,
+        labels: Any = None,
+        ids: Any = None,
+        *,
+        classes: Sequence[str] | None = None,
+        record: Mapping[str, Any] | None = None,
+    ) -> FeatureSet:
+        """Take features that you have as tensors, numpy arrays or lists; floats are not copied.
+
+        Args:
+            x: (N, d) floats, as the encoder gives them; bfloat16 becomes float32.
+            labels: (N,) integer classes, -1 where a row has none, or names of classes.
+            ids: (N,) by which to match sets of the same images.
+            classes: names of the classes, the i-th that of label i.
+            record: what is known of the features, such as ``{"encoder": {"name": "my ViT"},
+                "source": {"name": "my photos", "split": "train"}}``. Sets of other sources or
+                splits are not matched with these.
+
+        Raises:
+            TypeError: x not floating, or labels neither integers nor names.
+            ValueError: other shapes, NaN or infinite values, or a label beyond the classes.
+
+        Examples:
+            >>> FeatureSet.from_tensors([[3.0, 4.0], [0.0, 2.0]], labels=["cat", "dog"]).classes
+            ['cat', 'dog']
+        """
+        return cls(arrays.dataset_of(x, labels, ids, classes, record))
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -178,7 +178,7 @@ class ShardWriter:
         unreadable: Sequence[dict[str, Any]] = (),
     ) -> None:
         """Write a batch: features (B, d), and how many source rows it stands for."""
-        columns = {"features": _fixed_lists(features), "image_id": pa.array(ids, pa.string())}
+        columns = {"features": fixed_lists(features), "image_id": pa.array(ids, pa.string())}
         if "label" in self.schema.names:
             columns["label"] = pa.array([-1 if y is None else y for y in labels], pa.int64())
         batch = pa.record_batch([columns[n] for n in self.schema.names], schema=self.schema)
@@ -251,7 +251,8 @@ def sha256_of(path: Path, advance: Callable[[int], Any] = lambda _: None) -> str
     return digest.hexdigest()
 
 
-def _fixed_lists(features: np.ndarray[Any, Any]) -> pa.FixedSizeListArray:
+def fixed_lists(features: np.ndarray[Any, Any]) -> pa.FixedSizeListArray:
+    """Return vectors (B, d) as an Arrow column, without a copy."""
     return pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), features.shape[1])
 
 

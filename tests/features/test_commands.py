@@ -112,7 +112,7 @@ def test_a_process_ends_with_one_line(tmp_path) -> None:
     done = monoloss("features", "info", tmp_path / "nothing")
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()
-    assert line.startswith(f"monoloss: folder: no feature dataset in {tmp_path / 'nothing'}")
+    assert line.startswith(f"monoloss: source: no feature dataset in {tmp_path / 'nothing'}")
 
 
 def opens(path: Path) -> bool:

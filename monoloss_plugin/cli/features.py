@@ -65,7 +65,7 @@ def extract(
         str | None, typer.Option(help="A GPU where there is one, by default.")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Images at once; what fits the memory, by default.")
+        int | None, typer.Option(help="Images at once; by default what fits the memory.")
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that decode images.")] = None,
     shard: Annotated[

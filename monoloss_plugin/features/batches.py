@@ -87,8 +87,8 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         buffer_rows: int = 1 << 17,
         shard: tuple[int, int] = (0, 1),
     ) -> None:
-        several = isinstance(embeddings, (list, tuple))
-        others: list[FeatureSet] = list(embeddings) if several else [embeddings]  # type: ignore
+        several: Any = embeddings if isinstance(embeddings, (list, tuple)) else [embeddings]
+        others: list[FeatureSet] = list(several)
         for name, given in (("features", features), *(("embeddings", one) for one in others)):
             if not isinstance(given, FeatureSet):
                 raise TypeError(

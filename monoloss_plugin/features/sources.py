@@ -203,7 +203,7 @@ def _from_hub(
             return load()
         except (OSError, ValueError):
             raise ConnectionError(
-                f"source: {error}, and {name} is not in the cache of datasets{hint}"
+                f"source: {str(error).rstrip('.')}; {name} is not in the cache of datasets{hint}"
             ) from error
         finally:
             datasets_config.HF_HUB_OFFLINE = online

@@ -97,8 +97,8 @@ def add_loss(
             made).
         loss: the term, such as ``MonoLoss(lam=3e-4)``.
         warm_up_steps: the coefficient grows linearly from 0 over this many steps.
-        embeddings: function from the SAE's input (B, d_in) to the similarity space (B, d) of the
-            same samples. By default the SAE's input itself.
+        embeddings: function from the SAE's input (B, d_in), un-whitened where SAELens whitens it,
+            to the similarity space (B, d) of the same samples. By default that input itself.
         saes: for a target with several SAEs, the names of those to attach to; all by default.
 
     Returns:
@@ -494,10 +494,12 @@ def _coefficient(step_input: TrainStepInput, attached: _Attached) -> float:
 
 
 def _similarity_space(attachment: _Attachment, attached: _Attached, inputs: Tensor) -> Tensor:
-    if attached.embeddings is not None:
-        return as_rows(attached.embeddings(inputs), "embeddings")
     scaler = attachment.scaler
-    return inputs if scaler is None or scaler.whitening is None else scaler.unscale(inputs)
+    if scaler is not None and scaler.whitening is not None:
+        inputs = scaler.unscale(inputs)
+    if attached.embeddings is None:
+        return inputs
+    return as_rows(attached.embeddings(inputs), "embeddings")
 
 
 def _factor(

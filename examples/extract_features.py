@@ -21,7 +21,7 @@ from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.features import Encoder, FeatureBatches, FeatureSet, extract
 
 options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-options.add_argument("folder", nargs="?", help="of images; class subfolders become labels")
+options.add_argument("folder", nargs="?", type=Path, help="of images; its subfolders are classes")
 options.add_argument("encoder", nargs="?", help="see monoloss extract --help")
 options.add_argument("--steps", type=int, default=1500)
 options.add_argument("--out", type=Path, default="extracted", help="folder of the results")

@@ -12,6 +12,9 @@ from rich.table import Table
 
 from monoloss_plugin.cli.errors import readable_errors
 
+_SHOWN = 5
+"""Names of classes that are printed."""
+
 features = typer.Typer(help="Look at feature datasets and put them together.", no_args_is_help=True)
 
 
@@ -19,8 +22,9 @@ def extract(
     source: Annotated[
         str,
         typer.Argument(
-            help="A folder of images (class subfolders become labels), open-images:FOLDER, a "
-            "folder of Dataset.save_to_disk, or a Hub dataset such as imagenet-1k or cifar10."
+            help="A folder of images such as ./photos (class subfolders become labels), "
+            "open-images:FOLDER, a folder of Dataset.save_to_disk, or a Hub dataset such as "
+            "imagenet-1k or cifar10."
         ),
     ],
     encoder: Annotated[
@@ -61,7 +65,7 @@ def extract(
         str | None, typer.Option(help="A GPU where there is one, by default.")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Images at once; what fits the memory, by default.")
+        int | None, typer.Option(help="Images at once; by default what fits the memory.")
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that decode images.")] = None,
     shard: Annotated[
@@ -108,6 +112,8 @@ def extract(
         )
     rate = f", {done.images / done.seconds:.0f} a second" if done.images else ""
     print(f"{done.images} images encoded in this run{rate}; {done.rows} in {done.folder}")
+    if done.classes is not None:
+        print(f"labels: {_listed(done.classes)}")
     if done.unreadable:
         print(f"{len(done.unreadable)} unreadable images left out:")
         for bad in done.unreadable:
@@ -147,8 +153,7 @@ def info(folder: Annotated[Path, typer.Argument(help="A feature dataset.")]) -> 
     table.add_row("features", f"{len(opened)} x {opened.width}, {opened.dtype}")
     classes = opened.classes
     if opened.labels is not None:
-        named = f"{len(classes)} classes" if classes else "numbers"
-        table.add_row("labels", named)
+        table.add_row("labels", _listed(classes) if classes else "numbers")
     for part in ("encoder", "source"):
         for name, value in opened.record.get(part, {}).items():
             if value is not None:
@@ -184,6 +189,13 @@ def encoders() -> None:
         revision = pinned.revision or "by name"
         table.add_row(name, str(pinned.width), pinned.name, revision, pinned.about)
     Console().print(table)
+
+
+def _listed(classes: list[str]) -> str:
+    """Say how many classes there are, and the first."""
+    said = "1 class" if len(classes) == 1 else f"{len(classes)} classes"
+    more = ", ..." if len(classes) > _SHOWN else ""
+    return f"{said}: {', '.join(classes[:_SHOWN])}{more}"
 
 
 def _share(shard: str | None) -> tuple[int, int] | None:

@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,11 @@ from monoloss_plugin.embeddings import unit_rows
 from monoloss_plugin.features.buffers import Buffers
 from monoloss_plugin.features.feature_set import FeatureSet, rows_in_common
 from monoloss_plugin.features.order import Order, Shuffle
+
+_REMEMBERED = 64
+"""Batches that :meth:`FeatureBatches.embeddings_of` finds again; a reader may be so far ahead."""
+_ROUNDING = 1e-2
+"""More than a trainer's bfloat16 changes a value, far less than separates two images."""
 
 
 class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
@@ -80,10 +85,14 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         buffer_rows: int = 1 << 17,
         shard: tuple[int, int] = (0, 1),
     ) -> None:
-        others = [embeddings] if isinstance(embeddings, FeatureSet) else list(embeddings)
+        several: Any = embeddings if isinstance(embeddings, (list, tuple)) else [embeddings]
+        others: list[FeatureSet] = list(several)
         for name, given in (("features", features), *(("embeddings", one) for one in others)):
             if not isinstance(given, FeatureSet):
-                raise TypeError(f"{name}: expected a FeatureSet, got {type(given).__name__}")
+                raise TypeError(
+                    f"{name}: expected a FeatureSet, got {type(given).__name__}; FeatureSet.open "
+                    "reads folders and files, FeatureSet.from_tensors takes arrays"
+                )
         require_choice(shuffle, "shuffle", ("all", "buffer", "none"))
         for name, number in (("batch_size", batch_size), ("buffer_rows", buffer_rows)):
             require_at_least(1, number, name)
@@ -124,6 +133,7 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         self._epoch = self._next = 0
         self._resumed = False
         self._given: Batch | None = None
+        self._samples: deque[_Sample] = deque(maxlen=_REMEMBERED)
 
     def __len__(self) -> int:
         """Batches an epoch, of this process."""
@@ -170,33 +180,40 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         while True:
             for batch in self:
                 self._given = batch
+                few = _some(batch.features).clone()
+                self._samples.append(_Sample(self._epoch, self._next - 1, few))
                 yield batch.features
 
     def embeddings_of(self, features: Tensor) -> Tensor:
-        """Return the embeddings of the batch that :meth:`tensors` gave last.
+        """Return the embeddings of a batch that :meth:`tensors` gave.
 
-        For ``trainer.add_loss(MonoLoss(lam=3e-4), embeddings=batches.embeddings_of)``.
+        For ``trainer.add_loss(MonoLoss(lam=3e-4), embeddings=batches.embeddings_of)``. The batch is
+        known by its values, all of them, so a trainer may fetch batches ahead. It may also move
+        them, change their type or multiply them by one positive number, but not mix their rows.
 
         Args:
-            features: (B, d) the trainer's batch, whose rows must be those given last.
+            features: (B, d) one of the last 64 batches given.
 
         Returns:
             (B, d') on the same device.
 
         Raises:
-            ValueError: no batch was given yet, or it had another number of rows.
+            ValueError: it is none of them.
         """
-        if self._given is None or len(self._given.features) != len(features):
-            had = (
-                "none was given yet"
-                if self._given is None
-                else f"it has {len(self._given.features)}"
-            )
-            raise ValueError(
-                f"embeddings: expected the batch that tensors() gave last, of {len(features)} "
-                f"rows, but {had}; use the trainer with data_provider=batches.tensors()"
-            )
-        return self._given.similarity.to(features.device)
+        if self._given is not None and _is_multiple(features, self._given.features):
+            return self._given.similarity.to(features.device)
+        few = _some(features)
+        for sample in reversed(tuple(self._samples)):
+            if _is_multiple(few, sample.features):
+                batch = self._make(sample.epoch, sample.number)
+                if _is_multiple(features, batch.features):
+                    self._given = batch
+                    return batch.similarity.to(features.device)
+        raise ValueError(
+            f"embeddings: these {len(features)} rows are none of the last {len(self._samples)} "
+            "batches that tensors() gave in this process; train with data_provider="
+            "batches.tensors(), and let nothing between mix or cut its batches"
+        )
 
     def every_row(self, batch_size: int) -> Iterator[Batch]:
         """Yield every row of this process once, in the set's order, beside the epochs."""
@@ -240,24 +257,28 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         return self.order.shuffle == "buffer" or (self.device.type != "cpu" and copies)
 
     def _made(self, epoch: int, numbers: range) -> Iterator[Batch]:
-        return (self._make(epoch, number, number == numbers[0]) for number in numbers)
+        return (self._read_and_make(epoch, number, number == numbers[0]) for number in numbers)
 
     def _made_ahead(self, epoch: int, numbers: range) -> Iterator[Batch]:
         """Make the next batch while this one is used."""
         with ThreadPoolExecutor(1, "feature-batches") as thread:
             coming: deque[Future[Batch]] = deque()
             for number in numbers:
-                coming.append(thread.submit(self._make, epoch, number, number == numbers[0]))
+                first = number == numbers[0]
+                coming.append(thread.submit(self._read_and_make, epoch, number, first))
                 if len(coming) > 1:
                     yield coming.popleft().result()
             while coming:
                 yield coming.popleft().result()
 
-    def _make(self, epoch: int, number: int, first: bool) -> Batch:
+    def _read_and_make(self, epoch: int, number: int, first: bool) -> Batch:
         for start, end in self.order.coming(epoch, number, first):
             self._read.warm(start, end)
             for read in self._read_others:
                 read.warm(start, end)
+        return self._make(epoch, number)
+
+    def _make(self, epoch: int, number: int) -> Batch:
         return self._batch_of(self.order.rows(epoch, number)[self.shard[0] :: self.shard[1]])
 
     def _batch_of(self, rows: Tensor) -> Batch:
@@ -273,6 +294,30 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
             ids=self.features.ids_of(of_set) if self.ids else None,
             rows=of_set,
         )
+
+
+class _Sample(NamedTuple):
+    """What is kept of a batch, to know it again and to make it again."""
+
+    epoch: int
+    number: int
+    features: Tensor
+    """Some of its rows."""
+
+
+def _some(rows: Tensor) -> Tensor:
+    return rows[:: max(1, len(rows) // 4)]
+
+
+def _is_multiple(rows: Tensor, given: Tensor) -> bool:
+    """Say whether rows are those given times one positive number, up to a rounding."""
+    if rows.shape != given.shape:
+        return False
+    given = given.to(rows.device, torch.float32)
+    norm = torch.linalg.vector_norm(given)
+    rows = rows.detach().float() * (norm / torch.linalg.vector_norm(rows.detach().float()))
+    near_zero = norm / math.sqrt(given.numel())
+    return bool(((rows - given).abs() <= _ROUNDING * (given.abs() + near_zero)).all())
 
 
 class _Reader:

@@ -19,7 +19,13 @@ from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.features import shards, whole
 from monoloss_plugin.features.encoders import Encoder, Output, load_encoder
 from monoloss_plugin.features.encoders.encoder import weights_sha256
-from monoloss_plugin.features.forward import Forward, Precision, batch_of, fitting_batch_size
+from monoloss_plugin.features.forward import (
+    BatchSize,
+    Forward,
+    Precision,
+    batch_of,
+    fitting_batch_size,
+)
 from monoloss_plugin.features.images import Loaded, Preparation, batches_by_number, said
 from monoloss_plugin.features.share import Share, TooManyUnreadableError
 from monoloss_plugin.features.sources import Row, Source, open_source
@@ -52,6 +58,8 @@ class Extraction:
     """Images in the folder's finished shards, other processes' and earlier runs' included."""
     unreadable: list[dict[str, Any]]
     """Row, id and error of every image left out of those shards."""
+    classes: list[str] | None
+    """Names of the labels' classes; None where labels have none."""
     complete: bool
     """Whether every shard is there; if not, other processes are still at theirs."""
     seconds: float
@@ -90,7 +98,8 @@ def extract(
 
     Args:
         source: images, as :func:`~monoloss_plugin.features.sources.open_source` takes them: a
-            folder, ``open-images:FOLDER``, a Hub dataset's name, or a ``datasets`` object.
+            ``Path`` or a string such as ``"./photos"``, ``open-images:FOLDER``, a Hub dataset's
+            name, or a ``datasets`` object.
         encoder: a name for :func:`~monoloss_plugin.features.encoders.load_encoder`, or an
             :class:`Encoder`.
         out: the folder.
@@ -108,7 +117,8 @@ def extract(
         autocast: run the encoder in this precision; float32 by default.
         device: of the encoder; by default a GPU where there is one, ``LOCAL_RANK``'s under
             torchrun.
-        batch_size: images at once; by default what fits the memory that is free.
+        batch_size: images at once; by default what fits the memory that is free and takes a few
+            seconds at most, measured on the way.
         workers: processes that decode and preprocess (threads for a stream); 0 for none.
         shard: ``(i, n)``: take every n-th shard from the i-th on, where n processes or machines
             share the work, ``RANK`` and ``WORLD_SIZE`` under torchrun. Each has a share of the
@@ -185,17 +195,17 @@ def extract(
             schema,
             shard_size=size,
             share=share,
+            batch_size=BatchSize(batch_size) if batch_size else fitting_batch_size(forward, probe),
             max_unreadable=max_unreadable,
         )
-        batch_size = batch_size or fitting_batch_size(forward, probe)
         workers = _workers(place) if workers is None else workers
         if images.num_images is None:
-            batches = run.of_stream(prepare, batch_size, workers)
+            batches = run.of_stream(prepare, workers)
         else:
             batches = batches_by_number(
                 images,
                 prepare,
-                run.by_number(batch_size),
+                run.by_number(),
                 workers=workers,
                 pin_memory=place.type == "cuda",
             )
@@ -204,13 +214,14 @@ def extract(
                 encoded = run.encode(forward, shown(batches), getattr(torch, dtype))
         finally:
             run.close()
-        whole.complete(folder)
+    whole.complete(folder)
     done = shards.finished(folder)
     return Extraction(
         folder=folder,
         images=encoded,
         rows=sum(s.rows for s in done.values()),
         unreadable=[one for _, s in sorted(done.items()) for one in s.unreadable],
+        classes=images.classes,
         complete=shards.is_complete(folder),
         seconds=time.perf_counter() - started,
     )

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.batch import Batch
-from monoloss_plugin.features import shards, whole
+from monoloss_plugin.features import arrays, shards, whole
 from monoloss_plugin.features.rows import Rows
 
 try:
@@ -27,6 +27,9 @@ except ModuleNotFoundError as error:
 
 
 logger = logging.getLogger(__name__)
+
+_LARGEST_LABEL = 1 << 16
+"""Labels without names are classes below this; an id among them would ask for gigabytes."""
 
 
 class FeatureSet(torch.utils.data.Dataset[Batch]):
@@ -50,7 +53,7 @@ class FeatureSet(torch.utils.data.Dataset[Batch]):
         if not isinstance(dataset, Dataset):
             raise TypeError(
                 f"dataset: expected a datasets.Dataset, got {type(dataset).__name__}; "
-                "FeatureSet.open takes a folder"
+                "FeatureSet.open takes a folder or a file, FeatureSet.from_tensors takes arrays"
             )
         if "features" not in dataset.column_names:
             raise ValueError(
@@ -73,30 +76,90 @@ class FeatureSet(torch.utils.data.Dataset[Batch]):
                 raise TypeError(f"label: expected integers, got {column.type}")
             filled = pc.fill_null(column.cast(pa.int64()), -1)
             labels = torch.tensor(filled.to_numpy())
+            if self.classes is not None and bool((labels >= len(self.classes)).any()):
+                raise ValueError(
+                    f"label: expected numbers below {len(self.classes)}, of the classes that have "
+                    f"names, got {int(labels.max())}"
+                )
             self.labels = labels if bool((labels >= 0).any()) else None
         self.record = _described(dataset) if record is None else record
         """Encoder, source and settings that the set was made with."""
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> FeatureSet:
-        """Open a folder that :func:`~monoloss_plugin.features.extract` has completed.
+    def open(cls, source: str | os.PathLike[str] | Dataset) -> FeatureSet:
+        """Open features that are there already.
+
+        Nothing is ever unpickled. In a file or a dataset the features may be called ``features``,
+        ``x`` or ``embeddings``, classes ``labels``, ids ``ids``; in a file also ``classes``, the
+        names of the classes.
+
+        Args:
+            source: a folder that :func:`~monoloss_plugin.features.extract` or
+                ``Dataset.save_to_disk`` has written; a file ``.npy``, ``.npz``, ``.pt``,
+                ``.safetensors`` or ``.parquet``; or a ``datasets.Dataset``.
 
         Raises:
-            FileNotFoundError: no such folder, or no feature dataset in it.
-            ValueError: its extraction is not complete, or files of it are missing or cut short.
+            TypeError: a source of another kind.
+            FileNotFoundError: no such folder or file, or no feature dataset in it.
+            ValueError: its extraction is not complete, files of it are missing or damaged, or it is
+                not clear what the features are.
         """
-        path = Path(folder)
+        if isinstance(source, Dataset):
+            return cls(arrays.fitted(source))
+        if not isinstance(source, (str, os.PathLike)):
+            raise TypeError(
+                "source: expected a folder, a file or a datasets.Dataset, got "
+                f"{type(source).__name__}; FeatureSet.from_tensors takes arrays"
+            )
+        path = Path(source).expanduser()
+        if path.is_file():
+            return cls(arrays.read_file(path))
         if not shards.is_complete(path) and (path / shards.SETTINGS).exists():
             raise ValueError(
-                f"folder: the extraction into {path} is not complete; run it again to go on"
+                f"source: the extraction into {path} is not complete; run it again to go on"
             )
         if shards.is_complete(path) and (problems := whole.damaged(path)):
             raise ValueError(
-                f"folder: {path} is damaged ({problems[0]}); run its extraction again to repair it"
+                f"source: {path} is damaged ({problems[0]}); run its extraction again to repair it"
             )
         if not (path / shards.STATE).exists():
-            raise FileNotFoundError(f"folder: no feature dataset in {path}")
-        return cls(load_from_disk(str(path)))
+            raise FileNotFoundError(f"source: no feature dataset in {path}")
+        try:
+            dataset = load_from_disk(str(path))
+        except (KeyError, OSError, TypeError, ValueError) as error:
+            raise ValueError(f"source: {path} is no dataset that can be read: {error}") from error
+        return cls(dataset)
+
+    @classmethod
+    def from_tensors(
+        cls,
+        x: Any,
+        labels: Any = None,
+        ids: Any = None,
+        *,
+        classes: Sequence[str] | None = None,
+        record: Mapping[str, Any] | None = None,
+    ) -> FeatureSet:
+        """Take features that you have as tensors, numpy arrays or lists; floats are not copied.
+
+        Args:
+            x: (N, d) floats, as the encoder gives them; bfloat16 becomes float32.
+            labels: (N,) integer classes, -1 where a row has none, or names of classes.
+            ids: (N,) by which to match sets of the same images.
+            classes: names of the classes, the i-th that of label i.
+            record: what is known of the features, such as ``{"encoder": {"name": "my ViT"},
+                "source": {"name": "my photos", "split": "train"}}``. Sets of other sources or
+                splits are not matched with these.
+
+        Raises:
+            TypeError: x not floating, or labels neither integers nor names.
+            ValueError: other shapes, NaN or infinite values, or a label beyond the classes.
+
+        Examples:
+            >>> FeatureSet.from_tensors([[3.0, 4.0], [0.0, 2.0]], labels=["cat", "dog"]).classes
+            ['cat', 'dog']
+        """
+        return cls(arrays.dataset_of(x, labels, ids, classes, record))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -143,10 +206,22 @@ class FeatureSet(torch.utils.data.Dataset[Batch]):
 
     @property
     def num_classes(self) -> int | None:
-        """Number of the labels' classes; None without labels."""
+        """Number of the labels' classes; None without labels.
+
+        Raises:
+            ValueError: labels without names that are too large to be numbers of classes.
+        """
         if self.labels is None:
             return None
-        return int(self.labels.max()) + 1 if self.classes is None else len(self.classes)
+        if self.classes is not None:
+            return len(self.classes)
+        largest = int(self.labels.max())
+        if largest >= _LARGEST_LABEL:
+            raise ValueError(
+                f"label: expected classes from 0 to {_LARGEST_LABEL - 1}, got {largest}; number "
+                "the classes from 0, or give their names"
+            )
+        return largest + 1
 
     def every_row(self, batch_size: int = 2048) -> Iterator[Batch]:
         """Yield every row once, in order, as it is stored but in float32 or wider."""
@@ -194,10 +269,12 @@ def rows_in_common(first: FeatureSet, others: Sequence[FeatureSet]) -> list[Tens
         None where they match row by row.
 
     Raises:
-        ValueError: no image in common, an id that occurs twice, or sets without ids that are not
-            equally long.
+        ValueError: sets of different sources or splits, no image in common, an id that occurs
+            twice, or sets without ids that are not equally long.
     """
     sets = [first, *others]
+    for one in others:
+        _require_same_source(first, one)
     if any(one.ids is None for one in sets):
         if len({len(one) for one in sets}) > 1:
             sizes = ", ".join(str(len(one)) for one in sets)
@@ -206,8 +283,6 @@ def rows_in_common(first: FeatureSet, others: Sequence[FeatureSet]) -> list[Tens
             )
         logger.warning("sets without image_id are taken to hold the same images in the same order")
         return None
-    for one in others:
-        _require_same_numbering(first, one)
     if all(one.ids.equals(first.ids) for one in others):  # type: ignore[union-attr]
         return None
     for one in sets:
@@ -224,17 +299,30 @@ def rows_in_common(first: FeatureSet, others: Sequence[FeatureSet]) -> list[Tens
     return [rows, *matched]
 
 
-def _require_same_numbering(one: FeatureSet, other: FeatureSet) -> None:
-    """Raise ValueError where the ids of two sources are mere numbers of their rows."""
-    sources = [known.record.get("source", {}) for known in (one, other)]
-    numbered = [
-        source.get("kind") in ("dataset", "hub") and source.get("image_id") is None
-        for source in sources
+def _require_same_source(one: FeatureSet, other: FeatureSet) -> None:
+    """Raise ValueError where two sets are of different images, which may have the same ids."""
+    sources: list[dict[str, Any]] = [known.record.get("source") or {} for known in (one, other)]
+    if not all(sources):
+        return
+    names = ["kind", "name", "config", "split"]
+    checksums = ["ids_sha256", "sample_sha256"]
+    if sources[0].get("kind") == "open-images":  # whose ids are the same in every part of it
+        checksums = []
+    elif len({source.get("images") is None for source in sources}) > 1:
+        checksums = []  # the sample of a stream is its beginning
+    differing = [name for name in names if sources[0].get(name) != sources[1].get(name)]
+    differing += [
+        name
+        for name in checksums
+        if all(name in source for source in sources) and sources[0][name] != sources[1][name]
     ]
-    if any(numbered) and all(sources) and sources[0] != sources[1]:
+    if differing:
+        said = [f"{source.get('name')} (split {source.get('split')})" for source in sources]
         raise ValueError(
-            "embeddings: the ids of these sets are row numbers of different sources "
-            f"({sources[0].get('name')} and {sources[1].get('name')}), and match nothing"
+            f"embeddings: expected the images that the features are of, {said[0]}, got "
+            f"{said[1]}; their records differ in {', '.join(differing)}. Images of different "
+            "sources may have the same ids. If you know that they are the same images, open one "
+            "set without its record: FeatureSet(other.dataset, record={})"
         )
 
 

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,18 @@ _SUFFIXES = {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", "
 _SUFFIXES |= {".tif", ".tiff", ".webp"}
 """Files of these names are images; others in a folder are left alone."""
 OPEN_IMAGES_SPLITS = ("train", "validation", "test")
+_SPLIT = re.compile(
+    r"(train|training|test|testing|val|valid|validation|dev|eval|evaluation|held[-_]?out)[-_]?\d*",
+    re.IGNORECASE,
+)
+"""Folders of these names are splits, not classes."""
 
 
 def image_folder(folder: Path, split: str | None) -> tuple[Dataset, dict[str, Any]]:
     """Return the images of a folder, labelled by its class folders, and what to say of them.
 
     Raises:
-        ValueError: no images, or no such split.
+        ValueError: no images, no such split, or folders of splits where classes are expected.
     """
     root = folder if split is None else folder / split
     if not root.is_dir():
@@ -39,9 +45,21 @@ def image_folder(folder: Path, split: str | None) -> tuple[Dataset, dict[str, An
     names = sorted(_image_files(root))
     if not names:
         raise ValueError(f"source: no image files in {root}")
-    classes = None
-    if all("/" in name for name in names):
-        classes = sorted({name.split("/", 1)[0] for name in names})
+    folders = sorted({_text(name.split("/", 1)[0]) for name in names if "/" in name})
+    if folders and all(_SPLIT.fullmatch(name) for name in folders):
+        raise ValueError(
+            f"source: the folders in {root} are splits, not classes: {', '.join(folders)}. Take "
+            f"one at a time: split={folders[0]!r} in Python, --split {folders[0]} as a command"
+        )
+    classes = folders if all("/" in name for name in names) else None
+    if classes is not None and len(classes) == 1:
+        logger.warning(
+            "every image in %s is in the folder %r, which makes one class; if it is none, take "
+            "%s itself",
+            root,
+            classes[0],
+            root / classes[0],
+        )
     record = {"kind": "folder", "name": folder.resolve().name, "split": split}
     return _of_files(root, names, names, classes, record)
 
@@ -127,7 +145,8 @@ def _of_files(
     record: dict[str, Any],
 ) -> tuple[Dataset, dict[str, Any]]:
     """Return files as a dataset; only their names are held, in Arrow's compact form."""
-    paths = pa.array((str(root / name) for name in names), pa.string())
+    ids = [_text(image_id) for image_id in ids]
+    paths = pa.array((_arrow_path(str(root / name)) for name in names), pa.string())
     nothing = pa.nulls(len(names), pa.binary())
     columns: dict[str, Any] = {
         "image": pa.StructArray.from_arrays([nothing, paths], names=["bytes", "path"]),
@@ -136,8 +155,19 @@ def _of_files(
     features = {"image": Image(decode=False), "image_id": Value("string")}
     if classes is not None:
         number = {name: i for i, name in enumerate(classes)}
-        columns["label"] = pa.array((number[n.split("/", 1)[0]] for n in names), pa.int64())
+        labels = (number[_text(name.split("/", 1)[0])] for name in names)
+        columns["label"] = pa.array(labels, pa.int64())
         features["label"] = ClassLabel(names=classes)
     rows = Dataset(pa.table(columns).cast(Features(features).arrow_schema))
     digest = hashlib.sha256("\n".join(ids).encode())
     return rows, {**record, "images": len(names), "ids_sha256": digest.hexdigest()}
+
+
+def _text(name: str) -> str:
+    """Return a file's name as UTF-8 can hold it, with escapes for what it cannot."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+def _arrow_path(path: str) -> str | None:
+    """Return a path; None for one that is not UTF-8, which Arrow cannot hold."""
+    return path if _text(path) == path else None

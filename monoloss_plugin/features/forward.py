@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
+from collections import deque
 from typing import Any, Literal
 
 import torch
@@ -23,6 +25,8 @@ Precision = Literal["bfloat16", "float16"]
 
 _SECONDS = 5.0
 """About as long as a batch may take: what a kill can lose."""
+_RECENT = 4
+"""Batches whose best speed counts, so that one that had to wait changes nothing."""
 _LARGEST_BATCH, _LARGEST_ON_A_GPU = 256, 1024
 
 
@@ -38,6 +42,8 @@ class Forward:
         self.encoder, self.device = encoder, device
         self.model: nn.Module = encoder.model.to(device).eval()
         self.precision = None if autocast is None else getattr(torch, autocast)
+        self.fits = sys.maxsize
+        """Images at once, of which the device's memory is known to hold no more."""
 
     @torch.inference_mode()
     def __call__(self, inputs: Any) -> Tensor:
@@ -58,6 +64,7 @@ class Forward:
             torch.cuda.empty_cache()
             logger.warning("encoding %d images at once does not fit; encoding halves", size)
         half = size // 2
+        self.fits = min(self.fits, half)
         return torch.cat(
             (
                 self.in_parts(part_of(inputs, slice(0, half)), half),
@@ -66,8 +73,30 @@ class Forward:
         )
 
 
-def fitting_batch_size(forward: Forward, probe: Any) -> int:
-    """Return a power of two of images that fit the free memory and take a few seconds at most.
+class BatchSize:
+    """How many images at once: as many as fit the memory and take a few seconds at most.
+
+    Args:
+        most: what fits the memory.
+        seconds: an image takes, to begin with. None: ``most`` is asked for, whatever it takes.
+    """
+
+    def __init__(self, most: int, seconds: float | None = None) -> None:
+        self.most = self.now = most
+        self.adapts = seconds is not None
+        self._recent: deque[float] = deque(maxlen=_RECENT)
+        if seconds is not None:
+            self.measured(1, seconds)
+
+    def measured(self, images: int, seconds: float) -> None:
+        """Take up what a batch took, from the end of the one before to its own."""
+        if self.adapts:
+            self._recent.append(seconds / images)
+            self.now = _power_of_two(min(self.most, _SECONDS / min(self._recent)))
+
+
+def fitting_batch_size(forward: Forward, probe: Any) -> BatchSize:
+    """Return a batch size of at most what fits the free memory, to be measured on the way.
 
     On a GPU a small batch's peak is measured. Elsewhere the peak is taken to be four times the
     largest output of any module: without gradients, little more is alive at once.
@@ -95,8 +124,12 @@ def fitting_batch_size(forward: Forward, probe: Any) -> int:
     else:
         image_bytes, free = 4 * max(outputs) / 2, psutil.virtual_memory().available
         largest = _LARGEST_BATCH
-    fits = min(largest, _SECONDS / seconds, 0.5 * free / max(image_bytes, 1))
-    return 1 << max(0, int(fits).bit_length() - 1)
+    return BatchSize(_power_of_two(min(largest, 0.5 * free / max(image_bytes, 1))), seconds)
+
+
+def _power_of_two(number: float) -> int:
+    """Return the largest power of two up to a number, and at least 1."""
+    return 1 << max(0, int(number).bit_length() - 1)
 
 
 def batch_of(probe: Any, count: int) -> Any:

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from monoloss_plugin.features.forward import BatchSize
 from monoloss_plugin.features.sources import Row, Source, decode
 
 
 class Loaded(NamedTuple):
     """A batch of source rows, ready to be encoded."""
 
-    numbers: list[int]
+    numbers: Sequence[int]
     """Every row's number in the source, readable or not."""
     inputs: Any
     """The encoder's inputs of the readable ones; None if there is none."""
@@ -41,7 +41,7 @@ class Preparation:
         except Exception as error:  # a decoder may raise anything on a damaged file
             return error
 
-    def batch(self, numbers: list[int], rows: Sequence[Row], prepared: Sequence[Any]) -> Loaded:
+    def batch(self, numbers: Sequence[int], rows: Sequence[Row], prepared: Sequence[Any]) -> Loaded:
         """Put a batch together, with the unreadable apart."""
         kept, unreadable = [], []
         for place, (row, one) in enumerate(zip(rows, prepared, strict=True)):
@@ -72,7 +72,7 @@ class _Batches(Dataset[Loaded]):
     def __init__(self, source: Source, prepare: Preparation) -> None:
         self.source, self.prepare = source, prepare
 
-    def __getitem__(self, numbers: list[int]) -> Loaded:
+    def __getitem__(self, numbers: Sequence[int]) -> Loaded:
         rows = [self.source[number] for number in numbers]
         return self.prepare.batch(numbers, rows, [self.prepare(row) for row in rows])
 
@@ -80,7 +80,7 @@ class _Batches(Dataset[Loaded]):
 def batches_by_number(
     source: Source,
     prepare: Preparation,
-    batches: Iterable[list[int]],
+    batches: Iterable[Sequence[int]],
     *,
     workers: int,
     pin_memory: bool,
@@ -103,7 +103,7 @@ def batches_of_stream(
     wanted: Callable[[int], bool],
     *,
     start: int,
-    batch_size: int,
+    batch_size: BatchSize,
     shard_size: int,
     workers: int,
     ended: Callable[[int], Any],
@@ -117,7 +117,7 @@ def batches_of_stream(
         prepare: what makes an image an input.
         wanted: whether to take a row, by its number.
         start: the first row.
-        batch_size: at most so many rows a batch; a batch stays within a shard.
+        batch_size: of each batch; a batch stays within a shard.
         shard_size: source rows a shard.
         workers: threads.
         ended: called with the number of rows when the stream has ended; not if it ended before
@@ -132,7 +132,7 @@ def batches_of_stream(
         # From a row before: to see that it is there, if the stream ends with it.
         for number, row in source.stream(max(0, start - 1)):
             last = number
-            if group and (len(group) == batch_size or number % shard_size == 0):
+            if group and (len(group) >= batch_size.now or number % shard_size == 0):
                 yield group
                 group = []
             if number >= start and wanted(number):
@@ -157,11 +157,13 @@ def _made(prepare: Preparation, parts: tuple[list[int], list[Row], list[Any]]) -
     return prepare.batch(numbers, rows, [future.result() for future in futures])
 
 
-def in_batches(numbers: Iterable[int], batch_size: int) -> Iterator[list[int]]:
-    """Yield runs of at most so many numbers."""
-    remaining = iter(numbers)
-    while run := list(islice(remaining, batch_size)):
+def in_batches(numbers: Sequence[int], batch_size: BatchSize) -> Iterator[Sequence[int]]:
+    """Yield runs of at most so many numbers as fit when each is asked for."""
+    start = 0
+    while start < len(numbers):
+        run = numbers[start : start + batch_size.now]
         yield run
+        start += len(run)
 
 
 def without_infinite(loaded: Loaded, features: Tensor) -> tuple[Loaded, Tensor]:

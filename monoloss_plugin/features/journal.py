@@ -8,6 +8,7 @@ that is cut short or does not match its checksum; writing goes on from there.
 from __future__ import annotations
 
 import json
+import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -33,11 +34,17 @@ class Journal:
 
     Raises:
         BusyError: another process has it open.
+        ValueError: a link has its name.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = open(path, "a+b")  # noqa: SIM115  # held until close
+        try:
+            self._file = open(path, "a+b", opener=_opened)  # noqa: SIM115  # held until close
+        except OSError as error:
+            if path.is_symlink():
+                raise ValueError(f"{path} is a link, which is not followed; delete it") from error
+            raise
         self._lock()
 
     def read(self) -> Iterator[tuple[pa.RecordBatch, dict[str, Any]]]:
@@ -90,3 +97,7 @@ class Journal:
             ) from error
         except OSError:  # some network file systems have none either
             return
+
+
+def _opened(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)

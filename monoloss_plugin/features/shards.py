@@ -10,7 +10,8 @@ A folder holds rows of the source in shards of equal size::
     state.json, dataset_info.json, features.json     written last, when every shard is there
 
 ``datasets.load_from_disk`` opens the finished folder. Every file but a journal appears whole or not
-at all, by a rename; of a journal only its last, unfinished batch can be lost. Shards belong to
+at all, by a rename; of a journal only its last, unfinished batch can be lost. Nothing is written
+through a link that lies in the folder. Shards belong to
 ranges of the source, so processes that take different ones share a folder without locks, and
 whichever of them sees the last one finished completes the folder; doing so twice does no harm.
 """
@@ -22,11 +23,13 @@ import hashlib
 import json
 import logging
 import os
+import platform
+import re
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.features.journal import Journal
@@ -43,6 +46,8 @@ SETTINGS, RECORD = "extraction.json", "features.json"
 STATE, INFO = "state.json", "dataset_info.json"
 SOURCE_ROWS = "source_rows.json"
 _READ = 1 << 20
+_UNFINISHED = re.compile(r"\..+\.unfinished-(?P<machine>.*)-(?P<process>\d+)-[0-9a-f]{8}")
+"""Names of files that :func:`replacing` writes."""
 
 logger = logging.getLogger(__name__)
 
@@ -91,13 +96,14 @@ def begin(folder: Path, settings: dict[str, Any]) -> None:
         SettingsError: it was begun with others, or holds something else.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
     path = folder / SETTINGS
     others = [p for p in folder.iterdir() if not p.name.startswith(".") and p != path]
     if not path.exists():
         if others:
             raise SettingsError(f"out: {folder} holds something else; give an empty or new folder")
         write_json(path, settings)
-    there = json.loads(path.read_text())
+    there = read_json(path)
     given = json.loads(json.dumps(settings))
     versions = there.pop("versions", None), given.pop("versions", None)
     if versions[0] != versions[1]:
@@ -124,9 +130,9 @@ def finished(folder: Path) -> dict[int, ShardRecord]:
     listed = []
     for path in folder.glob("data-*.json"):
         with contextlib.suppress(FileNotFoundError):  # another process completes the folder
-            listed.append(json.loads(path.read_text()))
+            listed.append(read_json(path))
     if record.exists():  # looked for last: until it is there, so are the shards' own records
-        listed = json.loads(record.read_text())["shards"]
+        listed = read_json(record)["shards"]
     return {shard["number"]: ShardRecord(**shard) for shard in listed}
 
 
@@ -172,7 +178,7 @@ class ShardWriter:
         unreadable: Sequence[dict[str, Any]] = (),
     ) -> None:
         """Write a batch: features (B, d), and how many source rows it stands for."""
-        columns = {"features": _fixed_lists(features), "image_id": pa.array(ids, pa.string())}
+        columns = {"features": fixed_lists(features), "image_id": pa.array(ids, pa.string())}
         if "label" in self.schema.names:
             columns["label"] = pa.array([-1 if y is None else y for y in labels], pa.int64())
         batch = pa.record_batch([columns[n] for n in self.schema.names], schema=self.schema)
@@ -187,26 +193,21 @@ class ShardWriter:
             pa.RecordBatch.from_pylist([], schema=self.schema)
         ]
         path = self.folder / f"{_stem(self.number)}.arrow"
-        unfinished = temporary(path)
-        with (
-            pa.OSFile(str(unfinished), "wb") as sink,
-            pa.ipc.new_stream(sink, self.schema) as writer,
-        ):
-            for batch in whole:
-                writer.write_batch(batch)
-        _to_disk(unfinished)
-        record = ShardRecord(
-            number=self.number,
-            source_rows=self.done,
-            rows=table.num_rows,
-            bytes=unfinished.stat().st_size,
-            sha256=sha256_of(unfinished),
-            unreadable=self.unreadable,
-        )
-        if is_finished(self.folder, self.number):  # by another process, in the meantime
-            unfinished.unlink()
-        else:
-            os.replace(unfinished, path)
+        # Another process may have finished it in the meantime.
+        with replacing(path, unless=lambda: is_finished(self.folder, self.number)) as sink:
+            with pa.ipc.new_stream(sink, self.schema) as writer:
+                for batch in whole:
+                    writer.write_batch(batch)
+            sink.flush()
+            record = ShardRecord(
+                number=self.number,
+                source_rows=self.done,
+                rows=table.num_rows,
+                bytes=sink.tell(),
+                sha256=sha256_of(Path(sink.name)),
+                unreadable=self.unreadable,
+            )
+        if not is_finished(self.folder, self.number):
             write_json(self.folder / record.record_file, asdict(record))
         self._journal.remove()
         return record
@@ -235,7 +236,7 @@ def source_rows(folder: Path) -> int | None:
     """Return how many rows the whole source has; None where no process has seen its end."""
     for name in (SOURCE_ROWS, RECORD):
         with contextlib.suppress(FileNotFoundError):
-            noted = json.loads((folder / name).read_text())
+            noted = read_json(folder / name)
             return int(noted if name == SOURCE_ROWS else noted["source_rows"])
     return None
 
@@ -250,7 +251,8 @@ def sha256_of(path: Path, advance: Callable[[int], Any] = lambda _: None) -> str
     return digest.hexdigest()
 
 
-def _fixed_lists(features: np.ndarray[Any, Any]) -> pa.FixedSizeListArray:
+def fixed_lists(features: np.ndarray[Any, Any]) -> pa.FixedSizeListArray:
+    """Return vectors (B, d) as an Arrow column, without a copy."""
     return pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), features.shape[1])
 
 
@@ -258,20 +260,66 @@ def _stem(number: int) -> str:
     return f"data-{number:05d}"
 
 
-def temporary(path: Path) -> Path:
-    """Return a hidden name beside a file's, for what is not finished."""
+@contextlib.contextmanager
+def replacing(path: Path, unless: Callable[[], bool] = lambda: False) -> Iterator[BinaryIO]:
+    """Open a file that takes a name when it is whole and on disk, whatever had the name before.
+
+    Args:
+        path: the name.
+        unless: asked at the end; where it says so, the name is left alone.
+    """
     # Not the process's number alone: machines that share a folder may have the same.
-    return path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    maker = f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    unfinished = path.with_name(f".{path.name}.unfinished-{maker}")
+    try:
+        with open(unfinished, "xb") as file:  # a link of that name would be an error
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if not unless():
+            os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
-def _to_disk(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+def sweep(folder: Path, *, everything: bool = False) -> None:
+    """Delete the unfinished files of this machine's killed processes, or everyone's."""
+    for path in folder.glob(".*"):
+        made = _UNFINISHED.fullmatch(path.name)
+        if made and (
+            everything
+            or (made["machine"] == platform.node() and not _is_running(int(made["process"])))
+        ):
+            path.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    if os.name != "posix":  # elsewhere a look would end the process
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write a file that is there whole or not at all."""
-    unfinished = temporary(path)
-    unfinished.write_text(json.dumps(content, indent=1) + "\n")
-    _to_disk(unfinished)
-    os.replace(unfinished, path)
+    with replacing(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read a file that :func:`write_json` has written.
+
+    Raises:
+        ValueError: it was cut or overwritten.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(
+            f"{path} was cut or overwritten ({error}); delete it and run the extraction again"
+        ) from error

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.features import shards
-from monoloss_plugin.features.forward import Forward
+from monoloss_plugin.features.forward import BatchSize, Forward
 from monoloss_plugin.features.images import (
     Loaded,
     Preparation,
@@ -42,10 +43,12 @@ class Share:
         *,
         shard_size: int,
         share: tuple[int, int],
+        batch_size: BatchSize,
         max_unreadable: int,
     ) -> None:
         self.folder, self.source, self.schema = folder, source, schema
         self.shard_size, self.max_unreadable = shard_size, max_unreadable
+        self.batch_size = batch_size
         self.part, self.parts = share
         self.source_rows = source.num_images or shards.source_rows(folder)
         self.finished = shards.finished(folder)
@@ -74,6 +77,7 @@ class Share:
         width = self.schema["features"].length
         self._check_unreadable()
         self._finish_whole()
+        started = time.perf_counter()
         for loaded in batches:
             if not self._is_mine(loaded.numbers[0] // self.shard_size):
                 continue  # read ahead, before another process finished it
@@ -83,10 +87,14 @@ class Share:
                 encoded += len(features)
                 loaded, features = without_infinite(loaded, features)
             self._write(loaded, features)
+            ended = time.perf_counter()
+            self.batch_size.most = min(self.batch_size.most, forward.fits)
+            self.batch_size.measured(len(loaded.numbers), ended - started)
+            started = ended
         self._finish_whole()
         return encoded
 
-    def by_number(self, batch_size: int) -> Iterator[list[int]]:
+    def by_number(self) -> Iterator[Sequence[int]]:
         """Yield batches of this share's rows that are not done, each within a shard."""
         assert self.source_rows is not None
         resumed = {number: writer.done for number, writer in self.writers.items()}
@@ -94,9 +102,10 @@ class Share:
             if self._is_mine(number) and not shards.is_finished(self.folder, number):
                 start = number * self.shard_size
                 end = min(start + self.shard_size, self.source_rows)
-                yield from in_batches(range(start + resumed.get(number, 0), end), batch_size)
+                rows = range(start + resumed.get(number, 0), end)
+                yield from in_batches(rows, self.batch_size)
 
-    def of_stream(self, prepare: Preparation, batch_size: int, workers: int) -> Iterator[Loaded]:
+    def of_stream(self, prepare: Preparation, workers: int) -> Iterator[Loaded]:
         """Yield batches of a stream's rows that are this share's and not done."""
         resumed = {number: writer.done for number, writer in self.writers.items()}
 
@@ -112,7 +121,7 @@ class Share:
             prepare,
             wanted,
             start=first * self.shard_size + resumed.get(first, 0),
-            batch_size=batch_size,
+            batch_size=self.batch_size,
             shard_size=self.shard_size,
             workers=workers,
             ended=self._stream_ended,

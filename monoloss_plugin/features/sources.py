@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from monoloss_plugin._optional import missing_extra
+from monoloss_plugin._places import local_hint, local_path
 from monoloss_plugin.features.files import image_folder, open_images
+from monoloss_plugin.hub.errors import explained
+from monoloss_plugin.hub.names import require_hub_name
+from monoloss_plugin.hub.repository import api
 
 try:
     import numpy as np
@@ -29,11 +33,12 @@ try:
         load_dataset,
         load_from_disk,
     )
+    from datasets import config as datasets_config
     from PIL import Image as PILImage
 except ModuleNotFoundError as error:
     raise missing_extra(error, "vision") from error
 
-OPEN_IMAGES, FOLDER, HUB = "open-images:", "folder:", "hub:"
+OPEN_IMAGES = "open-images:"
 HUB_NAMES = {
     "imagenet-1k": "ILSVRC/imagenet-1k",
     "cifar10": "uoft-cs/cifar10",
@@ -43,6 +48,8 @@ HUB_NAMES = {
 
 _SAMPLE, _HEAD = 256, 16
 """Rows of a dataset, and of a stream's beginning, that identify it."""
+_TIMEOUT = 10.0
+"""Seconds that the Hub has to say whether it has a dataset."""
 _LABELS = ("label", "fine_label", "labels")
 _IDS = ("image_id", "id", "file_name", "filename")
 
@@ -116,10 +123,10 @@ def open_source(
     """Open a source of images.
 
     Args:
-        source: a folder of images, whose subfolders, if every image is in one, are the classes; a
-            folder of ``Dataset.save_to_disk``; ``open-images:FOLDER`` in Open Images V7's layout;
-            a name on the Hub (``imagenet-1k``, ``cifar10``, ``cifar100`` for short, and
-            ``hub:NAME`` where a folder of that name exists); or a ``datasets`` object.
+        source: a folder of images, as a ``Path`` or such as ``"./photos"``, whose subfolders, if
+            every image is in one, are the classes; a folder of ``Dataset.save_to_disk``;
+            ``open-images:FOLDER`` in Open Images V7's layout; any other string is a name on the
+            Hub (``imagenet-1k``, ``cifar10``, ``cifar100`` for short); or a ``datasets`` object.
         split: of the dataset; of a folder, the subfolder of that name.
         config: the configuration of a Hub dataset.
         revision: a commit, tag or branch of a Hub dataset.
@@ -131,45 +138,78 @@ def open_source(
             images' numbers and file names.
 
     Raises:
-        ValueError: no images there, or a column or split that is not there.
-        FileNotFoundError: no such folder.
+        TypeError: a source of another kind.
+        ValueError: no images there, a column or split that is not there, or a string that is no
+            name on the Hub.
+        FileNotFoundError: no such folder, or no such dataset on the Hub.
+        ConnectionError: the Hub cannot be reached, and ``datasets`` has it not in its cache.
+        PermissionError: the Hub asks for a token, or for its conditions to be accepted.
     """
     if isinstance(source, (Dataset, IterableDataset)):
         record = {"kind": "dataset", "name": source.info.dataset_name, "split": str(source.split)}
         return _of_dataset(source, record, image, label, image_id)
-    name = os.fspath(source)
-    if name.startswith(OPEN_IMAGES):
-        return _of_files(*open_images(Path(name.removeprefix(OPEN_IMAGES)), split))
-    is_folder = name.startswith(FOLDER) or (not name.startswith(HUB) and Path(name).is_dir())
-    if is_folder:
-        folder = Path(name.removeprefix(FOLDER))
-        if not folder.is_dir():
-            raise FileNotFoundError(f"source: no such folder: {folder}")
-        if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
-            rows = _one_split(load_from_disk(str(folder)), split)
-            record = {"kind": "dataset", "name": folder.name, "split": split}
-            return _of_dataset(rows, record, image, label, image_id)
-        return _of_files(*image_folder(folder, split))
-    if Path(name).is_absolute() or name.startswith((".", "~")):
-        raise FileNotFoundError(f"source: no such folder: {name}")
-    repository = HUB_NAMES.get(name, name.removeprefix(HUB))
-    try:
-        loaded = load_dataset(
-            repository, config, split=split, revision=revision, streaming=streaming
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(
+            "source: expected a folder, the name of a Hub dataset, a datasets.Dataset or an "
+            f"IterableDataset, got {type(source).__name__}"
         )
-    except OSError as error:  # not there, or the Hub cannot be reached
-        raise FileNotFoundError(
-            f"source: no folder {name!r} here, and no dataset {repository!r} from the Hub: {error}"
-        ) from error
-    rows = _one_split(loaded, split)
-    record = {
-        "kind": "hub",
-        "name": repository,
-        "config": rows.info.config_name,
-        "split": split or str(rows.split),
-        "revision": revision,
-    }
-    return _of_dataset(rows, record, image, label, image_id)
+    if isinstance(source, str) and source.startswith(OPEN_IMAGES):
+        root = Path(source.removeprefix(OPEN_IMAGES)).expanduser()
+        return _of_files(*open_images(root, split))
+    folder = local_path(source)
+    if folder is None:
+        name = HUB_NAMES.get(str(source), str(source))
+        rows = _one_split(_from_hub(name, config, split, revision, streaming), split)
+        record = {
+            "kind": "hub",
+            "name": name,
+            "config": rows.info.config_name,
+            "split": split or str(rows.split),
+            "revision": revision,
+        }
+        return _of_dataset(rows, record, image, label, image_id)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"source: no such folder: {folder}")
+    if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+        rows = _one_split(load_from_disk(str(folder)), split)
+        record = {"kind": "dataset", "name": folder.name, "split": split}
+        return _of_dataset(rows, record, image, label, image_id)
+    return _of_files(*image_folder(folder, split))
+
+
+def _from_hub(
+    name: str, config: str | None, split: str | None, revision: str | None, streaming: bool
+) -> Any:
+    """Load a dataset of the Hub, or, where the Hub cannot be reached, of the cache of datasets."""
+    hint = local_hint(name)
+
+    def load() -> Any:
+        return load_dataset(name, config, split=split, revision=revision, streaming=streaming)
+
+    try:
+        require_hub_name(name, "source")
+    except ValueError:
+        raise ValueError(
+            "source: expected a folder, such as './photos', or the name of a Hub dataset, such as "
+            f"'user/name', got {name!r}{hint}"
+        ) from None
+    try:  # first, since load_dataset asks a Hub that cannot be reached again and again
+        with explained(name):
+            api(None).repo_info(name, repo_type="dataset", revision=revision, timeout=_TIMEOUT)
+    except ConnectionError as error:
+        online = datasets_config.HF_HUB_OFFLINE
+        datasets_config.HF_HUB_OFFLINE = True
+        try:
+            return load()
+        except (OSError, ValueError):
+            raise ConnectionError(
+                f"source: {str(error).rstrip('.')}; {name} is not in the cache of datasets{hint}"
+            ) from error
+        finally:
+            datasets_config.HF_HUB_OFFLINE = online
+    except (FileNotFoundError, PermissionError, ValueError) as error:
+        raise type(error)(f"{str(error).replace('repo_id:', 'source:', 1)}{hint}") from error
+    return load()
 
 
 def decode(row: Row, mode: str) -> PILImage.Image:
@@ -178,8 +218,12 @@ def decode(row: Row, mode: str) -> PILImage.Image:
     Raises:
         Exception: whatever a damaged or missing file makes the decoder raise.
     """
-    if row.image["bytes"] is None and row.image["path"] is None:
-        raise ValueError("no image in this row")
+    path = row.image["path"]
+    if row.image["bytes"] is None:
+        if path is None:
+            raise ValueError("no image here, or a file whose name is not UTF-8")
+        if os.path.exists(path) and not os.path.isfile(path):  # reading it might never end
+            raise ValueError("not a regular file, but a pipe, a device, a socket or a folder")
     image: PILImage.Image = Image().decode_example(row.image)
     if image.mode.startswith("I"):  # 16 bits, which PIL would cut off at 255
         if image.getextrema()[1] > 65535:  # type: ignore[operator]

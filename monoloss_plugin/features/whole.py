@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -24,15 +23,17 @@ from monoloss_plugin.features.shards import (
     finished,
     is_complete,
     note_source_rows,
+    read_json,
+    replacing,
     sha256_of,
     source_rows,
-    temporary,
+    sweep,
     write_json,
 )
 
 try:
     import pyarrow as pa
-    from datasets import DatasetInfo, Features
+    from datasets import Features
 except ModuleNotFoundError as error:
     raise missing_extra(error, "hub") from error
 
@@ -46,13 +47,23 @@ def complete(folder: Path) -> bool:
     Raises:
         ValueError: there is not one row in it.
     """
-    if is_complete(folder):
-        return True
-    settings = json.loads((folder / SETTINGS).read_text())
+    if not is_complete(folder) and not _write_rest(folder):
+        return is_complete(folder)
+    # What the shards' making has left, in this run and in killed ones.
+    for pattern in ("data-*.json", "data-*.journal", SOURCE_ROWS):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+    sweep(folder, everything=True)
+    return True
+
+
+def _write_rest(folder: Path) -> bool:
+    """Write what comes last if every shard is there, and say whether it is."""
+    settings = read_json(folder / SETTINGS)
     shards = finished(folder)
     rows = source_rows(folder)
     if rows is None or len(shards) < -(-rows // settings["shard_size"]):
-        return is_complete(folder)
+        return False
     ordered = [shards[number] for number in sorted(shards)]
     if not any(shard.rows for shard in ordered):
         raise ValueError("source: not one of its images could be read")
@@ -72,22 +83,23 @@ def complete(folder: Path) -> bool:
         "_output_all_columns": False,
         "_split": split if split and re.fullmatch(_SPLIT, split) else None,
     }
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as beside:
-        info = DatasetInfo(description=json.dumps(record), features=schema)
-        info.write_to_directory(beside)
-        os.replace(Path(beside) / INFO, folder / INFO)
     write_json(folder / STATE, state)
+    info = {"description": json.dumps(record), "features": schema.to_dict()}
+    write_json(folder / INFO, info)
+    record["files"] = {name: sha256_of(folder / name) for name in (STATE, INFO)}
     write_json(folder / RECORD, {**record, "shards": [asdict(shard) for shard in ordered]})
-    # What the shards' making has left, in this run and in killed ones.
-    for pattern in ("data-*.json", "data-*.journal", ".data-*.arrow.*", SOURCE_ROWS):
-        for path in folder.glob(pattern):
-            path.unlink(missing_ok=True)
     return True
 
 
 def damaged(folder: Path) -> list[str]:
-    """Return what is missing or cut short in a complete folder, by a look at the files' sizes."""
-    problems = [f"{name}: missing" for name in (STATE, INFO) if not (folder / name).exists()]
+    """Return what is missing or altered in a complete folder; of shards, by their sizes."""
+    written = read_json(folder / RECORD).get("files", {}) if is_complete(folder) else {}
+    problems = []
+    for name in (STATE, INFO):
+        if not (folder / name).exists():
+            problems.append(f"{name}: missing")
+        elif name in written and sha256_of(folder / name) != written[name]:
+            problems.append(f"{name}: altered, its checksum differs")
     for _, shard in sorted(finished(folder).items()):
         path = folder / shard.file
         if not path.exists():
@@ -100,7 +112,7 @@ def damaged(folder: Path) -> list[str]:
 def reopen(folder: Path) -> None:
     """Make a complete folder incomplete again by the shards that are missing or cut short."""
     bad = {problem.split(":")[0] for problem in damaged(folder)}
-    record = json.loads((folder / RECORD).read_text())
+    record = read_json(folder / RECORD)
     for shard in finished(folder).values():
         if shard.file not in bad:
             write_json(folder / shard.record_file, asdict(shard))
@@ -122,20 +134,22 @@ def join(folder: Path, others: Iterable[Path]) -> bool:
     for other in others:
         if not (other / SETTINGS).exists():
             raise FileNotFoundError(f"no feature dataset in {other}: it has no {SETTINGS}")
-        begin(folder, json.loads((other / SETTINGS).read_text()))
-        there = finished(folder)
+        begin(folder, read_json(other / SETTINGS))
+        known = finished(folder)
         for number, shard in finished(other).items():
-            if number in there:
+            if number in known:
                 continue
-            copied = temporary(folder / shard.file)
-            shutil.copyfile(other / shard.file, copied)
-            if sha256_of(copied) != shard.sha256:
-                copied.unlink()
-                raise ValueError(
-                    f"{other / shard.file} is not as it was written; delete it and run its "
-                    "extraction again"
-                )
-            os.replace(copied, folder / shard.file)
+            with (
+                (other / shard.file).open("rb") as original,
+                replacing(folder / shard.file) as copy,
+            ):
+                shutil.copyfileobj(original, copy)
+                copy.flush()
+                if sha256_of(Path(copy.name)) != shard.sha256:
+                    raise ValueError(
+                        f"{other / shard.file} is not as it was written; delete it and run its "
+                        "extraction again"
+                    )
             write_json(folder / shard.record_file, asdict(shard))
         rows = source_rows(other)
         if rows is not None:
@@ -146,17 +160,18 @@ def join(folder: Path, others: Iterable[Path]) -> bool:
 def verify(
     folder: str | os.PathLike[str], advance: Callable[[int], Any] = lambda _: None
 ) -> list[str]:
-    """Compare a folder's finished shards with their checksums.
+    """Compare a folder's files with their checksums.
 
     Args:
         folder: a feature dataset, complete or in the making.
         advance: called with the number of bytes read.
 
     Returns:
-        What is wrong, a line for each shard; nothing where all is well.
+        What is wrong, a line for each file; nothing where all is well.
 
     Raises:
         FileNotFoundError: no feature dataset there.
+        ValueError: ``features.json``, which has the checksums, was cut or overwritten.
     """
     folder = Path(folder)
     if not (folder / SETTINGS).exists():

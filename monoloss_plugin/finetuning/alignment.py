@@ -15,19 +15,24 @@ if TYPE_CHECKING:
     from monoloss_plugin.features import FeatureSet
 
 
-def aligned_embeddings(features: FeatureSet, ids: Iterable[str]) -> Tensor:
+def aligned_embeddings(
+    features: FeatureSet, ids: Iterable[str], *, split: str | None = None
+) -> Tensor:
     """Return the features of images in the order of their ids.
 
     Args:
         features: a set with ``image_id``, such as ``extract`` makes with the frozen encoder.
         ids: one for each sample of the data to train on.
+        split: the split that the samples are of. Images of another may have the same ids, such as
+            ``cat/001.png``; features of another are refused.
 
     Returns:
         (N, d) in float32.
 
     Raises:
         TypeError: not a feature set, or ids that are not a list.
-        ValueError: a set without ids, an id that it does not have, or one that it has twice.
+        ValueError: features of another split, a set without ids, an id that it does not have, or
+            one that it has twice.
     """
     if isinstance(features, type) or not (hasattr(features, "ids") and hasattr(features, "take")):
         raise TypeError(
@@ -37,6 +42,12 @@ def aligned_embeddings(features: FeatureSet, ids: Iterable[str]) -> Tensor:
     if isinstance(ids, (str, bytes, type, Tensor)) or not isinstance(ids, Iterable):
         raise TypeError(f"ids: expected a list of ids, got {type(ids).__name__}")
     wanted = [str(one) for one in ids]
+    source = features.record.get("source") or {}
+    if split is not None and source and split not in (source.get("split"), source.get("name")):
+        raise ValueError(
+            f"features: expected those of split {split!r}, got features of {source.get('name')} "
+            f"(split {source.get('split')}), whose images may have the same ids"
+        )
     if features.ids is None:
         raise ValueError("features: the set has no image_id to find images by")
     rows: dict[str, int] = {}

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from datasets import Dataset, Features, Sequence, Value, concatenate_datasets, load_dataset
+from datasets import (
+    ClassLabel,
+    Dataset,
+    Features,
+    Sequence,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+)
 from sae_lens import (
     BatchTopKTrainingSAE,
     BatchTopKTrainingSAEConfig,
@@ -20,6 +28,7 @@ from sae_lens import (
     StandardSAEConfig,
 )
 from sae_lens.config import LoggingConfig, SAETrainerConfig
+from sae_lens.training.mixing_buffer import mixing_buffer
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -146,6 +155,21 @@ def test_a_set_without_any_label_has_no_labels() -> None:
     assert FeatureSet(none).labels is None
     partly = some.remove_columns("label").add_column("label", [-1, 4, None])
     assert FeatureSet(partly).labels.tolist() == [-1, 4, -1]
+
+
+def test_a_label_beyond_the_classes_is_refused_before_it_takes_memory() -> None:
+    def labelled(kind) -> Dataset:
+        labels = dataset_of(PIXELS[:3]).remove_columns("label").add_column("label", [0, -1, 10**7])
+        columns = pa.Table.from_batches(labels.data.to_batches())
+        named = Features({**labels.features, "label": kind})
+        return Dataset(columns.cast(named.arrow_schema))
+
+    named = labelled(ClassLabel(names=["cat", "dog"]))
+    with pytest.raises(ValueError, match=r"label: expected numbers below 2, .* got 10000000"):
+        FeatureSet(named)
+    batches = FeatureBatches(FeatureSet(labelled(Value("int64"))), batch_size=3)
+    with pytest.raises(ValueError, match="label: expected classes from 0 to 65535, got 10000000"):
+        evaluate(StandardSAE(StandardSAEConfig(d_in=64, d_sae=128)), batches)
 
 
 def test_an_empty_set_can_be_opened_but_not_batched(digits: FeatureSet) -> None:
@@ -428,8 +452,14 @@ def test_arguments_out_of_range_are_named(digits: FeatureSet, arguments, said) -
 
 
 def test_what_is_no_feature_set_is_named(digits: FeatureSet, tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="expected a FeatureSet, got Tensor"):
-        FeatureBatches(PIXELS)
+    loader = DataLoader(digits)
+    for wrong in (PIXELS, PIXELS.numpy(), None, str(tmp_path), loader):
+        said = f"expected a FeatureSet, got {type(wrong).__name__}; FeatureSet.open reads"
+        with pytest.raises(TypeError, match=f"^features: {said}"):
+            FeatureBatches(wrong)
+        for inside in (wrong, [wrong]):
+            with pytest.raises(TypeError, match=f"^embeddings: {said}"):
+                FeatureBatches(digits, embeddings=inside)
     with pytest.raises(TypeError, match=r"FeatureSet\.open takes a folder"):
         FeatureSet(str(tmp_path))
     with pytest.raises(ValueError, match="expected a column 'features', found x"):
@@ -443,8 +473,9 @@ def test_what_is_no_feature_set_is_named(digits: FeatureSet, tmp_path: Path) -> 
         FeatureSet.open(tmp_path)
 
 
-def sae_trainer(data_provider) -> SAETrainer:
+def sae_trainer(data_provider, **options) -> SAETrainer:
     torch.manual_seed(0)
+    sizes = {"d_in": 64, "d_sae": 128, "k": 4}
     return SAETrainer(
         cfg=SAETrainerConfig(
             total_training_samples=256 * 10,
@@ -453,7 +484,7 @@ def sae_trainer(data_provider) -> SAETrainer:
             lr_end=1e-3,
             logger=LoggingConfig(log_to_wandb=False),
         ),
-        sae=BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=64, d_sae=128, k=4)),
+        sae=BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**sizes, **options)),
         data_provider=data_provider,
     )
 
@@ -493,13 +524,50 @@ def test_sae_lens_uses_another_encoders_similarities(digits: FeatureSet) -> None
         np.testing.assert_allclose(float(value), float(expected), rtol=1e-4)
 
 
-def test_embeddings_of_another_batch_are_refused(digits: FeatureSet) -> None:
+def ahead(stream: Iterator[Tensor], count: int) -> Iterator[Tensor]:
+    """A reader that fetches batches ahead and gives them on, scaled and in another type."""
+    waiting = [next(stream) for _ in range(count)]
+    while True:
+        waiting.append(next(stream))
+        yield (3 * waiting.pop(0)).bfloat16()
+
+
+@pytest.mark.parametrize("shuffle", ["all", "buffer"])
+def test_embeddings_are_of_the_batch_that_is_asked_for_not_of_the_last(digits, shuffle) -> None:
+    other = torch.randn(len(PIXELS), 6)
+    second = FeatureSet(dataset_of(other, labels=False))
+    batches = FeatureBatches(digits, embeddings=second, batch_size=256, shuffle=shuffle)
+    rows = [batches.order.rows(n // 7, n % 7) for n in range(10)]
+    stream = ahead(batches.tensors(), 5)
+    for expected in rows:
+        x = next(stream)
+        for _ in range(2):  # as two terms ask
+            torch.testing.assert_close(batches.embeddings_of(x), normalize(other[expected], dim=1))
+
+
+def test_a_whitened_batch_finds_its_embeddings(digits: FeatureSet) -> None:
+    """SAELens whitens what it trains on; the adapter asks for the embeddings of what it was."""
+    other = FeatureSet(dataset_of(torch.randn(len(PIXELS), 6), labels=False))
+    batches = FeatureBatches(digits, embeddings=other, batch_size=256)
+    trainer = sae_trainer(batches.tensors(), normalize_activations="covariance_whitening")
+    trainer.add_loss(MonoLoss(lam=3e-3), embeddings=batches.embeddings_of)
+    trainer.fit()
+
+
+def test_rows_that_no_batch_had_are_refused(digits: FeatureSet) -> None:
     batches = FeatureBatches(digits, batch_size=256)
-    with pytest.raises(ValueError, match="none was given yet"):
+    with pytest.raises(ValueError, match="these 256 rows are none of the last 0 batches"):
         batches.embeddings_of(PIXELS[:256])
-    next(batches.tensors())
-    with pytest.raises(ValueError, match="of 100 rows, but it has 256"):
-        batches.embeddings_of(PIXELS[:100])
+    stream = batches.tensors()
+    one, other = next(stream), next(stream)
+    swapped = one.clone()
+    swapped[101] = other[101]
+    for wrong in (swapped, one[:100], one.flip(0), -one, torch.cat((one, other)), 0 * one):
+        with pytest.raises(ValueError, match="none of the last 2 batches"):
+            batches.embeddings_of(wrong)
+    mixed = mixing_buffer(1024, 256, batches.tensors())
+    with pytest.raises(ValueError, match="let nothing between mix or cut its batches"):
+        batches.embeddings_of(next(mixed))
 
 
 def test_evaluate_takes_batches_with_their_labels_and_embeddings(digits: FeatureSet) -> None:
@@ -547,14 +615,43 @@ def test_samples_without_a_label_do_not_count_for_purity(digits: FeatureSet) -> 
         )
 
 
-def test_row_numbers_of_different_sources_match_nothing(digits: FeatureSet) -> None:
-    def named(name: str) -> FeatureSet:
-        source = {"kind": "dataset", "name": name, "image_id": None}
-        return FeatureSet(digits.dataset, {"source": source})
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"split": "test"},
+            r"photos \(split train\), got photos \(split test\); .* differ in split",
+        ),
+        ({"name": "cifar"}, r"photos \(split train\), got cifar \(split train\); .* in name"),
+        ({"ids_sha256": "b"}, "differ in ids_sha256"),
+        ({"kind": "dataset"}, "differ in kind"),
+        ({"encoder": "another", "revision": "c"}, None),
+    ],
+)
+@pytest.mark.parametrize("with_ids", [True, False])
+def test_ids_of_different_sources_and_splits_match_nothing(change, said, with_ids) -> None:
+    """The same ids, for different photographs: paths within the split."""
+    dataset = dataset_of(PIXELS) if with_ids else dataset_of(PIXELS).remove_columns("image_id")
+    source = {"kind": "folder", "name": "photos", "split": "train", "ids_sha256": "a"}
+    one, other = (FeatureSet(dataset, {"source": s}) for s in (source, {**source, **change}))
+    FeatureBatches(one, embeddings=FeatureSet(other.dataset, record={}), batch_size=9)
+    if said is None:
+        FeatureBatches(one, embeddings=other, batch_size=9)
+    else:
+        with pytest.raises(ValueError, match=said):
+            FeatureBatches(one, embeddings=other, batch_size=9)
 
-    FeatureBatches(named("cifar10"), embeddings=named("cifar10"), batch_size=9)
-    with pytest.raises(ValueError, match=r"row numbers of different sources \(cifar10 and mnist"):
-        FeatureBatches(named("cifar10"), embeddings=named("mnist"), batch_size=9)
+
+def test_parts_of_open_images_and_streams_match_their_wholes(digits: FeatureSet) -> None:
+    def of(record: dict[str, object]) -> FeatureSet:
+        return FeatureSet(digits.dataset, {"source": {"name": "x", "split": "train", **record}})
+
+    parts = [of({"kind": "open-images", "ids_sha256": digest}) for digest in ("a", "b")]
+    FeatureBatches(parts[0], embeddings=parts[1], batch_size=9)
+    whole = of({"kind": "hub", "sample_sha256": "a", "images": 1797})
+    FeatureBatches(whole, embeddings=of({"kind": "hub", "sample_sha256": "b"}), batch_size=9)
+    with pytest.raises(ValueError, match="differ in sample_sha256"):
+        FeatureBatches(whole, embeddings=of({"kind": "hub", "sample_sha256": "b", "images": 9}))
 
 
 def test_sets_without_ids_are_matched_row_by_row_and_that_is_said(digits, caplog) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,9 @@ from PIL import Image as PILImage
 
 from monoloss_plugin.features.sources import HUB_NAMES, Source, decode, open_source
 from tests.features.conftest import BAD
+from tests.hub.server import Fault, LoopbackHub
+
+NAME = "alice/digits"
 
 
 def ids_of(source: Source) -> list[str]:
@@ -60,7 +65,7 @@ def test_a_folder_without_classes_and_a_split(image_folder: Path) -> None:
     assert flat[0].label is None
     assert all("/" not in name for name in ids_of(flat))
     shutil.copy(image_folder / "digit-3" / ids_of(flat)[0], image_folder / "top.png")
-    assert open_source(f"folder:{image_folder}").classes is None
+    assert open_source(image_folder).classes is None
 
 
 def test_the_record_changes_with_the_files(image_folder: Path) -> None:
@@ -158,14 +163,16 @@ def test_a_saved_dataset_and_its_splits(digit_images, tmp_path: Path) -> None:
         open_source(tmp_path / "saved")
 
 
-def test_a_repository_of_parquet_files_mapped_and_streamed(digit_images, tmp_path: Path) -> None:
-    """What load_dataset reads from the Hub it reads from a folder of the same files."""
-    folder = tmp_path / "repository" / "data"
-    folder.mkdir(parents=True)
-    digits_dataset(digit_images).to_parquet(folder / "train-00000-of-00001.parquet")
-    name = f"hub:{folder.parent}"
-    mapped = open_source(name, split="train")
-    streamed = open_source(name, split="train", streaming=True)
+def published(hub: LoopbackHub, images: list[PILImage.Image], name: str = NAME) -> None:
+    buffer = io.BytesIO()
+    digits_dataset(images).to_parquet(buffer)
+    hub.put(name, {"data/train-00000-of-00001.parquet": buffer.getvalue()}, "dataset")
+
+
+def test_a_dataset_of_the_hub_mapped_streamed_and_from_the_cache(hub, digit_images) -> None:
+    published(hub, digit_images)
+    mapped = open_source(NAME, split="train")
+    streamed = open_source(NAME, split="train", streaming=True)
     assert mapped.num_images == 60
     assert streamed.num_images is None
     rows = list(streamed.stream(20))
@@ -173,6 +180,43 @@ def test_a_repository_of_parquet_files_mapped_and_streamed(digit_images, tmp_pat
     for number, row in rows:
         assert row.label == mapped[number].label
         assert np.array_equal(np.asarray(decode(row, "L")), np.asarray(digit_images[number]))
+    hub.faults += [Fault("GET", "/api/datasets/", "drop", 9)]
+    cached = open_source(NAME, split="train")
+    assert cached[7] == mapped[7]
+
+
+def test_a_hub_that_cannot_be_reached_is_said_at_once(hub, monkeypatch, caplog) -> None:
+    """One question, and no pages of retries."""
+    (fault,) = hub.faults = [Fault("GET", "", "drop", 9)]
+    with pytest.raises(ConnectionError, match=r"^source: the Hub could not be reached") as raised:
+        open_source("alice/none", split="train")
+    assert str(raised.value).endswith("; alice/none is not in the cache of datasets")
+    assert fault.times == 8
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match="offline mode is enabled"):
+        open_source("alice/none", split="train")
+    assert fault.times == 8
+    assert "Retry" not in caplog.text
+
+
+def test_a_mistyped_path_is_told_at_once(hub, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos" / "2024").mkdir(parents=True)
+    for wrong in ("photos/2024/june", "photos/", "my photos", "fotos/*"):
+        with pytest.raises(
+            ValueError, match=r"^source: expected a folder, such as '\./photos', or"
+        ):
+            open_source(wrong)
+    with pytest.raises(ValueError, match=r"for the local 'photos', write '\./photos'"):
+        open_source("photos/")
+    assert hub.requests == []
+    with pytest.raises(FileNotFoundError, match=r"^source: .*, write '\./photos/2024'"):
+        open_source("photos/2024")
+    with pytest.raises(FileNotFoundError, match="source: the Hub knows no repository alice/photoz"):
+        open_source("alice/photoz")
+    assert len(hub.requests) == 2
+    with pytest.raises(TypeError, match=r"source: expected a folder, .* got int"):
+        open_source(3)
 
 
 def open_images_folder(root: Path) -> None:
@@ -229,6 +273,53 @@ def test_links_that_lead_in_a_circle_and_other_files_are_left_alone(image_folder
     assert ids_of(open_source(image_folder)) == before
 
 
+def test_folders_of_splits_are_not_taken_for_classes(image_folder: Path, caplog) -> None:
+    splits = image_folder.parent / "splits"
+    for split in ("train", "Test", "val2017"):
+        shutil.copytree(image_folder, splits / split)
+    said = r"are splits, not classes: Test, train, val2017\. .* --split Test as a command"
+    with pytest.raises(ValueError, match=said):
+        open_source(splits)
+    (splits / "logo.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="are splits, not classes"):
+        open_source(splits)
+    assert open_source(splits, split="train").classes == [f"digit-{i}" for i in range(10)]
+    assert caplog.text == ""
+    shutil.copytree(image_folder / "digit-0", splits / "val" / "images")
+    assert open_source(splits, split="val").classes == ["images"]
+    assert "is in the folder 'images', which makes one class; if it is none, take" in caplog.text
+
+
+@pytest.mark.skipif(os.name != "posix", reason="files of a POSIX system")
+def test_what_is_no_file_or_has_no_utf8_name_is_listed_and_never_opened(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    PILImage.new("L", (9, 9)).save(tmp_path / "cat" / "a.png")
+    os.mkfifo(tmp_path / "cat" / "fifo.png")
+    (tmp_path / "cat" / "device.jpg").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(tmp_path / "cat" / "socket.png"))
+    for folder in (b"cat", b"dog-\xff"):
+        os.makedirs(os.fsencode(tmp_path) + b"/" + folder, exist_ok=True)
+        with open(os.fsencode(tmp_path) + b"/" + folder + b"/caf\xe9.png", "wb"):
+            pass
+    source = open_source(tmp_path)
+    assert source.classes == ["cat", "dog-\\udcff"]
+    reasons = {}
+    for number in range(source.num_images):
+        try:
+            decode(source[number], "L")
+        except ValueError as error:
+            reasons[source[number].image_id] = str(error)[:30]
+    other, name = "not a regular file, but a pipe", "no image here, or a file whose"
+    assert reasons == {
+        "cat/caf\\udce9.png": name,
+        "cat/device.jpg": other,
+        "cat/fifo.png": other,
+        "cat/socket.png": other,
+        "dog-\\udcff/caf\\udce9.png": name,
+    }
+
+
 def test_an_image_is_turned_upright(tmp_path: Path) -> None:
     exif = PILImage.Exif()
     exif[0x0112] = 6  # turned by a quarter
@@ -244,27 +335,18 @@ def test_the_papers_datasets_have_short_names() -> None:
 
 
 @pytest.mark.parametrize("name", ["imagenet-1k", "cifar10"])
-def test_a_short_name_asks_the_hub_for_its_repository(name, monkeypatch, digit_images) -> None:
-    asked = []
-
-    def load_dataset(*arguments, **options):
-        asked.append((arguments, options))
-        return digits_dataset(digit_images)
-
-    monkeypatch.setattr("monoloss_plugin.features.sources.load_dataset", load_dataset)
-    source = open_source(name, split="test", revision="abc")
-    assert asked == [
-        ((HUB_NAMES[name], None), {"split": "test", "revision": "abc", "streaming": False})
-    ]
-    assert source.record["name"] == HUB_NAMES[name]
-    assert source.record["revision"] == "abc"
+def test_a_short_name_asks_the_hub_for_its_repository(name, hub, digit_images) -> None:
+    published(hub, digit_images, HUB_NAMES[name])
+    commit = hub.repos["dataset", HUB_NAMES[name]].refs["main"]
+    record = open_source(name, split="train", revision=commit).record
+    assert (record["name"], record["revision"]) == (HUB_NAMES[name], commit)
 
 
 @pytest.mark.parametrize(
     ("source", "split", "error", "said"),
     [
         ("/no/such/folder", None, FileNotFoundError, "no such folder: /no/such/folder"),
-        ("folder:nowhere", None, FileNotFoundError, "no such folder: nowhere"),
+        ("~/no-such-folder", None, FileNotFoundError, "no such folder: /.*/no-such-folder"),
         ("{empty}", None, ValueError, "no image files in"),
         ("{empty}", "train", ValueError, "no folder 'train' in"),
         ("open-images:{empty}", None, ValueError, "expected one of train, validation, test"),

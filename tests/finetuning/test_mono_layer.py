@@ -375,3 +375,6 @@ def test_precomputed_features_are_found_by_image_id() -> None:
     assert torch.equal(found, features.take(torch.tensor([5, 3, 400])).float())
     with pytest.raises(ValueError, match=r"1 of 4 images have no features, such as 'x.png'"):
         aligned_embeddings(features, [*ids, "x.png"])
+    assert torch.equal(aligned_embeddings(features, ids, split="held_out"), found)
+    with pytest.raises(ValueError, match=r"split 'train', got features of .* \(split held_out\)"):
+        aligned_embeddings(features, ids, split="train")

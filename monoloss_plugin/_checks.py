@@ -111,6 +111,22 @@ def require_finite(tensor: Tensor, name: str) -> None:
         raise ValueError(f"{name}: contains NaN or infinite values; expected finite numbers")
 
 
+def as_device(device: Any) -> torch.device:
+    """Return a device that can be used now.
+
+    Raises:
+        TypeError: not a device or its name.
+        ValueError: no such device, or not on this machine.
+    """
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f"device: expected a torch.device or its name, got {device!r}")
+    try:
+        return torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError) as error:  # without CUDA, without a driver, no such name
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise ValueError(f"device: cannot use {str(device)!r} here: {reason}") from error
+
+
 def require_choice(value: str, name: str, allowed: tuple[str, ...]) -> None:
     """Raise ValueError where an option is not one of the allowed words."""
     if value not in allowed:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
 from monoloss_plugin.cli.output import Output, one_of, table
 from monoloss_plugin.losses import L1L2Ratio, LossTerm, MonoLoss, OffSupportL1
@@ -59,7 +60,7 @@ def demo(
     for measure, label in MEASURES.items():
         cells = (_cell(*result.mean_and_spread(run, measure), measure) for run in RUNS)
         rows.append((label, *cells))
-    text = [
+    text: list[str | Table] = [
         f"Encoder: {result.encoder_accuracy:.1%} of the held-out digits right. "
         f"{arch} SAE, mean ± standard deviation over {seeds} seed{'s' * (seeds > 1)}:",
         table("on held-out images", *(f"{run} {name}" for run in RUNS), rows=rows),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.filesize import decimal
 
-from monoloss_plugin._places import local_path
+from monoloss_plugin._places import local_path, require_folder
 from monoloss_plugin.cli.output import Output, command, one_of, table
 
 if TYPE_CHECKING:
@@ -247,8 +247,7 @@ def _measured(folder: Path, features: FeatureSet, raw: bool) -> Evaluation:
     from monoloss_plugin.hub.publishing_saes import of_record
     from monoloss_plugin.hub.sae_folder import load
 
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no such folder: {folder}")
+    require_folder(folder, "sae")
     raw = raw or of_record(folder).inputs == "as they are"
     batches = FeatureBatches(features, shuffle="none", drop_last=False, normalize=not raw)
     return evaluate(load(folder, str(folder)), batches, progress=True)

@@ -180,7 +180,8 @@ def _bars(quiet: bool) -> Iterator[None]:
         if settings.get("desc"):  # such as the name of a file that is fetched
             settings["desc"] = visible(settings["desc"])
         if lines is not None:
-            settings |= {"file": lines, "ncols": 80, "dynamic_ncols": False, "ascii": True}
+            settings |= {"file": lines, "position": 0, "ascii": True}
+            settings |= {"ncols": 80, "dynamic_ncols": False}
         original(bar, *args, **settings)
 
     tqdm.__init__ = suited

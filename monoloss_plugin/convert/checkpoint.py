@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from monoloss_plugin._checks import require_finite
+from monoloss_plugin._places import require_file
 
 _GLOBAL = re.compile(r"GLOBAL (\S+)")
 """Where torch names what it will not unpickle."""
@@ -20,11 +21,10 @@ def read_checkpoint(path: Path) -> Any:
     """Read tensors and plain values; nothing that would run code is unpickled.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError, IsADirectoryError: no such file.
         ValueError: not a checkpoint, or one that holds objects of other classes.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"source: no such file: {path}")
+    require_file(path, "source")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file makes torch.load raise all kinds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.features import FeatureSet
 from monoloss_plugin.hub.bundled import open_named
-from monoloss_plugin.hub.names import DATA, is_inside
+from monoloss_plugin.hub.names import DATA, is_inside, require_text
 from monoloss_plugin.hub.record import described_features
 from monoloss_plugin.hub.repository import Repository
 
@@ -28,7 +29,7 @@ _PARQUET = re.compile(r"(.+)/(\w+(?:\.\w+)*)-(\d{5})-of-(\d{5})\.parquet")
 
 
 def load_features(
-    repo_id: str | Path,
+    repo_id: str | os.PathLike[str],
     split: str | None = None,
     *,
     config: str | None = None,
@@ -43,8 +44,8 @@ def load_features(
     cannot be reached.
 
     Args:
-        repo_id: ``user/name`` on the Hub; ``"digits"``, which is bundled; or a ``Path`` of a folder
-            that is laid out like a repository.
+        repo_id: ``user/name`` on the Hub; ``"digits"``, which is bundled; or a folder laid out like
+            a repository, as a ``Path`` or a string such as ``"./folder"``.
         split: such as ``"train"``; may be left out where there is only one.
         config: which of the repository's feature sets, where there are several.
         revision: a branch, tag or commit.
@@ -57,6 +58,7 @@ def load_features(
         :func:`~monoloss_plugin.evaluation.evaluate`.
 
     Raises:
+        TypeError: an argument of another kind.
         FileNotFoundError: no such repository, split or configuration.
         ValueError: several of them and none is chosen, or Parquet files without features.
         PermissionError: the Hub asks for a token, or for its conditions to be accepted.
@@ -66,6 +68,8 @@ def load_features(
         >>> load_features("digits", "train")
         FeatureSet(1198 x 64, torch.float16)
     """
+    require_text(split, "split")
+    require_text(config, "config")
     repository = open_named(
         repo_id,
         "dataset",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from monoloss_plugin._optional import missing_extra
+from monoloss_plugin._places import as_path
 from monoloss_plugin.features import FeatureSet
 from monoloss_plugin.hub.cards import images_on_hub, opened
 from monoloss_plugin.hub.dataset_card import PublishedSplit, dataset_card
@@ -28,6 +29,8 @@ from monoloss_plugin.hub.names import (
     require_hub_name,
     require_repo_id,
     require_split,
+    require_text,
+    require_texts,
 )
 from monoloss_plugin.hub.publication import Existing, Publication, Staged, Target, publish
 from monoloss_plugin.hub.record import described_features
@@ -95,8 +98,13 @@ def publish_features(
     """
     require_repo_id(repo_id)
     require_config(config)
-    if isinstance(tags, str):
-        raise TypeError(f"tags: expected a list of them, got {tags!r}")
+    tags = require_texts(tags, "tags")
+    for argument, given in (
+        ("split", split),
+        ("license", license),
+        ("source_dataset", source_dataset),
+    ):
+        require_text(given, argument)
     features = _opened(dataset)
     if not len(features):
         raise ValueError("dataset: expected at least one row, got none")
@@ -105,7 +113,7 @@ def publish_features(
     source = source_dataset or images_on_hub(described["source"])
     metadata = {
         "license": license,
-        "tags": list(tags),
+        "tags": tags,
         "source_datasets": [require_hub_name(source, "source_dataset")] if source else [],
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -194,5 +202,5 @@ def _opened(dataset: FeatureSet | Dataset | str | os.PathLike[str]) -> FeatureSe
     if isinstance(dataset, FeatureSet):
         return dataset
     if isinstance(dataset, (str, os.PathLike)):
-        return FeatureSet.open(dataset)
+        return FeatureSet.open(as_path(dataset, "dataset"))
     return FeatureSet(dataset)

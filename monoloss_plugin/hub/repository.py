@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from monoloss_plugin import __version__
 from monoloss_plugin._optional import missing_extra
+from monoloss_plugin._places import require_folder
 from monoloss_plugin.hub.errors import explained
 from monoloss_plugin.hub.names import require_repo_id, require_token
 
@@ -99,10 +100,9 @@ def of_folder(folder: Path, name: str | None = None) -> Repository:
     """Take a folder for a repository.
 
     Raises:
-        FileNotFoundError: no such folder.
+        FileNotFoundError, NotADirectoryError: no such folder.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no such folder: {folder}")
+    require_folder(folder, "repo_id")
     return Repository(name or str(folder), None, _sizes(folder), lambda _: folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -36,6 +37,9 @@ def explained(repo_id: str, *, writing: bool = False) -> Iterator[None]:
         ChangedMeanwhileError: the repository is no longer what it was.
         ConnectionError: the Hub cannot be reached, or fails.
     """
+    client = logging.getLogger("huggingface_hub.utils._http")
+    level = client.level
+    client.setLevel(logging.ERROR)  # two lines for each of its tries; the error says it in one
     try:
         yield
     except GatedRepoError as error:
@@ -68,6 +72,8 @@ def explained(repo_id: str, *, writing: bool = False) -> Iterator[None]:
         if type(reason) is RuntimeError or (broken and not isinstance(reason, ValueError)):
             raise _unreachable(reason, writing) from error
         raise
+    finally:
+        client.setLevel(level)
 
 
 def _status_of(error: HfHubHTTPError) -> int:

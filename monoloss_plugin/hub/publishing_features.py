@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +34,7 @@ from monoloss_plugin.hub.names import (
 from monoloss_plugin.hub.publication import Existing, Publication, Staged, Target, publish
 from monoloss_plugin.hub.record import described_features
 from monoloss_plugin.hub.repository import of_folder, of_hub
+from monoloss_plugin.hub.staging import staging
 
 try:
     from datasets import Dataset
@@ -116,8 +116,7 @@ def publish_features(
         "tags": tags,
         "source_datasets": [require_hub_name(source, "source_dataset")] if source else [],
     }
-    with tempfile.TemporaryDirectory() as folder:
-        staged = Path(folder)
+    with staging() as staged:
         stage_features(features, staged, config=config, split=split)
         card = _Card(staged, repo_id, config, metadata, token)
         done = publish(

@@ -42,6 +42,7 @@ from monoloss_plugin.hub.record import (
     write_record,
 )
 from monoloss_plugin.hub.repository import of_folder, of_hub, read_json
+from monoloss_plugin.hub.staging import staging
 
 try:
     from sae_lens import SAE
@@ -142,8 +143,7 @@ def publish_sae(
     for argument, given in (("base_model", base_model), ("dataset", dataset)):
         if given is not None:
             require_hub_name(given, argument)
-    with tempfile.TemporaryDirectory() as folder:
-        staged = Path(folder)
+    with staging() as staged:
         sae_id = stage_sae(
             sae,
             staged,

@@ -8,6 +8,7 @@ never changes what a name means. Functions that take only files take any string 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,15 @@ def local_hint(name: str) -> str:
     if not plain or not Path(plain).exists():
         return ""
     return f"; for the local {plain!r}, write './{plain}'"
+
+
+def without(path: Path) -> Path:
+    """Return a path to write to, once what an earlier run has left there is gone.
+
+    A symbolic link is removed and not followed, wherever it leads.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    return path

@@ -73,6 +73,11 @@ class FeatureSet(torch.utils.data.Dataset[Batch]):
                 raise TypeError(f"label: expected integers, got {column.type}")
             filled = pc.fill_null(column.cast(pa.int64()), -1)
             labels = torch.tensor(filled.to_numpy())
+            if self.classes is not None and bool((labels >= len(self.classes)).any()):
+                raise ValueError(
+                    f"label: expected numbers below {len(self.classes)}, of the classes that have "
+                    f"names, got {int(labels.max())}"
+                )
             self.labels = labels if bool((labels >= 0).any()) else None
         self.record = _described(dataset) if record is None else record
         """Encoder, source and settings that the set was made with."""

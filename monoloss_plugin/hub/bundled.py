@@ -26,7 +26,7 @@ def open_named(
     revision: str | None = None,
     *,
     token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Repository:
     """Open a repository by its name on the Hub, a bundled name, or a local folder.

@@ -6,7 +6,6 @@ import logging
 import os
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from monoloss_plugin._optional import missing_extra
@@ -35,7 +34,7 @@ def load_features(
     config: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> FeatureSet:
     """Load a published split of features.
@@ -60,7 +59,8 @@ def load_features(
     Raises:
         TypeError: an argument of another kind.
         FileNotFoundError: no such repository, split or configuration.
-        ValueError: several of them and none is chosen, or Parquet files without features.
+        ValueError: several of them and none is chosen, Parquet files without features, or
+            labels beyond the classes that they name.
         PermissionError: the Hub asks for a token, or for its conditions to be accepted.
         ConnectionError: the Hub cannot be reached, and the features are not in the cache.
 
@@ -92,7 +92,11 @@ def load_features(
     except (ValueError, DatasetGenerationError) as error:
         reason = error.__cause__ or error
         raise ValueError(f"{repository.name}: {paths[0]} is not Parquet: {reason}") from error
-    return FeatureSet(dataset, _record(repository, record_path) if has_record else None)
+    record = _record(repository, record_path) if has_record else None
+    try:
+        return FeatureSet(dataset, record)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{repository.name}: {paths[0]}: {error}") from error
 
 
 def config_folder(config: str) -> str:

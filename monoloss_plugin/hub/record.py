@@ -89,10 +89,9 @@ def record_in(sae: Any) -> SAERecord:
     terms = said.get("terms", {}) if isinstance(said, Mapping) else None
     if not isinstance(terms, Mapping):
         raise ValueError(_FOREIGN)
-    own = {"losses": list(terms.values())}
-    own |= {name: said.get(name) for name in ("inputs", "converted_from")}
+    own = {name: said.get(name) for name in ("inputs", "converted_from")}
     try:
-        return record_from(own, "sae")
+        return record_from({**own, "losses": list(terms.values())}, "sae")
     except ValueError as error:
         raise ValueError(_FOREIGN) from error
 

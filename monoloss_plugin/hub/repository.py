@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -112,7 +113,7 @@ def of_hub(
     revision: str | None = None,
     *,
     token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Repository:
     """Look at a repository of the Hub; where the Hub cannot be reached, at what the cache has.

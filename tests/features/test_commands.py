@@ -88,6 +88,10 @@ def test_the_encoders_with_short_names_are_listed() -> None:
             "no folder 'no-such-folder' here",
         ),
         (["extract", "{images}", "-e", "{vit}", "-o", "{images}/digit-4/004.png"], "File exists"),
+        (
+            ["extract", "{images}", "-e", "{vit}", "-o", "x", "--device", "tpu"],
+            "device: cannot use",
+        ),
         (["features", "verify", "{images}"], "no feature dataset in"),
         (["features", "info", "/no/such/folder"], "no feature dataset in"),
         (["features", "join", "x", "/no/such/folder"], "no feature dataset in /no/such/folder"),

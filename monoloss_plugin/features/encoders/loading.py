@@ -15,7 +15,7 @@ from monoloss_plugin._places import local_hint, local_path, require_folder
 
 try:
     from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 except ModuleNotFoundError as error:
     raise missing_extra(error, "vision") from error
 

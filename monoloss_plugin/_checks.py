@@ -11,6 +11,14 @@ from torch import Tensor
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def visible(text: object) -> str:
+    """Return a text of others in one line, with escapes for what a terminal would obey."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii")
+        for c in " ".join(str(text).splitlines())
+    )
+
+
 def as_tensor(value: Any, name: str) -> Tensor:
     """Return a tensor as it is, and a numpy array or a list of numbers as a tensor.
 

@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.std import tqdm
 
+from monoloss_plugin._checks import visible
+
 FAILED, INTERRUPTED = 1, 130
 """Exit codes; typer ends with 2 where the command line itself is wrong."""
 
@@ -40,14 +42,6 @@ class Output(NamedTuple):
     """For people: lines and tables."""
     failure: str = ""
     """Why the command ends with 1 though it ran to its end."""
-
-
-def visible(text: object) -> str:
-    """Return a text in one line, with signs for what a terminal would obey instead of show."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii")
-        for c in " ".join(str(text).splitlines())
-    )
 
 
 def table(*header: str, rows: Iterable[Iterable[object]]) -> Table:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from monoloss_plugin._checks import visible
 from monoloss_plugin._optional import missing_extra
 
 try:
@@ -99,12 +100,12 @@ def _of_status(error: HfHubHTTPError, repo_id: str, writing: bool) -> Exception:
         return ConnectionError("the Hub asks to wait (429, too many requests); run it again later")
     if status == 0 or status >= 500:
         return _unreachable(error, writing, f" (it answered {status})" if status else "")
-    return ValueError(f"repo_id: the Hub refuses this for {repo_id}: {error}")
+    return ValueError(f"repo_id: the Hub refuses this for {repo_id}: {visible(error)}")
 
 
 def _said(error: HfHubHTTPError) -> str:
     message = getattr(error, "server_message", None)
-    return f": {message}" if message else ""
+    return f": {visible(message)}" if message else ""
 
 
 def _may_not_write(repo_id: str) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from monoloss_plugin._checks import visible
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin._places import as_path
 from monoloss_plugin.features import FeatureSet
@@ -187,13 +188,13 @@ class _Card:
         foreign = [path for path in others if not path.endswith(".parquet")]
         if foreign:
             raise ValueError(
-                f"repo_id: {self.repo_id} holds {foreign[0]}, and datasets reads files of one kind "
-                "from a repository; take another one"
+                f"repo_id: {self.repo_id} holds {visible(foreign[0])}, and datasets reads "
+                "files of one kind from a repository; take another one"
             )
         if others and "configs" not in opened(existing.card).data:
             raise ValueError(
-                f"repo_id: {self.repo_id} holds {others[0]}, which datasets finds as long as the "
-                "card names no files; name it in the card's configs first, or take another one"
+                f"repo_id: {self.repo_id} holds {visible(others[0])}, which datasets finds "
+                "as long as the card names no files; name it in the card's configs first, or take another one"
             )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monoloss_plugin._checks import require_finite
+from monoloss_plugin._checks import require_finite, visible
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.hub.names import is_pickle
 from monoloss_plugin.hub.repository import read_json
@@ -70,8 +70,8 @@ def check(folder: Path, name: str) -> None:
             wrong = sorted(k for k in expected.keys() | shapes if expected.get(k) != shapes.get(k))
             k = wrong[0]
             raise ValueError(
-                f"{name}: {CONFIG} asks for {k} of {expected.get(k, 'no shape')}, but {WEIGHTS} "
-                f"holds {shapes.get(k, 'none')}{_hint(architecture, wrong)}"
+                f"{name}: {CONFIG} asks for {visible(k)} of {expected.get(k, 'no shape')}, "
+                f"but {WEIGHTS} holds {shapes.get(k, 'none')}{_hint(architecture, wrong)}"
             )
 
 
@@ -80,8 +80,8 @@ def refused(pickles: list[str]) -> str:
     if not pickles:
         return ""
     return (
-        f"; {', '.join(pickles[:3])} would have to be unpickled, which can run any code, and is "
-        "not read: convert a checkpoint that you trust with `monoloss convert`"
+        f"; {visible(', '.join(pickles[:3]))} would have to be unpickled, which can run any "
+        "code, and is not read: convert a checkpoint that you trust with `monoloss convert`"
     )
 
 

@@ -14,7 +14,7 @@ import sae_lens
 import torch
 from datasets import Dataset
 from markdown_it import MarkdownIt
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from monoloss_plugin import (
     list_pretrained,
@@ -120,6 +120,19 @@ def test_a_pickle_is_refused_by_name_and_not_even_fetched(hub) -> None:
     fetched = {path for method, path in hub.requests if "/resolve/" in path}
     assert fetched
     assert not [path for path in fetched if path.endswith((".pt", ".bin"))]
+
+
+def test_names_that_a_terminal_would_obey_are_escaped_in_errors(hub) -> None:
+    evil = "\x1b[2J\x9b\u202e\n"
+    hub.put(REPO, {f"one/{evil}.pt": BOMB})
+    hub.put("mallory/more", {f"one/{k}": v for k, v in FILES.items()})
+    tensors = load(FILES["sae_weights.safetensors"])
+    weights = save({**tensors, evil: torch.zeros(1)})
+    hub.put("mallory/more", {"one/sae_weights.safetensors": weights})
+    for repo in (REPO, "mallory/more"):
+        with pytest.raises((FileNotFoundError, ValueError), match=r"\\x1b\[2J\\x9b") as refused:
+            load_pretrained(repo)
+        assert str(refused.value).isprintable()
 
 
 def test_a_pickle_under_another_name_is_not_unpickled(hub) -> None:

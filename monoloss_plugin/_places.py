@@ -26,7 +26,7 @@ def local_path(place: str | os.PathLike[str]) -> Path | None:
     """
     if isinstance(place, str) and not place.startswith(_LOCAL) and place not in (".", ".."):
         return None
-    return as_path(place, "place")
+    return as_path(place, "place", "a name or a path")
 
 
 def as_path(place: Any, argument: str, expected: str = "a path") -> Path:

@@ -194,7 +194,8 @@ class _Card:
         if others and "configs" not in opened(existing.card).data:
             raise ValueError(
                 f"repo_id: {self.repo_id} holds {visible(others[0])}, which datasets finds "
-                "as long as the card names no files; name it in the card's configs first, or take another one"
+                "as long as the card names no files; name it in the card's configs first, or take "
+                "another one"
             )
 
 

@@ -12,6 +12,14 @@ _MOST = 2**31 - 1
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def visible(text: object) -> str:
+    """Return a text of others in one line, with escapes for what a terminal would obey."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii")
+        for c in " ".join(str(text).splitlines())
+    )
+
+
 def as_tensor(value: Any, name: str) -> Tensor:
     """Return a tensor as it is, and a numpy array or a list of numbers as a tensor.
 
@@ -127,6 +135,26 @@ def require_finite(tensor: Tensor, name: str) -> None:
         raise ValueError(f"{name}: contains NaN or infinite values; expected finite numbers")
 
 
+def as_device(device: Any) -> torch.device:
+    """Return a device that can be used now.
+
+    Raises:
+        TypeError: not a device or its name.
+        ValueError: no such device, or not on this machine.
+    """
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f"device: expected a torch.device or its name, got {_shown(device)}")
+    try:
+        return torch.empty(0, device=device).device
+    except (
+        AssertionError,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:  # without CUDA, without a driver, no such name
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise ValueError(f"device: cannot use {str(device)!r} here: {reason}") from error
+
+
 def require_choice(value: str, name: str, allowed: tuple[str, ...]) -> None:
     """Raise ValueError where an option is not one of the allowed words."""
     if not isinstance(value, str) or value not in allowed:
@@ -160,26 +188,6 @@ def require_flag(given: Any, name: str) -> None:
 def _shown(given: Any) -> str:
     """Return a value as an error shows it: short."""
     return repr(given) if isinstance(given, (str, int, float, type(None))) else type(given).__name__
-
-
-def require_device(device: torch.device | str) -> torch.device:
-    """Return a device that tensors can be moved to here.
-
-    Raises:
-        TypeError: not a device or its name.
-        ValueError: no such device, or none of that kind here.
-    """
-    if not isinstance(device, (str, torch.device)):
-        raise TypeError(f"device: expected a name such as 'cpu' or 'cuda', got {device!r}")
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        said = str(error).strip().splitlines()
-        raise ValueError(
-            f"device: cannot use {str(device)!r} here: {said[0] if said else type(error).__name__}"
-        ) from None
-    return found
 
 
 def require_share(shard: tuple[int, int]) -> tuple[int, int]:

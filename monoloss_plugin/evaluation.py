@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from monoloss_plugin._checks import (
+    as_device,
     as_labels,
     as_rows,
     as_tensor,
-    require_device,
     require_finite,
 )
 from monoloss_plugin._optional import missing_extra
@@ -172,7 +172,7 @@ def evaluate(
             "scores are too good. Score held-out features",
             stacklevel=2,
         )
-    place = require_device(device) if device is not None else _device_of(sae)
+    place = as_device(device) if device is not None else _device_of(sae)
     found, were_scaled = _score(sae, samples, scale, place, progress)
     if scale and not were_scaled and normalize is None and samples.scaling != "wanted":
         warnings.warn(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from typing import Annotated
 
@@ -15,21 +14,25 @@ try:
     from monoloss_plugin.cli.demo import demo
     from monoloss_plugin.cli.features import extract, features
     from monoloss_plugin.cli.hub import convert, pretrained, publish
+    from monoloss_plugin.cli.output import command
 except ModuleNotFoundError as error:
     sys.exit(f"monoloss: {missing_extra(error, 'cli')}")
 
 app = typer.Typer(
     help="MonoScore, MonoLoss and Top-k regularizers for sparse autoencoders.",
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted (Ctrl-C). Results go to "
+    "stdout; progress, notes and errors go to stderr. With --json, a command prints its result as "
+    "one JSON object; with --quiet, it prints nothing but errors.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(demo)
-app.command()(extract)
+command(app)(demo)
+command(app)(extract)
 app.add_typer(features, name="features")
 app.add_typer(publish, name="publish")
-app.command()(pretrained)
-app.command()(convert)
+command(app)(pretrained)
+command(app)(convert)
 
 
 @app.callback(invoke_without_command=True)
@@ -42,10 +45,5 @@ def _root(
 
 
 def main() -> None:
-    """Run the command; what the library logs goes to stderr."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("\n%(message)s"))  # past a progress bar
-    package = logging.getLogger("monoloss_plugin")
-    package.addHandler(handler)
-    package.setLevel(logging.INFO)
+    """Run the command."""
     app(prog_name="monoloss")

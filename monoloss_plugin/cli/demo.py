@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from monoloss_plugin.cli.output import Output, one_of, table
 from monoloss_plugin.losses import L1L2Ratio, LossTerm, MonoLoss, OffSupportL1
 
 REGULARIZERS: dict[str, type[OffSupportL1 | L1L2Ratio]] = {
@@ -21,7 +21,10 @@ ARCHITECTURES = ("batchtopk", "topk", "matryoshka_batchtopk", "jumprelu", "stand
 
 def demo(
     arch: Annotated[
-        str, typer.Option(help=f"SAE architecture: {', '.join(ARCHITECTURES)}.")
+        str,
+        typer.Option(
+            help=f"SAE architecture: {', '.join(ARCHITECTURES)}.", callback=one_of(*ARCHITECTURES)
+        ),
     ] = "batchtopk",
     lam: Annotated[
         float, typer.Option(help="Weight of MonoLoss, in units 'mse'; 0 leaves it out.")
@@ -37,54 +40,36 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for SAEs, figures and results.")] = Path(
         "monoloss-demo"
     ),
-) -> None:
+) -> Output:
     """Compare SAEs without and with the loss on real images: handwritten digits.
 
     Trains a small vision transformer on a split of scikit-learn's digits, then SAEs on its
     features with SAELens's own trainer, without and with the loss terms at the same seed, and
     compares them on held-out images. Needs no network, and a minute or two on two cores.
     """
-    if arch not in ARCHITECTURES:
-        raise typer.BadParameter(
-            f"expected one of {', '.join(ARCHITECTURES)}, got {arch!r}", param_hint="--arch"
-        )
     terms = _terms(lam, regularizer or [])
     if any(term.needs_selection for term in terms) and "topk" not in arch:
         raise typer.BadParameter(
             f"needs a Top-k selection; {arch} has none", param_hint="--regularizer"
         )
-    if out.exists() and not out.is_dir():
-        raise typer.BadParameter(f"{out} is a file, not a folder", param_hint="--out")
-    try:
-        from monoloss_plugin.demo.run import MEASURES, RUNS, run_demo
-    except ModuleNotFoundError as error:
-        sys.exit(f"monoloss demo: {error}")
-    result = run_demo(arch, terms, range(seeds), out)
+    from monoloss_plugin.demo.run import MEASURES, RUNS, run_demo
 
-    console = Console()
-    console.print(
-        f"\nEncoder: {result.encoder_accuracy:.1%} of the held-out digits right. "
-        f"{arch} SAE, mean ± standard deviation over {seeds} seed{'s' * (seeds > 1)}:\n"
-    )
-    table = Table("on held-out images")
+    result = run_demo(arch, terms, range(seeds), out)
     name = " + ".join(term.name for term in terms)
-    for run in RUNS:
-        table.add_column(f"{run} {name}", justify="right")
+    rows = []
     for measure, label in MEASURES.items():
-        cells = []
-        for run in RUNS:
-            mean, spread = result.mean_and_spread(run, measure)
-            cells.append(_cell(mean, spread, measure))
-        table.add_row(label, *cells)
-    console.print(table)
-    for what, path in result.files.items():
-        console.print(f"{what}: {path}", soft_wrap=True)
-    console.print(f"SAEs, for SAE.load_from_disk: {out}/seed-*/with", soft_wrap=True)
-    console.print(
+        cells = (_cell(*result.mean_and_spread(run, measure), measure) for run in RUNS)
+        rows.append((label, *cells))
+    text: list[str | Table] = [
+        f"Encoder: {result.encoder_accuracy:.1%} of the held-out digits right. "
+        f"{arch} SAE, mean ± standard deviation over {seeds} seed{'s' * (seeds > 1)}:",
+        table("on held-out images", *(f"{run} {name}" for run in RUNS), rows=rows),
+        *(f"{what}: {path}" for what, path in result.files.items()),
+        f"SAEs, for SAE.load_from_disk: {out}/seed-*/with",
         f"to publish one: monoloss publish sae {out}/seed-0/with USER/NAME --dry-run --features "
         f"{out}/features/held-out --baseline {out}/seed-0/without",
-        soft_wrap=True,
-    )
+    ]
+    return Output({**asdict(result), "folder": out}, text)
 
 
 def _cell(mean: float, spread: float, measure: str) -> str:

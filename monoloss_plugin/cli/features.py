@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from monoloss_plugin.cli.errors import readable_errors
+from monoloss_plugin.cli.output import Output, command, one_of, table
 
 _SHOWN = 5
 """Names of classes that are printed."""
@@ -52,14 +50,25 @@ def extract(
     image_id: Annotated[str | None, typer.Option(help="Column of ids; found by default.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit of the encoder's weights.")] = None,
     output: Annotated[
-        str | None, typer.Option(help="pooled (the default), cls, or mean of the patch tokens.")
+        str | None,
+        typer.Option(
+            help="pooled (the default), cls, or mean of the patch tokens.",
+            callback=one_of("pooled", "cls", "mean"),
+        ),
     ] = None,
     layer: Annotated[
         str | None, typer.Option(help="Module whose output to take, such as blocks.9.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Stored as float16 or float32.")] = "float16",
+    dtype: Annotated[
+        str,
+        typer.Option(help="Stored as float16 or float32.", callback=one_of("float16", "float32")),
+    ] = "float16",
     autocast: Annotated[
-        str | None, typer.Option(help="Run the encoder in bfloat16 or float16.")
+        str | None,
+        typer.Option(
+            help="Run the encoder in bfloat16 or float16.",
+            callback=one_of("bfloat16", "float16"),
+        ),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="A GPU where there is one, by default.")
@@ -78,117 +87,122 @@ def extract(
     max_unreadable: Annotated[
         int, typer.Option(help="Unreadable images to leave out before the run stops.")
     ] = 100,
-) -> None:
+) -> Output:
     """Encode images with a frozen encoder and store their features as a dataset.
 
     Killed at any moment, it goes on where it was when it is started again. Several processes may
     write to one folder, each with its --shard I/N.
     """
-    with readable_errors():
-        from monoloss_plugin.features.extraction import extract as run
+    from monoloss_plugin.features.extraction import extract as run
 
-        done = run(
-            source,
-            encoder,
-            out,
-            split=split,
-            config=config,
-            source_revision=source_revision,
-            streaming=streaming,
-            image=image,
-            label=label,
-            image_id=image_id,
-            revision=revision,
-            output=output,  # type: ignore[arg-type]  # checked by extract
-            layer=layer,
-            dtype=dtype,  # type: ignore[arg-type]
-            autocast=autocast,  # type: ignore[arg-type]
-            device=device,
-            batch_size=batch_size,
-            workers=workers,
-            shard=_share(shard),
-            shard_size=shard_size,
-            max_unreadable=max_unreadable,
-        )
+    done = run(
+        source,
+        encoder,
+        out,
+        split=split,
+        config=config,
+        source_revision=source_revision,
+        streaming=streaming,
+        image=image,
+        label=label,
+        image_id=image_id,
+        revision=revision,
+        output=output,  # type: ignore[arg-type]  # checked above
+        layer=layer,
+        dtype=dtype,  # type: ignore[arg-type]
+        autocast=autocast,  # type: ignore[arg-type]
+        device=device,
+        batch_size=batch_size,
+        workers=workers,
+        shard=_share(shard),
+        shard_size=shard_size,
+        max_unreadable=max_unreadable,
+    )
     rate = f", {done.images / done.seconds:.0f} a second" if done.images else ""
-    print(f"{done.images} images encoded in this run{rate}; {done.rows} in {done.folder}")
+    text = [f"{done.images} images encoded in this run{rate}; {done.rows} in {done.folder}"]
     if done.classes is not None:
-        print(f"labels: {_listed(done.classes)}")
+        text.append(f"labels: {_listed(done.classes)}")
     if done.unreadable:
-        print(f"{len(done.unreadable)} unreadable images left out:")
-        for bad in done.unreadable:
-            print(f"  {bad['image_id']}: {bad['error']}")
+        text.append(f"{len(done.unreadable)} unreadable images left out:")
+        text += [f"  {bad['image_id']}: {bad['error']}" for bad in done.unreadable]
     if not done.complete:
-        print("this share is done; the set is not complete yet, since other shares are not")
+        text.append("this share is done; the set is not complete yet, since other shares are not")
+    return Output(asdict(done), text)
 
 
-@features.command()
-def verify(folder: Annotated[Path, typer.Argument(help="A feature dataset.")]) -> None:
+@command(features)
+def verify(folder: Annotated[Path, typer.Argument(help="A feature dataset.")]) -> Output:
     """Compare every shard with its checksum; exit with 1 if one is missing, cut or altered."""
-    with readable_errors():
-        from tqdm.auto import tqdm
+    from tqdm.auto import tqdm
 
-        from monoloss_plugin.features import shards, whole
+    from monoloss_plugin.features import shards, whole
 
-        size = sum(path.stat().st_size for path in folder.glob("data-*.arrow"))
-        with tqdm(total=size, unit="B", unit_scale=True, desc="Verifying", disable=not size) as bar:
-            problems = whole.verify(folder, bar.update)
-        count, complete = len(shards.finished(folder)), shards.is_complete(folder)
-    for problem in problems:
-        print(problem)
+    size = sum(path.stat().st_size for path in folder.glob("data-*.arrow"))
+    with tqdm(total=size, unit="B", unit_scale=True, desc="Verifying", disable=not size) as bar:
+        problems = whole.verify(folder, bar.update)
+    count, complete = len(shards.finished(folder)), shards.is_complete(folder)
+    content = {"folder": folder, "shards": count, "complete": complete, "problems": problems}
     if problems:
-        print("delete an altered file, and run the extraction again to repair the set")
-        sys.exit(1)
-    print(f"{count} shards are as they were written{'' if complete else '; not complete yet'}")
+        advice = "delete an altered file, and run the extraction again to repair the set"
+        return Output(content, (), f"{'; '.join(problems)}; {advice}")
+    unfinished = "" if complete else "; not complete yet"
+    return Output(content, [f"{count} shards are as they were written{unfinished}"])
 
 
-@features.command()
-def info(folder: Annotated[Path, typer.Argument(help="A feature dataset.")]) -> None:
+@command(features)
+def info(folder: Annotated[Path, typer.Argument(help="A feature dataset.")]) -> Output:
     """Show what a feature dataset holds and what it was made with."""
-    with readable_errors():
-        from monoloss_plugin.features import FeatureSet
+    from monoloss_plugin.features import FeatureSet
 
-        opened = FeatureSet.open(folder)
-    table = Table(show_header=False)
-    table.add_row("features", f"{len(opened)} x {opened.width}, {opened.dtype}")
+    opened = FeatureSet.open(folder)
+    rows = [("features", f"{len(opened)} x {opened.width}, {opened.dtype}")]
     classes = opened.classes
     if opened.labels is not None:
-        table.add_row("labels", _listed(classes) if classes else "numbers")
+        rows.append(("labels", _listed(classes) if classes else "numbers"))
     for part in ("encoder", "source"):
         for name, value in opened.record.get(part, {}).items():
             if value is not None:
-                table.add_row(f"{part} {name}", str(value))
+                rows.append((f"{part} {name}", str(value)))
     for name in ("unreadable", "autocast", "versions"):
         if opened.record.get(name):
-            table.add_row(name, str(opened.record[name]))
-    Console().print(table)
+            rows.append((name, str(opened.record[name])))
+    content = {
+        "rows": len(opened),
+        "width": opened.width,
+        "dtype": str(opened.dtype).removeprefix("torch."),
+        "labelled": opened.labels is not None,
+        "classes": classes,
+        "record": opened.record,
+    }
+    return Output(content, [table("", "", rows=rows)])
 
 
-@features.command()
+@command(features)
 def join(
     folder: Annotated[Path, typer.Argument(help="Where the shards go.")],
     others: Annotated[list[Path], typer.Argument(help="Folders of other machines' shards.")],
-) -> None:
+) -> Output:
     """Copy the shards that other machines made of the same source into one folder."""
-    with readable_errors():
-        from monoloss_plugin.features import shards, whole
+    from monoloss_plugin.features import shards, whole
 
-        complete = whole.join(folder, others)
-    print(
-        f"{len(shards.finished(folder))} shards in {folder}, {'' if complete else 'not '}complete"
-    )
+    complete = whole.join(folder, others)
+    count = len(shards.finished(folder))
+    content = {"folder": folder, "shards": count, "complete": complete}
+    return Output(content, [f"{count} shards in {folder}, {'' if complete else 'not '}complete"])
 
 
-@features.command()
-def encoders() -> None:
+@command(features)
+def encoders() -> Output:
     """List the encoders that have short names."""
-    with readable_errors():
-        from monoloss_plugin.features.encoders import SHORT_NAMES
-    table = Table("name", "width", "weights", "revision", "what")
-    for name, pinned in SHORT_NAMES.items():
-        revision = pinned.revision or "by name"
-        table.add_row(name, str(pinned.width), pinned.name, revision, pinned.about)
-    Console().print(table)
+    from monoloss_plugin.features.encoders import SHORT_NAMES
+
+    rows = [
+        (name, pinned.width, pinned.name, pinned.revision or "by name", pinned.about)
+        for name, pinned in SHORT_NAMES.items()
+    ]
+    header = ("name", "width", "weights", "revision", "what")
+    content = {"encoders": [dict(zip(header, row, strict=True)) for row in rows]}
+    return Output(content, [table(*header, rows=rows)])
 
 
 def _listed(classes: list[str]) -> str:

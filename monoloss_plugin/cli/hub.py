@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import sys
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.filesize import decimal
-from rich.markup import escape
-from rich.table import Column, Table
 
-from monoloss_plugin.cli.errors import readable_errors
+from monoloss_plugin._places import local_path, require_folder
+from monoloss_plugin.cli.output import Output, command, one_of, table
 
 if TYPE_CHECKING:
     from monoloss_plugin.evaluation import Evaluation
@@ -41,7 +39,7 @@ _DryRun = Annotated[
 _Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.")]
 
 
-@publish.command()
+@command(publish)
 def sae(
     folder: Annotated[
         Path, typer.Argument(help="An SAE: what SAELens's save_inference_model wrote.")
@@ -79,40 +77,39 @@ def sae(
     private: _Private = False,
     overwrite: _Overwrite = False,
     dry_run: _DryRun = False,
-) -> None:
+) -> Output:
     """Publish an SAE; with --features, its measurements and their picture too."""
-    with readable_errors():
-        from monoloss_plugin.features import FeatureSet
-        from monoloss_plugin.hub import publish_sae
+    from monoloss_plugin.features import FeatureSet
+    from monoloss_plugin.hub import publish_sae
 
-        if baseline is not None and features is None:
-            raise ValueError("--baseline: needs --features to measure it on")
-        opened = None if features is None else FeatureSet.open(features)
-        measured, compared = (
-            None if opened is None or one is None else _measured(one, opened, raw)
-            for one in (folder, baseline)
-        )
-        done = publish_sae(
-            folder,
-            repository,
-            sae_id=name,
-            evaluation=measured,
-            baseline=compared,
-            features=opened,
-            unit_norm=False if raw else None,
-            take_any_norm=take_any_norm,
-            license=license,
-            base_model=base_model,
-            dataset=dataset,
-            tags=tag or (),
-            private=private,
-            overwrite=overwrite,
-            dry_run=dry_run,
-        )
-    _show(done, f"SAE.from_pretrained({done.repo_id!r}, {done.name!r})")
+    if baseline is not None and features is None:
+        raise typer.BadParameter("needs --features to measure it on", param_hint="--baseline")
+    opened = None if features is None else FeatureSet.open(features)
+    measured, compared = (
+        None if opened is None or one is None else _measured(one, opened, raw)
+        for one in (folder, baseline)
+    )
+    done = publish_sae(
+        folder,
+        repository,
+        sae_id=name,
+        evaluation=measured,
+        baseline=compared,
+        features=opened,
+        unit_norm=False if raw else None,
+        take_any_norm=take_any_norm,
+        license=license,
+        base_model=base_model,
+        dataset=dataset,
+        tags=tag or (),
+        private=private,
+        overwrite=overwrite,
+        dry_run=dry_run,
+    )
+    return _output(done, f"SAE.from_pretrained({done.repo_id!r}, {done.name!r})")
 
 
-@publish.command()
+@command(publish)
 def features(
     folder: Annotated[Path, typer.Argument(help="A feature dataset, of monoloss extract.")],
     repository: _Repository,
@@ -130,24 +127,25 @@ def features(
     private: _Private = False,
     overwrite: _Overwrite = False,
     dry_run: _DryRun = False,
-) -> None:
+) -> Output:
     """Publish features as a dataset of Parquet files."""
-    with readable_errors():
-        from monoloss_plugin.hub import publish_features
+    from monoloss_plugin.hub import publish_features
 
-        done = publish_features(
-            folder,
-            repository,
-            split=split,
-            config=config,
-            license=license,
-            source_dataset=source_dataset,
-            tags=tag or (),
-            private=private,
-            overwrite=overwrite,
-            dry_run=dry_run,
-        )
-    _show(done, f"datasets.load_dataset({done.repo_id!r}, {config!r}, split={done.name!r})")
+    done = publish_features(
+        folder,
+        repository,
+        split=split,
+        config=config,
+        license=license,
+        source_dataset=source_dataset,
+        tags=tag or (),
+        private=private,
+        overwrite=overwrite,
+        dry_run=dry_run,
+    )
+    return _output(
+        done, f"datasets.load_dataset({done.repo_id!r}, {config!r}, split={done.name!r})"
+    )
 
 
 def pretrained(
@@ -156,29 +154,29 @@ def pretrained(
         typer.Argument(help="USER/NAME on the Hub, digits (bundled), or a folder from ./ or / on."),
     ],
     revision: _Revision = None,
-) -> None:
+) -> Output:
     """List the SAEs of a repository."""
-    with readable_errors():
-        from monoloss_plugin.hub import list_pretrained
+    from monoloss_plugin.hub import list_pretrained
 
-        is_folder = repository.startswith((".", "/", "~"))
-        found = list_pretrained(
-            Path(repository).expanduser() if is_folder else repository, revision
-        )
+    found = list_pretrained(local_path(repository) or repository, revision)
     if not found:
-        sys.exit(f"monoloss: {repository} holds no SAE in SAELens's format")
-    table = Table(Column("SAE", no_wrap=True), "size", "losses", "R²", "MonoScore", "bytes")
+        raise FileNotFoundError(f"{repository} holds no SAE in SAELens's format")
+    rows = []
     for one in found:
         losses = [f"{term.get('name')} {term.get('lam')}" for term in one.record.losses]
         metrics = (one.record.metrics.get(name) for name in ("r2", "monoscore"))
-        table.add_row(
-            one.sae_id,
-            f"{one.d_in} to {one.d_sae}",
-            escape(", ".join(losses)) or "none",
-            *("" if value is None else f"{value:.3f}" for value in metrics),
-            decimal(one.size),
+        rows.append(
+            (
+                one.sae_id,
+                f"{one.d_in} to {one.d_sae}",
+                ", ".join(losses) or "none",
+                *("" if value is None else f"{value:.3f}" for value in metrics),
+                decimal(one.size),
+            )
         )
-    Console().print(table)
+    header = ("SAE", "size", "losses", "R²", "MonoScore", "bytes")
+    content = {"repository": repository, "saes": [asdict(one) for one in found]}
+    return Output(content, [table(*header, rows=rows)])
 
 
 def convert(
@@ -188,7 +186,11 @@ def convert(
     out: Annotated[Path, typer.Argument(help="A new folder for the SAE.")],
     library: Annotated[
         str,
-        typer.Option("--from", help="Who wrote it: monoloss, dictionary-learning, overcomplete."),
+        typer.Option(
+            "--from",
+            help="Who wrote it: monoloss, dictionary-learning, overcomplete.",
+            callback=one_of("monoloss", "dictionary-learning", "overcomplete"),
+        ),
     ],
     features: Annotated[
         Path | None,
@@ -204,29 +206,30 @@ def convert(
     threshold: Annotated[
         float | None, typer.Option(help="Of overcomplete's BatchTopKSAE: its running_threshold.")
     ] = None,
-) -> None:
+) -> Output:
     """Convert another library's SAE to SAELens's format, to load or publish it."""
-    with readable_errors():
-        from monoloss_plugin import convert as converters
+    from monoloss_plugin import convert as converters
 
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise FileExistsError(f"out: {out} is there already; give a new folder")
-        if library == "monoloss":
-            batches = None if features is None else _batches(features)
-            converted = converters.from_monoloss(source, features=batches)
-        elif library == "dictionary-learning":
-            converted = converters.from_dictionary_learning(source, dict_class=dict_class)
-        elif library == "overcomplete":
-            converted = converters.from_overcomplete(
-                source, sae_class=dict_class, top_k=top_k, threshold=threshold
-            )
-        else:
-            raise ValueError(
-                f"--from: expected monoloss, dictionary-learning or overcomplete, got {library!r}"
-            )
-        converted.save_model(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"out: {out} is there already; give a new folder")
+    if library == "monoloss":
+        batches = None if features is None else _batches(features)
+        converted = converters.from_monoloss(source, features=batches)
+    elif library == "dictionary-learning":
+        converted = converters.from_dictionary_learning(source, dict_class=dict_class)
+    else:
+        converted = converters.from_overcomplete(
+            source, sae_class=dict_class, top_k=top_k, threshold=threshold
+        )
+    converted.save_model(out)
     cfg = converted.cfg
-    print(f"{cfg.architecture()}, {cfg.d_in} to {cfg.d_sae} latents: {out}")
+    content = {
+        "folder": out,
+        "architecture": cfg.architecture(),
+        "d_in": cfg.d_in,
+        "d_sae": cfg.d_sae,
+    }
+    return Output(content, [f"{cfg.architecture()}, {cfg.d_in} to {cfg.d_sae} latents: {out}"])
 
 
 def _batches(folder: Path) -> Any:
@@ -244,24 +247,22 @@ def _measured(folder: Path, features: FeatureSet, raw: bool) -> Evaluation:
     from monoloss_plugin.hub.publishing_saes import of_record
     from monoloss_plugin.hub.sae_folder import load
 
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no such folder: {folder}")
+    require_folder(folder, "sae")
     raw = raw or of_record(folder).inputs == "as they are"
     batches = FeatureBatches(features, shuffle="none", drop_last=False, normalize=not raw)
     return evaluate(load(folder, str(folder)), batches, progress=True)
 
 
-def _show(done: Publication, loading: str) -> None:
-    table = Table("file", "size", "")
-    for file in done.files:
-        table.add_row(file.path, decimal(file.size), file.change)
-    Console().print(table)
+def _output(done: Publication, loading: str) -> Output:
+    files = [(file.path, decimal(file.size), file.change) for file in done.files]
     size = decimal(done.size)
     if done.commit is None:
-        print(f"dry run: {size} would be uploaded to {done.url}")
-        return
-    if done.size:
-        print(f"{size} uploaded to {done.url} (commit {done.commit[:8]})")
+        said = [f"dry run: {size} would be uploaded to {done.url}"]
+    elif done.size:
+        said = [f"{size} uploaded to {done.url} (commit {done.commit[:8]})"]
     else:
-        print(f"{done.url} has all of it already")
-    print(f"load it: {loading}")
+        said = [f"{done.url} has all of it already"]
+    if done.commit is not None:
+        said.append(f"load it: {loading}")
+    content = {**asdict(done), "size": done.size, "loading": loading}
+    return Output(content, [table("file", "size", "", rows=files), *said])

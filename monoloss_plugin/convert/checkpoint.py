@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monoloss_plugin._checks import require_finite
+from monoloss_plugin._checks import require_finite, visible
+from monoloss_plugin._places import require_file
 
 _GLOBAL = re.compile(r"GLOBAL (\S+)")
 """Where torch names what it will not unpickle."""
@@ -20,16 +21,15 @@ def read_checkpoint(path: Path) -> Any:
     """Read tensors and plain values; nothing that would run code is unpickled.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError, IsADirectoryError: no such file.
         ValueError: not a checkpoint, or one that holds objects of other classes.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"source: no such file: {path}")
+    require_file(path, "source")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file makes torch.load raise all kinds
         found = _GLOBAL.search(str(error))
-        held = f" (it holds {found[1]})" if found else ""
+        held = f" (it holds {visible(found[1])})" if found else ""
         raise ValueError(
             f"source: {path.name} is no checkpoint of tensors and plain values, and what else it "
             f"may hold{held} is not unpickled, since that could run any code; where it is yours, "
@@ -75,7 +75,7 @@ class Weights:
             ValueError: not there, not a tensor of numbers, or of another shape.
         """
         if key not in self._left:
-            has = ", ".join(sorted(map(str, self._left))[:12])
+            has = self._named_left()
             raise ValueError(f"{self._name}: no {key} in it; it has {has}")
         tensor = self._left.pop(key)
         if not isinstance(tensor, Tensor) or tensor.is_complex():
@@ -130,5 +130,8 @@ class Weights:
     def finish(self) -> None:
         """Raise ValueError where tensors are left over: this is another format."""
         if self._left:
-            left = ", ".join(sorted(map(str, self._left))[:12])
+            left = self._named_left()
             raise ValueError(f"{self._name}: {left}: tensors that this format does not have")
+
+    def _named_left(self) -> str:
+        return visible(", ".join(sorted(map(str, self._left))[:12]))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from monoloss_plugin._optional import missing_extra
+from monoloss_plugin._places import as_path
 from monoloss_plugin.convert.checkpoint import Weights, read_checkpoint, whole
 from monoloss_plugin.convert.to_sae_lens import sae_of
 
@@ -43,7 +44,7 @@ def from_dictionary_learning(
         ValueError: a class that SAELens has no like of, tensors that do not fit it, or a file that
             holds more than tensors and plain values.
     """
-    path = Path(source)
+    path = as_path(source, "source")
     path = path / _WEIGHTS if path.is_dir() else path
     config = _config(path.parent / _CONFIG)
     name = dict_class or config.get("dict_class")

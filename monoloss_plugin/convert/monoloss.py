@@ -6,9 +6,9 @@ BatchTopK, vanilla ReLU and JumpReLU after Bussmann et al. 2024, TopK after Gao 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from monoloss_plugin._checks import as_rows
 from monoloss_plugin._optional import missing_extra
+from monoloss_plugin._places import as_path
 from monoloss_plugin.batch import Batch
 from monoloss_plugin.convert.checkpoint import Weights, read_checkpoint, whole
 from monoloss_plugin.convert.to_sae_lens import sae_of
@@ -57,7 +58,7 @@ def from_monoloss(
 
     Source: Nasiri-Sarvi et al. 2026, appendix B.
     """
-    checkpoint = read_checkpoint(Path(source))
+    checkpoint = read_checkpoint(as_path(source, "source"))
     if not isinstance(checkpoint, Mapping) or not {"model_state_dict", "config"} <= set(checkpoint):
         raise ValueError("source: expected a checkpoint with model_state_dict and config")
     config = checkpoint["config"]
@@ -137,7 +138,10 @@ def _terms(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
     try:
         lam = float(lam)
     except (TypeError, ValueError):
-        raise ValueError(f"source: expected a number as mono_coef, got {lam!r}") from None
+        lam = math.nan
+    if not math.isfinite(lam):
+        given = config["mono_coef"]
+        raise ValueError(f"source: expected a finite number as mono_coef, got {given!r}")
     if lam <= 0:
         return {}
     # The paper weighs it against another reconstruction term for TopK.

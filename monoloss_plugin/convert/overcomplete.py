@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from monoloss_plugin._optional import missing_extra
+from monoloss_plugin._places import as_path
 from monoloss_plugin.convert.checkpoint import Weights, read_checkpoint, whole
 from monoloss_plugin.convert.to_sae_lens import just_below, sae_of
 
@@ -67,10 +68,7 @@ def from_overcomplete(
         ValueError: one that SAELens has no like of, a BatchTopKSAE without its threshold, or a file
             that is no state dict of the class.
     """
-    if isinstance(source, (str, os.PathLike)):
-        kind = _require_kind([sae_class or "none given"])
-        parts = _of_state(Path(source), kind, threshold)
-    elif isinstance(source, nn.Module):
+    if isinstance(source, nn.Module):
         kind = _require_kind(
             [c.__name__ for c in type(source).__mro__ if c.__module__.startswith("overcomplete.")]
         )
@@ -79,7 +77,9 @@ def from_overcomplete(
         parts = _of_module(frozen, kind)
         top_k = getattr(frozen, "top_k", None)
     else:
-        raise TypeError(f"source: expected an SAE of overcomplete, got {type(source).__name__}")
+        path = as_path(source, "source", "an SAE of overcomplete or a file")
+        kind = _require_kind([sae_class or "none given"])
+        parts = _of_state(path, kind, threshold)
     tensors = {
         "W_enc": parts.encoder.T.contiguous(),
         "W_dec": parts.dictionary.contiguous(),

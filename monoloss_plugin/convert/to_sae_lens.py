@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from monoloss_plugin._checks import require_finite
 from monoloss_plugin._optional import missing_extra
 
 try:
@@ -32,7 +33,12 @@ def sae_of(
         converted_from: the library that they come from, for the SAE's metadata.
         terms: loss terms it was trained with, for the SAE's metadata.
         settings: of the architecture's configuration, such as ``k``.
+
+    Raises:
+        ValueError: a tensor that is not finite.
     """
+    for key, tensor in tensors.items():
+        require_finite(tensor, f"source: {key}")
     sae_class, config_class = get_sae_class(architecture)
     d_sae, d_in = tensors["W_dec"].shape
     config = config_class(d_in=d_in, d_sae=d_sae, device="meta", **settings)

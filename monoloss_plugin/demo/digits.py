@@ -5,7 +5,6 @@ The way is the one for any images: files in class folders, an encoder by its nam
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ try:
 except ModuleNotFoundError as error:
     raise missing_extra(error, "demo") from error
 
+from monoloss_plugin._places import without
 from monoloss_plugin.features import FeatureSet
 from monoloss_plugin.features.extraction import extract
 
@@ -68,7 +68,7 @@ def digit_features(out: Path, seed: int = 0) -> DigitFeatures:
         seed: of the split, the weights and the order of batches.
     """
     for earlier in ("images", "encoder", "features"):
-        shutil.rmtree(out / earlier, ignore_errors=True)
+        without(out / earlier)
     for split, numbers in _split(seed).items():
         _write_images(out / "images" / split, numbers)
     train, held_out = (out / "images" / split for split in SPLITS)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from monoloss_plugin._places import require_folder, without
 from monoloss_plugin.demo.digits import digit_features
 from monoloss_plugin.demo.pictures import (
     BAND,
@@ -66,11 +67,14 @@ def run_demo(
         seeds: one pair of SAEs for each.
         out: a folder, made if it is not there.
     """
+    if out.exists():
+        require_folder(out, "out")
     out.mkdir(parents=True, exist_ok=True)
     data = digit_features(out)
     evaluations: dict[str, list[Evaluation]] = {run: [] for run in RUNS}
     summaries: dict[str, list[dict[str, float]]] = {run: [] for run in RUNS}
     for seed in seeds:
+        without(sae_folder(out, seed, RUNS[0]).parent)
         for run in RUNS:
             print(f"{architecture}, seed {seed}, {run} {' + '.join(t.name for t in terms)}")
             folder = sae_folder(out, seed, run)
@@ -101,7 +105,7 @@ def run_demo(
     features, _ = unit_rows(data.held_out.tensor(), torch.float32)
     _draw(result, data.held_out_images, features, evaluations, out)
     serialisable = {k: v for k, v in asdict(result).items() if k != "files"}
-    result.files["results"].write_text(json.dumps(serialisable, indent=2) + "\n")
+    without(result.files["results"]).write_text(json.dumps(serialisable, indent=2) + "\n")
     return result
 
 
@@ -121,7 +125,7 @@ def _draw(
     name = " + ".join(str(term["name"]) for term in result.terms)
     curves = {f"{run} {name}": [e.monoscore.curve() for e in evaluations[run]] for run in RUNS}
     figure = curves_figure(curves, title=f"{result.architecture} SAE, held-out digits")
-    figure.savefig(result.files["curves"], dpi=150)
+    figure.savefig(without(result.files["curves"]), dpi=150)
 
     scored = []
     for run in RUNS:
@@ -137,4 +141,4 @@ def _draw(
             result.files.pop(file)
             continue
         figure = activating_images_figure(pairs, images, count=BAND, title=f"{name}: {title}")
-        figure.savefig(result.files[file], dpi=150)
+        figure.savefig(without(result.files[file]), dpi=150)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from monoloss_plugin._checks import require_at_least, require_choice, require_share
+from monoloss_plugin._checks import as_device, require_at_least, require_choice, require_share
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.features import shards, whole
 from monoloss_plugin.features.encoders import Encoder, Output, load_encoder
@@ -265,7 +265,7 @@ def _share(shard: tuple[int, int] | None) -> tuple[int, int]:
 
 def _device(device: torch.device | str | None) -> torch.device:
     if device is not None:
-        return torch.device(device)
+        return as_device(device)
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")

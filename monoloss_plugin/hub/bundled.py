@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+from monoloss_plugin._places import local_hint, local_path, require_place
+from monoloss_plugin.hub.names import require_text
 from monoloss_plugin.hub.repository import Kind, Repository, of_folder, of_hub
 
 _FOLDER = Path(__file__).parent / "bundled_data"
@@ -18,35 +21,48 @@ def folder_of(name: str) -> Path:
 
 
 def open_named(
-    repo_id: str | Path,
+    repo_id: str | os.PathLike[str],
     kind: Kind,
     revision: str | None = None,
     *,
     token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Repository:
-    """Open a repository by its name on the Hub, a bundled name, or the ``Path`` of a folder.
+    """Open a repository by its name on the Hub, a bundled name, or a local folder.
 
     Raises:
+        TypeError: an argument of another kind.
         FileNotFoundError: no such folder or repository, or a name that is neither.
         ValueError, PermissionError, ConnectionError: as
             :func:`~monoloss_plugin.hub.repository.of_hub`.
     """
-    if isinstance(repo_id, Path):
-        return of_folder(repo_id)
-    if repo_id in BUNDLED:
-        return of_folder(folder_of(repo_id) / f"{kind}s", repo_id)
-    if isinstance(repo_id, str) and "/" not in repo_id:
+    require_place(repo_id, "repo_id")
+    require_text(revision, "revision")
+    if cache_dir is not None:
+        require_place(cache_dir, "cache_dir")
+    folder = local_path(repo_id)
+    if folder is not None:
+        return of_folder(folder)
+    name = str(repo_id)
+    if name in BUNDLED:
+        return of_folder(folder_of(name) / f"{kind}s", name)
+    hint = local_hint(name)
+    if "/" not in name:
         raise FileNotFoundError(
-            f"repo_id: expected 'user/name', a Path, or one of {', '.join(BUNDLED)}, which are "
-            f"bundled; got {repo_id!r}"
+            f"repo_id: expected 'user/name', a folder, or one of {', '.join(BUNDLED)}, which are "
+            f"bundled; got {name!r}{hint}"
         )
-    return of_hub(
-        repo_id,
-        kind,
-        revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-    )
+    try:
+        return of_hub(
+            name,
+            kind,
+            revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+    except (OSError, ValueError) as error:
+        if not hint:
+            raise
+        raise type(error)(f"{error}{hint}") from error

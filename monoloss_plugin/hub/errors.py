@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from monoloss_plugin._checks import visible
 from monoloss_plugin._optional import missing_extra
 
 try:
@@ -36,6 +38,9 @@ def explained(repo_id: str, *, writing: bool = False) -> Iterator[None]:
         ChangedMeanwhileError: the repository is no longer what it was.
         ConnectionError: the Hub cannot be reached, or fails.
     """
+    client = logging.getLogger("huggingface_hub.utils._http")
+    level = client.level
+    client.setLevel(logging.ERROR)  # two lines for each of its tries; the error says it in one
     try:
         yield
     except GatedRepoError as error:
@@ -68,6 +73,8 @@ def explained(repo_id: str, *, writing: bool = False) -> Iterator[None]:
         if type(reason) is RuntimeError or (broken and not isinstance(reason, ValueError)):
             raise _unreachable(reason, writing) from error
         raise
+    finally:
+        client.setLevel(level)
 
 
 def _status_of(error: HfHubHTTPError) -> int:
@@ -93,12 +100,12 @@ def _of_status(error: HfHubHTTPError, repo_id: str, writing: bool) -> Exception:
         return ConnectionError("the Hub asks to wait (429, too many requests); run it again later")
     if status == 0 or status >= 500:
         return _unreachable(error, writing, f" (it answered {status})" if status else "")
-    return ValueError(f"repo_id: the Hub refuses this for {repo_id}: {error}")
+    return ValueError(f"repo_id: the Hub refuses this for {repo_id}: {visible(error)}")
 
 
 def _said(error: HfHubHTTPError) -> str:
     message = getattr(error, "server_message", None)
-    return f": {message}" if message else ""
+    return f": {visible(message)}" if message else ""
 
 
 def _may_not_write(repo_id: str) -> str:

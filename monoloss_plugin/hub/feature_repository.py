@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.features import FeatureSet
 from monoloss_plugin.hub.bundled import open_named
-from monoloss_plugin.hub.names import DATA, is_inside
+from monoloss_plugin.hub.names import DATA, is_inside, require_text
 from monoloss_plugin.hub.record import described_features
 from monoloss_plugin.hub.repository import Repository
 
@@ -28,13 +28,13 @@ _PARQUET = re.compile(r"(.+)/(\w+(?:\.\w+)*)-(\d{5})-of-(\d{5})\.parquet")
 
 
 def load_features(
-    repo_id: str | Path,
+    repo_id: str | os.PathLike[str],
     split: str | None = None,
     *,
     config: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> FeatureSet:
     """Load a published split of features.
@@ -43,8 +43,8 @@ def load_features(
     cannot be reached.
 
     Args:
-        repo_id: ``user/name`` on the Hub; ``"digits"``, which is bundled; or a ``Path`` of a folder
-            that is laid out like a repository.
+        repo_id: ``user/name`` on the Hub; ``"digits"``, which is bundled; or a folder laid out like
+            a repository, as a ``Path`` or a string such as ``"./folder"``.
         split: such as ``"train"``; may be left out where there is only one.
         config: which of the repository's feature sets, where there are several.
         revision: a branch, tag or commit.
@@ -57,8 +57,10 @@ def load_features(
         :func:`~monoloss_plugin.evaluation.evaluate`.
 
     Raises:
+        TypeError: an argument of another kind.
         FileNotFoundError: no such repository, split or configuration.
-        ValueError: several of them and none is chosen, or Parquet files without features.
+        ValueError: several of them and none is chosen, Parquet files without features, or
+            labels beyond the classes that they name.
         PermissionError: the Hub asks for a token, or for its conditions to be accepted.
         ConnectionError: the Hub cannot be reached, and the features are not in the cache.
 
@@ -66,6 +68,8 @@ def load_features(
         >>> load_features("digits", "train")
         FeatureSet(1198 x 64, torch.float16)
     """
+    require_text(split, "split")
+    require_text(config, "config")
     repository = open_named(
         repo_id,
         "dataset",
@@ -88,7 +92,11 @@ def load_features(
     except (ValueError, DatasetGenerationError) as error:
         reason = error.__cause__ or error
         raise ValueError(f"{repository.name}: {paths[0]} is not Parquet: {reason}") from error
-    return FeatureSet(dataset, _record(repository, record_path) if has_record else None)
+    record = _record(repository, record_path) if has_record else None
+    try:
+        return FeatureSet(dataset, record)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{repository.name}: {paths[0]}: {error}") from error
 
 
 def config_folder(config: str) -> str:

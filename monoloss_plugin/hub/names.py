@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from monoloss_plugin._optional import missing_extra
+from monoloss_plugin._places import kind_of
 
 try:
     from huggingface_hub.errors import HFValidationError
@@ -24,6 +26,32 @@ _SPLIT = re.compile(r"\w+(\.\w+)*", re.ASCII)
 _LONGEST, _LONGEST_SPLIT = 200, 64
 
 
+def require_text(text: Any, argument: str) -> None:
+    """Raise an error for an optional argument that is neither None nor a string with something in.
+
+    Raises:
+        TypeError: another kind.
+        ValueError: an empty string.
+    """
+    if text is None:
+        return
+    if not isinstance(text, str):
+        raise TypeError(f"{argument}: expected a string, got {kind_of(text)}")
+    if not text:
+        raise ValueError(f"{argument}: expected a string, got an empty one; leave it out instead")
+
+
+def require_texts(texts: Any, argument: str) -> list[str]:
+    """Return a list of strings.
+
+    Raises:
+        TypeError: a string alone, or something else.
+    """
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(one, str) for one in texts):
+        raise TypeError(f"{argument}: expected a list of strings, got {texts!r}")
+    return list(texts)
+
+
 def require_repo_id(repo_id: str) -> str:
     """Return the name of a repository, ``user/name``.
 
@@ -32,7 +60,7 @@ def require_repo_id(repo_id: str) -> str:
         ValueError: not such a name.
     """
     if not isinstance(repo_id, str):
-        raise TypeError(f"repo_id: expected 'user/name', got {type(repo_id).__name__}")
+        raise TypeError(f"repo_id: expected 'user/name', got {kind_of(repo_id)}")
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -50,7 +78,7 @@ def require_inside(name: str, argument: str) -> str:
         ValueError: it could leave its folder, or holds what a path should not.
     """
     if not isinstance(name, str):
-        raise TypeError(f"{argument}: expected a string, got {type(name).__name__}")
+        raise TypeError(f"{argument}: expected a string, got {kind_of(name)}")
     if not is_inside(name):
         raise ValueError(
             f"{argument}: expected names of letters, digits and _=+.,@- with / between them, and "
@@ -76,10 +104,13 @@ def require_token(token: str | bool | None) -> str | bool | None:
     """Return a token without the blanks around it that files and environments leave.
 
     Raises:
+        TypeError: not a string, True or False.
         PermissionError: signs that no token has; they are not shown.
     """
-    if not isinstance(token, str):
+    if token is None or isinstance(token, bool):
         return token
+    if not isinstance(token, str):
+        raise TypeError(f"token: expected a string, got {kind_of(token)}")
     token = token.strip()
     if not re.fullmatch(r"[\w.-]+", token, re.ASCII):
         raise PermissionError("token: expected letters, digits and underscores; it is not shown")

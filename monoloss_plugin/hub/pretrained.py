@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from monoloss_plugin._checks import as_device
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.hub import sae_folder
 from monoloss_plugin.hub.bundled import BUNDLED, open_named
@@ -62,14 +64,14 @@ class Listed:
 
 
 def load_pretrained(
-    repo_id: str | Path,
+    repo_id: str | os.PathLike[str],
     sae_id: str | None = None,
     revision: str | None = None,
     *,
     device: torch.device | str = "cpu",
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Pretrained:
     """Load a published SAE.
@@ -78,8 +80,8 @@ def load_pretrained(
     is taken. What was loaded once is loaded from the cache where the Hub cannot be reached.
 
     Args:
-        repo_id: ``user/name`` on the Hub; ``"digits"``, which is bundled; or a ``Path`` of a folder
-            that is laid out like a repository.
+        repo_id: ``user/name`` on the Hub; ``"digits"``, which is bundled; or a folder laid out like
+            a repository, as a ``Path`` or a string such as ``"./folder"``.
         sae_id: which of its SAEs; may be left out where there is only one, and of
             ``"digits"``, which then gives the one with MonoLoss.
         revision: a branch, tag or commit of the repository.
@@ -90,9 +92,10 @@ def load_pretrained(
         local_files_only: do not ask the Hub.
 
     Raises:
+        TypeError: an argument of another kind.
         FileNotFoundError: no such repository, SAE or bundled name.
-        ValueError: several SAEs and no ``sae_id``, no such revision, or an SAE that
-            is not what it says.
+        ValueError: several SAEs and no ``sae_id``, no such revision, a device that is not there,
+            or an SAE that is not what it says, or whose weights are not finite.
         PermissionError: the Hub asks for a token, or for its conditions to be accepted.
         ConnectionError: the Hub cannot be reached, and the SAE is not in the cache.
 
@@ -101,6 +104,7 @@ def load_pretrained(
         >>> loaded.record.lam, loaded.sae.cfg.d_sae
         (0.003, 256)
     """
+    dtype, device = _dtype_name(dtype), as_device(device)
     repository = open_named(
         repo_id,
         "model",
@@ -112,10 +116,14 @@ def load_pretrained(
     sae_id = _chosen(repository, repo_id, sae_id)
     folder = repository.fetch(p for p in _paths(sae_id) if p in repository) / sae_id
     name = repository.name if sae_id == ROOT else f"{repository.name}/{sae_id}"
-    sae = sae_folder.load(folder, name, device=str(torch.device(device)), dtype=dtype)
+    record = _record(repository, sae_id)
+    sae = sae_folder.load(folder, name, device=str(device), dtype=dtype)
+    own = sae.cfg.metadata["monoloss"] or {}
+    if record.inputs and isinstance(own, dict):  # published before the SAE itself said so
+        sae.cfg.metadata["monoloss"] = {"inputs": record.inputs, **own}
     return Pretrained(
         sae=sae,
-        record=_record(repository, sae_id),
+        record=record,
         repo_id=str(repo_id),
         sae_id=sae_id,
         revision=repository.commit,
@@ -124,11 +132,11 @@ def load_pretrained(
 
 
 def list_pretrained(
-    repo_id: str | Path,
+    repo_id: str | os.PathLike[str],
     revision: str | None = None,
     *,
     token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> list[Listed]:
     """List the SAEs of a repository, by name, without their weights.
@@ -141,7 +149,7 @@ def list_pretrained(
         local_files_only: as there.
 
     Raises:
-        FileNotFoundError, ValueError, PermissionError, ConnectionError: as there.
+        TypeError, FileNotFoundError, ValueError, PermissionError, ConnectionError: as there.
 
     Examples:
         >>> for one in list_pretrained("digits"):
@@ -205,7 +213,16 @@ def sae_ids(repository: Repository) -> list[str]:
     return sorted(sae_id for sae_id in whole if sae_id == ROOT or is_inside(sae_id))
 
 
-def _chosen(repository: Repository, repo_id: str | Path, sae_id: str | None) -> str:
+def _dtype_name(dtype: Any) -> str | None:
+    """Return a dtype's name, as SAELens takes it."""
+    name = str(dtype).removeprefix("torch.")
+    found = getattr(torch, name, None)
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(f"dtype: expected one such as 'float32', got {dtype!r}")
+    return None if dtype is None else name
+
+
+def _chosen(repository: Repository, repo_id: str | os.PathLike[str], sae_id: str | None) -> str:
     """Return the name of the SAE to load, which is there."""
     there = sae_ids(repository)
     has = f"it has {_some(there)}" if there else "it has none"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from monoloss_plugin._checks import visible
 from monoloss_plugin._optional import missing_extra
+from monoloss_plugin._places import as_path
 from monoloss_plugin.features import FeatureSet
 from monoloss_plugin.hub.cards import images_on_hub, opened
 from monoloss_plugin.hub.dataset_card import PublishedSplit, dataset_card
@@ -28,10 +29,13 @@ from monoloss_plugin.hub.names import (
     require_hub_name,
     require_repo_id,
     require_split,
+    require_text,
+    require_texts,
 )
 from monoloss_plugin.hub.publication import Existing, Publication, Staged, Target, publish
 from monoloss_plugin.hub.record import described_features
 from monoloss_plugin.hub.repository import of_folder, of_hub
+from monoloss_plugin.hub.staging import staging
 
 try:
     from datasets import Dataset
@@ -95,8 +99,13 @@ def publish_features(
     """
     require_repo_id(repo_id)
     require_config(config)
-    if isinstance(tags, str):
-        raise TypeError(f"tags: expected a list of them, got {tags!r}")
+    tags = require_texts(tags, "tags")
+    for argument, given in (
+        ("split", split),
+        ("license", license),
+        ("source_dataset", source_dataset),
+    ):
+        require_text(given, argument)
     features = _opened(dataset)
     if not len(features):
         raise ValueError("dataset: expected at least one row, got none")
@@ -105,11 +114,10 @@ def publish_features(
     source = source_dataset or images_on_hub(described["source"])
     metadata = {
         "license": license,
-        "tags": list(tags),
+        "tags": tags,
         "source_datasets": [require_hub_name(source, "source_dataset")] if source else [],
     }
-    with tempfile.TemporaryDirectory() as folder:
-        staged = Path(folder)
+    with staging() as staged:
         stage_features(features, staged, config=config, split=split)
         card = _Card(staged, repo_id, config, metadata, token)
         done = publish(
@@ -180,13 +188,14 @@ class _Card:
         foreign = [path for path in others if not path.endswith(".parquet")]
         if foreign:
             raise ValueError(
-                f"repo_id: {self.repo_id} holds {foreign[0]}, and datasets reads files of one kind "
-                "from a repository; take another one"
+                f"repo_id: {self.repo_id} holds {visible(foreign[0])}, and datasets reads "
+                "files of one kind from a repository; take another one"
             )
         if others and "configs" not in opened(existing.card).data:
             raise ValueError(
-                f"repo_id: {self.repo_id} holds {others[0]}, which datasets finds as long as the "
-                "card names no files; name it in the card's configs first, or take another one"
+                f"repo_id: {self.repo_id} holds {visible(others[0])}, which datasets finds "
+                "as long as the card names no files; name it in the card's configs first, or take "
+                "another one"
             )
 
 
@@ -194,5 +203,5 @@ def _opened(dataset: FeatureSet | Dataset | str | os.PathLike[str]) -> FeatureSe
     if isinstance(dataset, FeatureSet):
         return dataset
     if isinstance(dataset, (str, os.PathLike)):
-        return FeatureSet.open(dataset)
+        return FeatureSet.open(as_path(dataset, "dataset"))
     return FeatureSet(dataset)

@@ -17,11 +17,18 @@ from torch import Tensor
 
 from monoloss_plugin import __version__
 from monoloss_plugin._optional import missing_extra
+from monoloss_plugin._places import as_path, require_folder
 from monoloss_plugin.evaluation import Evaluation
 from monoloss_plugin.hub import sae_folder
 from monoloss_plugin.hub.cards import encoder_on_hub, images_on_hub
 from monoloss_plugin.hub.model_card import CURVES, model_card
-from monoloss_plugin.hub.names import require_hub_name, require_inside, require_repo_id
+from monoloss_plugin.hub.names import (
+    require_hub_name,
+    require_inside,
+    require_repo_id,
+    require_text,
+    require_texts,
+)
 from monoloss_plugin.hub.pretrained import listed
 from monoloss_plugin.hub.publication import CARD, Existing, Publication, Staged, Target, publish
 from monoloss_plugin.hub.record import (
@@ -30,11 +37,12 @@ from monoloss_plugin.hub.record import (
     SAERecord,
     described_features,
     finite,
-    is_term,
     record_from,
+    record_in,
     write_record,
 )
 from monoloss_plugin.hub.repository import of_folder, of_hub, read_json
+from monoloss_plugin.hub.staging import staging
 
 try:
     from sae_lens import SAE
@@ -52,8 +60,6 @@ FILES = (sae_folder.CONFIG, sae_folder.WEIGHTS, sae_folder.SPARSITY, RECORD, CUR
 
 _SCALABLE = ("standard", "topk", "abstopk", "jumprelu", "gated", "matching_pursuit")
 """Architectures whose outputs are of the scale of their inputs."""
-
-_FOREIGN = "sae: its metadata.monoloss is not what this package writes there"
 
 _NEVER = 1e-10
 """What SAELens adds to the share of samples before it takes the logarithm."""
@@ -130,13 +136,14 @@ def publish_sae(
     require_repo_id(repo_id)
     if sae_id is not None:
         _require_folder(sae_id)
-    if isinstance(tags, str):
-        raise TypeError(f"tags: expected a list of them, got {tags!r}")
+    tags = require_texts(tags, "tags")
+    require_text(license, "license")
+    if features is not None:
+        _require_features(features)
     for argument, given in (("base_model", base_model), ("dataset", dataset)):
         if given is not None:
             require_hub_name(given, argument)
-    with tempfile.TemporaryDirectory() as folder:
-        staged = Path(folder)
+    with staging() as staged:
         sae_id = stage_sae(
             sae,
             staged,
@@ -152,7 +159,7 @@ def publish_sae(
         dataset = dataset or images_on_hub(record.dataset)
         metadata = {
             "license": license,
-            "tags": list(tags),
+            "tags": tags,
             "base_model": [base_model] if base_model else [],
             "datasets": [dataset] if dataset else [],
         }
@@ -186,14 +193,15 @@ def stage_sae(
         # Written and loaded again: what is published is what others will load.
         sae_folder.write(given.sae, folder)
         plain = sae_folder.load(folder, "sae")
-        inputs = _inputs(given.record, unit_norm)
+        record = _record(given.record, plain, evaluation, baseline, features)
+        inputs = _inputs(record, unit_norm)
         if take_any_norm:
             plain = _taking_any_norm(plain, inputs)
             inputs = "as they are"
             sae_folder.write(plain, folder)
-        record = _record(given.record, plain, evaluation, baseline, features)
         record = replace(record, inputs=inputs)
         write_record(record, folder)
+        sae_folder.note_inputs(folder, inputs)
         sparsity = given.sparsity
         if isinstance(evaluation, Evaluation):
             sparsity = torch.log10(evaluation.frequency.float() + _NEVER)
@@ -222,12 +230,8 @@ class _Given:
 def _given(sae: SAE[Any] | str | Path) -> _Given:
     if isinstance(sae, SAE):
         return _Given(sae)
-    if not isinstance(sae, (str, Path)):
-        got = f"the class {sae.__name__}" if isinstance(sae, type) else type(sae).__name__
-        raise TypeError(f"sae: expected a SAELens SAE or a folder, got {got}")
-    folder = Path(sae)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"sae: no such folder: {folder}")
+    folder = as_path(sae, "sae", "a SAELens SAE or a folder")
+    require_folder(folder, "sae")
     loaded = sae_folder.load(folder, str(folder))
     sparsity = sae_folder.sparsity_of(folder, str(folder), loaded.cfg.d_sae)
     picture = folder / CURVES
@@ -286,12 +290,12 @@ def _record(
     features: FeatureSet | None,
 ) -> SAERecord:
     """Return what is known of an SAE: from the SAE, the features and the measurements."""
-    of_adapter = sae.cfg.metadata["monoloss"] or {}
-    terms, converted = _of_adapter(of_adapter)
+    own = record_in(sae)
     record = replace(
         known,
-        losses=terms or known.losses,
-        converted_from=converted or known.converted_from,
+        losses=own.losses or known.losses,
+        inputs=known.inputs or own.inputs,
+        converted_from=own.converted_from or known.converted_from,
         versions={
             "monoloss_plugin": __version__,
             "sae_lens": version("sae-lens"),
@@ -316,28 +320,21 @@ def _record(
     )
 
 
-def _of_adapter(said: Any) -> tuple[list[dict[str, Any]], str | None]:
-    """Return the loss terms, and the library converted from, of an SAE's own metadata."""
-    terms = said.get("terms", {}) if isinstance(said, Mapping) else None
-    converted = said.get("converted_from") if isinstance(said, Mapping) else None
-    if not isinstance(terms, Mapping) or not isinstance(converted, str | None):
-        raise ValueError(_FOREIGN)
-    found = []
-    for term in terms.values():
-        if not isinstance(term, dict) or not is_term(term):
-            raise ValueError(_FOREIGN)
-        found.append(term)
-    return found, converted
-
-
 def _inputs(known: SAERecord, unit_norm: bool | None) -> Inputs:
     """Return what the SAE takes, as it was said or is known."""
     if unit_norm is None:
         return known.inputs or "unit norm"
     said: Inputs = "unit norm" if unit_norm else "as they are"
     if known.inputs not in (None, said):
-        raise ValueError(f"unit_norm: the folder's {RECORD} says that it takes {known.inputs!r}")
+        raise ValueError(f"unit_norm: the SAE's own record says that it takes {known.inputs!r}")
     return said
+
+
+def _require_features(features: Any) -> None:
+    from monoloss_plugin.features import FeatureSet
+
+    if not isinstance(features, FeatureSet):
+        raise TypeError(f"features: expected a FeatureSet, got {features!r}")
 
 
 def _require_folder(sae_id: str) -> str:

@@ -12,6 +12,8 @@ from typing import Any, Literal, get_args
 RECORD = "monoloss.json"
 FORMAT = 1
 
+_FOREIGN = "sae: its metadata.monoloss is not what this package writes there"
+
 Inputs = Literal["unit norm", "as they are"]
 
 
@@ -75,6 +77,23 @@ def record_from(content: Mapping[str, Any], name: str) -> SAERecord:
             raise ValueError(f"{name}: {part.name} is not what a record holds there: {given!r}")
         known[part.name] = given
     return SAERecord(**known)
+
+
+def record_in(sae: Any) -> SAERecord:
+    """Return what a SAELens SAE's own metadata say: its loss terms, inputs and origin.
+
+    Raises:
+        ValueError: there is something else under our name.
+    """
+    said = sae.cfg.metadata["monoloss"] or {}
+    terms = said.get("terms", {}) if isinstance(said, Mapping) else None
+    if not isinstance(terms, Mapping):
+        raise ValueError(_FOREIGN)
+    own = {name: said.get(name) for name in ("inputs", "converted_from")}
+    try:
+        return record_from({**own, "losses": list(terms.values())}, "sae")
+    except ValueError as error:
+        raise ValueError(_FOREIGN) from error
 
 
 def described_features(record: Mapping[str, Any]) -> dict[str, Any]:

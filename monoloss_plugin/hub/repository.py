@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 from monoloss_plugin import __version__
 from monoloss_plugin._optional import missing_extra
+from monoloss_plugin._places import require_folder
 from monoloss_plugin.hub.errors import explained
 from monoloss_plugin.hub.names import require_repo_id, require_token
 
@@ -99,10 +101,9 @@ def of_folder(folder: Path, name: str | None = None) -> Repository:
     """Take a folder for a repository.
 
     Raises:
-        FileNotFoundError: no such folder.
+        FileNotFoundError, NotADirectoryError: no such folder.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no such folder: {folder}")
+    require_folder(folder, "repo_id")
     return Repository(name or str(folder), None, _sizes(folder), lambda _: folder)
 
 
@@ -112,7 +113,7 @@ def of_hub(
     revision: str | None = None,
     *,
     token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Repository:
     """Look at a repository of the Hub; where the Hub cannot be reached, at what the cache has.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from monoloss_plugin._checks import require_finite, visible
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.hub.names import is_pickle
 from monoloss_plugin.hub.repository import read_json
@@ -68,8 +70,8 @@ def check(folder: Path, name: str) -> None:
             wrong = sorted(k for k in expected.keys() | shapes if expected.get(k) != shapes.get(k))
             k = wrong[0]
             raise ValueError(
-                f"{name}: {CONFIG} asks for {k} of {expected.get(k, 'no shape')}, but {WEIGHTS} "
-                f"holds {shapes.get(k, 'none')}{_hint(architecture, wrong)}"
+                f"{name}: {CONFIG} asks for {visible(k)} of {expected.get(k, 'no shape')}, "
+                f"but {WEIGHTS} holds {shapes.get(k, 'none')}{_hint(architecture, wrong)}"
             )
 
 
@@ -78,8 +80,8 @@ def refused(pickles: list[str]) -> str:
     if not pickles:
         return ""
     return (
-        f"; {', '.join(pickles[:3])} would have to be unpickled, which can run any code, and is "
-        "not read: convert a checkpoint that you trust with `monoloss convert`"
+        f"; {visible(', '.join(pickles[:3]))} would have to be unpickled, which can run any "
+        "code, and is not read: convert a checkpoint that you trust with `monoloss convert`"
     )
 
 
@@ -87,13 +89,15 @@ def load(folder: Path, name: str, *, device: str = "cpu", dtype: str | None = No
     """Check a folder, and load its SAE with SAELens.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`check`.
+        FileNotFoundError, ValueError: as :func:`check`, or weights that are not finite.
     """
     check(folder, name)
     try:
         sae: SAE[Any] = SAE.load_from_disk(folder, device=device, dtype=dtype)
     except Exception as error:  # of settings before SAELens 6, only the sizes are compared above
         raise ValueError(f"{name}: SAELens cannot load it: {error!r}") from error
+    for key, tensor in sae.state_dict().items():
+        require_finite(tensor, f"{name}/{WEIGHTS}: {key}")
     if sae.cfg.normalize_activations == "expected_average_only_in":
         logger.warning(
             "%s: its inputs' scale was never folded into the weights; it takes inputs that are "
@@ -136,6 +140,14 @@ def sparsity_of(folder: Path, name: str, d_sae: int) -> Tensor | None:
         raise ValueError(f"{name}/{SPARSITY}: expected {_SPARSITY} of ({d_sae},), found {found}")
     with _opened(path, path.name) as tensors:
         return torch.as_tensor(tensors.get_tensor(_SPARSITY))
+
+
+def note_inputs(folder: Path, inputs: str) -> None:
+    """Write into an SAE's own metadata what it takes, for those who load it with SAELens alone."""
+    config = read_json(folder / CONFIG)
+    metadata = config["metadata"]
+    metadata["monoloss"] = {**(metadata.get("monoloss") or {}), "inputs": inputs}
+    (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
 
 
 def trained_as(config: dict[str, Any]) -> str:

@@ -125,7 +125,7 @@ def test_features_that_do_not_fit_are_named(tmp_path, digits) -> None:
         (digits[:, :7], ValueError, "features: expected width 64, the checkpoint's, got 7"),
         (digits[:0], ValueError, "expected at least one sample"),
         ([], ValueError, "expected at least one sample"),
-        (["a"], TypeError, "features: expected a torch.Tensor, got str"),
+        (["a"], TypeError, "features: expected a tensor.* got str"),
     ):
         with pytest.raises(error, match=said):
             from_monoloss(path, features=features)
@@ -138,7 +138,7 @@ def test_settings_that_a_command_line_left_as_words(tmp_path, digits) -> None:
         sae = from_monoloss(path)
         assert sae.cfg.normalize_activations == expected
         assert sae.cfg.metadata.monoloss["terms"]["monoloss"]["lam"] == 3e-4
-    with pytest.raises(ValueError, match="expected a number as mono_coef, got 'much'"):
+    with pytest.raises(ValueError, match="expected a finite number as mono_coef, got 'much'"):
         from_monoloss(save(tmp_path / "v.pt", untied(), "vanilla", mono_coef="much"))
 
 

@@ -74,11 +74,21 @@ def test_every_architecture_runs(arch, tmp_path, monkeypatch) -> None:
 def test_regularizers_alone_and_over_two_seeds(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(digits, "_EPOCHS", 2)
     monkeypatch.setattr(saes, "_STEPS", 100)
-    arguments = ["demo", "--lam", "0", "--seeds", "2", "--out", str(tmp_path)]
+    mine, out = tmp_path / "mine", tmp_path / "out"
+    for folder in (mine, out):
+        folder.mkdir()
+    (mine / "thesis").write_text("all of it")
+    for name in ("curves.png", "results.json"):  # somebody has put links where files go
+        (out / name).symlink_to(mine / "thesis")
+    for name in ("images", "encoder", "features", "seed-0"):
+        (out / name).symlink_to(mine)
+    arguments = ["demo", "--lam", "0", "--seeds", "2", "--out", str(out)]
     arguments += ["--regularizer", "off-support-l1=0.5", "--regularizer", "l1_l2_ratio"]
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 0, result.output
-    results = json.loads((tmp_path / "results.json").read_text())
+    assert [file.name for file in mine.iterdir()] == ["thesis"]
+    assert (mine / "thesis").read_text() == "all of it"
+    results = json.loads((out / "results.json").read_text())
     assert [(term["name"], term["lam"]) for term in results["terms"]] == [
         ("off_support_l1", 0.5),
         ("l1_l2_ratio", 0.002),

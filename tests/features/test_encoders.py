@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub.constants
 import open_clip
 import pytest
 import timm
@@ -95,17 +100,22 @@ def test_open_clip_pooled_is_encode_image(encoders, digit_images) -> None:
 
 
 def test_open_clip_takes_a_file_of_weights_for_a_known_architecture(tmp_path) -> None:
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
+    text = {"context_length": 8, "vocab_size": 16, "width": 16, "heads": 2, "layers": 1}
+    config = {"embed_dim": 8, "vision_cfg": vision, "text_cfg": text}
+    (tmp_path / "tiny-resnet.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path)
     torch.manual_seed(1)
-    model = open_clip.create_model("RN50")
-    weights = tmp_path / "rn50.pt"
+    model = open_clip.create_model("tiny-resnet")
+    weights = tmp_path / "weights.pt"
     torch.save(model.state_dict(), weights)
-    encoder = load_encoder(f"open_clip:RN50/{weights}")
+    encoder = load_encoder(f"open_clip:tiny-resnet/{weights}")
     image = Image.new("RGB", (40, 30), (200, 30, 90))
     with torch.no_grad():
         expected = model.eval().encode_image(encoder.preprocess(image)[None])
     torch.testing.assert_close(features_of(encoder, [image]), expected)
     with pytest.raises(ValueError, match="offers no last hidden state"):
-        load_encoder(f"open_clip:RN50/{weights}", output="mean")
+        load_encoder(f"open_clip:tiny-resnet/{weights}", output="mean")
 
 
 @pytest.mark.parametrize("name", ["transformers:{}/transformers/vit", "timm:local-dir:{}/timm/vit"])
@@ -156,7 +166,6 @@ def test_the_checksum_of_weights_tells_encoders_apart(encoders, tmp_path) -> Non
         ({"name": "clip"}, "expected one of clip-vit-l14"),
         ({"name": "keras:vit"}, "LIBRARY:NAME with one of open_clip"),
         ({"name": "timm:"}, "LIBRARY:NAME"),
-        ({"name": "transformers:/no/such/folder"}, "no such folder: /no/such/folder"),
         ({"name": "open_clip:ViT-L-14"}, "WEIGHTS with a file or one of openai"),
         ({"name": "open_clip:ViT-Z-1/openai"}, "no architecture 'ViT-Z-1'"),
         ({"name": "open_clip:ViT-L-14/openai", "revision": "abc"}, "hf-hub: names only"),
@@ -179,9 +188,135 @@ def test_a_class_token_where_there_is_none_is_refused(encoders, digit_images) ->
         features_of(encoder, digit_images[:2])
 
 
-def test_a_folder_without_a_model_is_named(tmp_path) -> None:
-    with pytest.raises(ValueError, match="Unrecognized model in"):
-        load_encoder(f"transformers:{tmp_path}")
+@pytest.mark.parametrize("library", ["transformers", "timm", "open_clip"])
+def test_a_string_with_a_beginning_of_a_path_is_a_folder(library, encoders, monkeypatch) -> None:
+    monkeypatch.chdir(encoders / library)
+    short = load_encoder(f"{library}:./vit")
+    own = "" if library == "transformers" else "local-dir:"
+    assert short.record == load_encoder(f"{library}:{own}{encoders}/{library}/vit").record
+    assert short.record["name"] == "vit"
+    with pytest.raises(FileNotFoundError, match="encoder: no such folder: none"):
+        load_encoder(f"{library}:./none")
+    with pytest.raises(NotADirectoryError, match=r"config.json is a file; give a folder"):
+        load_encoder(f"{library}:{encoders}/timm/vit/config.json")
+
+
+@pytest.mark.parametrize("library", ["transformers", "timm", "open_clip"])
+def test_a_folder_here_does_not_change_what_a_name_means(library, encoders, monkeypatch) -> None:
+    monkeypatch.chdir(encoders / library)
+    with pytest.raises((ValueError, OSError), match=r"for the local 'vit', write '\./vit'"):
+        load_encoder(f"{library}:vit" if library != "open_clip" else "open_clip:vit/openai")
+
+
+@pytest.mark.parametrize("library", ["transformers", "timm", "open_clip"])
+@pytest.mark.parametrize("other", ["transformers", "timm", "open_clip", "none"])
+def test_the_folder_of_another_library_names_it(library, other, encoders, tmp_path) -> None:
+    if library == other:
+        return
+    folder = tmp_path if other == "none" else encoders / other / "vit"
+    with pytest.raises(ValueError, match=f"is no folder of {library}") as refused:
+        load_encoder(f"{library}:{folder}")
+    advice = f"{other} has written it: {other}:{folder}"
+    assert (advice in str(refused.value)) == (other != "none")
+
+
+def damaged(source: Path, folder: Path, endings: tuple[str, ...], content: bytes | None) -> Path:
+    """A copy of an encoder's folder in which files hold something else, or half of themselves."""
+    shutil.copytree(source, folder)
+    for file in folder.iterdir():
+        if file.name.endswith(endings):
+            there = file.read_bytes()
+            file.write_bytes(there[: len(there) // 2] if content is None else content)
+    return folder
+
+
+@pytest.mark.parametrize("library", ["transformers", "timm", "open_clip"])
+@pytest.mark.parametrize("content", [None, b"", b"\0" * 64], ids=["half", "empty", "zeros"])
+def test_damaged_weights_are_one_line(library, content, encoders, tmp_path, capfd) -> None:
+    folder = damaged(
+        encoders / library / "vit", tmp_path / "bad", (".safetensors", ".bin"), content
+    )
+    capfd.readouterr()
+    with pytest.raises(ValueError, match=f"encoder: {library} cannot load") as refused:
+        load_encoder(f"{library}:{folder}")
+    assert "\n" not in str(refused.value)
+    assert not capfd.readouterr().err
+
+
+def with_code(folder: Path, config: dict[str, object]) -> None:
+    """A repository that asks for code of its own to be run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text("open('ran', 'w')\nclass C: pass\n")
+
+
+@pytest.fixture
+def answers_yes(tmp_path, monkeypatch) -> Iterator[None]:
+    """Somebody who says yes to every question; none may be asked, and no code be run."""
+    asked: list[object] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda *text: asked.append(text) or "y")
+    yield
+    assert not asked
+    assert not (tmp_path / "ran").exists()
+
+
+AUTO = dict.fromkeys(("AutoConfig", "AutoModel", "AutoImageProcessor"), "code.C")
+
+
+def test_code_of_a_repository_is_not_run_and_nobody_is_asked(
+    encoders, tmp_path, answers_yes
+) -> None:
+    with_code(tmp_path / "mine", {"model_type": "mine", "auto_map": AUTO})
+    with pytest.raises(ValueError, match="needs code of its own repository, which is not run"):
+        load_encoder("transformers:./mine")
+    # A known type is loaded by the library's own code.
+    known = tmp_path / "vit"
+    shutil.copytree(encoders / "transformers" / "vit", known)
+    for name in ("config.json", "preprocessor_config.json"):
+        config = json.loads((known / name).read_text())
+        (known / name).write_text(json.dumps({**config, "auto_map": AUTO}))
+    assert load_encoder("transformers:./vit").record["name"] == "vit"
+
+
+def test_code_of_open_clips_text_tower_is_not_run(encoders, tmp_path, answers_yes) -> None:
+    with_code(tmp_path / "text", {"model_type": "mine", "auto_map": AUTO})
+    source = encoders / "open_clip" / "vit"
+    config = json.loads((source / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"] = {"hf_model_name": str(tmp_path / "text")}
+    content = json.dumps(config).encode()
+    damaged(source, tmp_path / "bad", ("open_clip_config.json",), content)
+    with pytest.raises(ValueError, match="needs code of its own repository, which is not run"):
+        load_encoder("open_clip:./bad")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "transformers:alice/vit",
+        "timm:hf-hub:alice/vit",
+        "timm:resnet18.a1_in1k",
+        "open_clip:hf-hub:alice/vit",
+        "open_clip:RN50/openai",
+    ],
+)
+def test_without_the_hub_an_encoder_fails_at_once_in_one_line(name, monkeypatch, capfd) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("waited for another try"))
+    with pytest.raises(ConnectionError, match="encoder: the Hub cannot be reached, and") as failed:
+        load_encoder(name)
+    assert "\n" not in str(failed.value)
+    assert not capfd.readouterr().err
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+def test_names_that_are_none() -> None:
+    for wrong in (None, 3, b"vit-l16", Path("vit"), ["vit"], SHORT_NAMES.__class__):
+        with pytest.raises(TypeError, match="encoder: expected a name, got"):
+            load_encoder(wrong)
+    for wrong in ("", "timm", ":", "timm:"):
+        with pytest.raises(ValueError, match="encoder: expected one of"):
+            load_encoder(wrong)
 
 
 def test_a_checkpoint_without_the_image_tower_is_refused(tmp_path, encoders) -> None:

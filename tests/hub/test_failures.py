@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import signal
+import tempfile
 import traceback
 
 import huggingface_hub
 import pytest
 import torch
 
-from monoloss_plugin import list_pretrained, load_pretrained, publish_sae
+from monoloss_plugin import (
+    list_pretrained,
+    load_features,
+    load_pretrained,
+    publish_features,
+    publish_sae,
+)
 from monoloss_plugin.hub.bundled import folder_of
+from monoloss_plugin.hub.staging import staging
 from tests.hub.conftest import use_cache
 from tests.hub.server import OWNER_TOKEN, READ_TOKEN, Fault
 
@@ -97,10 +107,12 @@ def puts(hub) -> int:
     ],
     ids=lambda fault: f"{fault.path.strip('/')} {fault.action}",
 )
-def test_a_failed_upload_leaves_nothing_and_can_be_run_again(fault, hub) -> None:
+def test_a_failed_upload_leaves_nothing_and_can_be_run_again(fault, hub, capfd) -> None:
     hub.faults.append(fault)
     with pytest.raises(ConnectionError, match="the Hub"):
         publish_sae(ONE, REPO)
+    said = capfd.readouterr().err
+    assert not [one for one in ("thrown while", "Retrying", "HTTP Error") if one in said]
     if hub.repos:
         assert list(hub.files(REPO)) == [".gitattributes"]
     hub.faults.clear()
@@ -278,3 +290,45 @@ def test_what_the_clients_transfer_raises_is_no_connection(hub, monkeypatch) -> 
     monkeypatch.setattr("huggingface_hub.HfApi.create_commit", fail)
     with pytest.raises(ConnectionError, match="Data processing error: storage said no; run it"):
         publish_sae(ONE, REPO)
+
+
+def publish_in_a_process_that_is_killed(hub) -> None:
+    """Publish in another process, which is killed for good when all but the commit is done."""
+    process = multiprocessing.get_context("fork").Process(target=publish_alone)
+    hub.faults.append(Fault("POST", "/commit/", "drop", before=lambda: process.kill()))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def publish_alone() -> None:
+    torch.set_num_threads(1)  # the threads of the process before it are not here
+    publish_sae(ONE, REPO)
+
+
+def test_what_a_killed_run_leaves_the_next_one_sweeps(hub, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    publish_in_a_process_that_is_killed(hub)
+    (left,) = tmp_path.glob("monoloss-publish-*")
+    assert list(left.rglob("sae_weights.safetensors"))
+    assert list(hub.files(REPO)) == [".gitattributes"]
+    hub.faults.clear()
+    publish_features(load_features("digits", "train"), "alice/set", dry_run=True)
+    assert not list(tmp_path.glob("monoloss-*"))
+    assert publish_sae(ONE, REPO).commit == hub.repos["model", REPO].refs["main"]
+    assert not list(tmp_path.glob("monoloss-*"))
+
+
+def test_a_run_at_work_and_planted_links_are_left_alone(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis").touch()
+    (tmp_path / "monoloss-publish-link").symlink_to(mine)
+    with staging() as first, staging() as second:
+        (first / "file").touch()
+        with staging():
+            assert (first / "file").exists()
+            assert second.is_dir()
+    assert (mine / "thesis").exists()
+    assert not first.exists()

@@ -208,7 +208,7 @@ def test_bad_arguments_are_named(tmp_path, hub) -> None:
         ({"split": "Prüfung"}, ValueError, "split: expected up to 64 letters"),
         ({"split": "x" * 65}, ValueError, "split: expected up to 64 letters"),
         ({"source_dataset": "a b"}, ValueError, "source_dataset: "),
-        ({"tags": "abc"}, TypeError, "tags: expected a list of them"),
+        ({"tags": "abc"}, TypeError, "tags: expected a list of strings"),
         ({"config": "../clip"}, ValueError, "config: expected names"),
         ({"config": "data"}, ValueError, "config: expected one name without /, and not .data."),
         ({"config": "a/b"}, ValueError, "config: expected one name without /"),

@@ -17,7 +17,7 @@ import sae_lens
 import torch
 from huggingface_hub import ModelCard, RepoCard
 from sae_lens import SAE
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from monoloss_plugin import (
     MonoLoss,
@@ -25,8 +25,10 @@ from monoloss_plugin import (
     list_pretrained,
     load_features,
     load_pretrained,
+    publish_features,
     publish_sae,
 )
+from monoloss_plugin.convert import from_dictionary_learning, from_monoloss, from_overcomplete
 from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.features import FeatureBatches, FeatureSet
 from monoloss_plugin.hub.bundled import folder_of
@@ -359,8 +361,108 @@ def test_dtype_and_folders(tmp_path) -> None:
     assert torch.equal(loaded.sae.W_dec.float(), stored["W_dec"])
     with pytest.raises(FileNotFoundError, match="no such folder"):
         load_pretrained(tmp_path / "nothing")
-    with pytest.raises(FileNotFoundError, match="expected 'user/name', a Path, or one of digits"):
+    with pytest.raises(FileNotFoundError, match="expected 'user/name', a folder, or one of digits"):
         load_pretrained("digit")
+
+
+def test_a_string_is_a_folder_by_its_beginning_alone(tmp_path, monkeypatch, hub) -> None:
+    monkeypatch.chdir(DIGITS.parent)
+    for folder in ("./models", "../digits/models", str(DIGITS)):
+        assert len(list_pretrained(folder)) == 2
+        assert load_pretrained(folder, WITH).record.lam == 0.003
+    with pytest.raises(FileNotFoundError, match=r"for the local 'models', write '\./models'"):
+        load_pretrained("models")
+    monkeypatch.chdir(DIGITS.parent.parent)
+    with pytest.raises(FileNotFoundError, match="for the local 'digits/models', write"):
+        list_pretrained("digits/models")
+    with pytest.raises(NotADirectoryError, match=r"repo_id: .*cfg.json is a file; give a folder"):
+        load_pretrained(DIGITS / WITH / "cfg.json")
+    with pytest.raises(NotADirectoryError, match=r"sae: .*cfg.json is a file; give a folder"):
+        publish_sae(DIGITS / WITH / "cfg.json", REPO)
+
+
+def test_an_sae_says_what_it_takes_to_sae_lens_alone(images, tmp_path, hub) -> None:
+    sae = trained("topk", images)
+    publish_sae(sae, REPO, sae_id="unit")
+    publish_sae(sae, REPO, sae_id="raw", unit_norm=False)
+    assert sae.cfg.metadata.monoloss is None or "inputs" not in sae.cfg.metadata.monoloss
+    for name, inputs in (("unit", "unit norm"), ("raw", "as they are")):
+        loaded = load_pretrained(REPO, name)
+        assert loaded.record.inputs == loaded.sae.cfg.metadata.monoloss["inputs"] == inputs
+        assert SAE.from_pretrained(REPO, name).cfg.metadata.monoloss["inputs"] == inputs
+    publish_sae(load_pretrained(REPO, "raw").sae, REPO, sae_id="again")
+    assert load_pretrained(REPO, "again").record.inputs == "as they are"
+    for name in (WITH, WITHOUT):
+        cfg = SAE.load_from_disk(DIGITS / name).cfg
+        assert cfg.metadata.monoloss["inputs"] == "unit norm"
+
+
+def test_what_an_sae_takes_comes_from_its_record_where_it_does_not_say(tmp_path) -> None:
+    shutil.copytree(DIGITS / WITH, tmp_path / "one")
+    config = json.loads((tmp_path / "one" / "cfg.json").read_text())
+    del config["metadata"]["monoloss"]["inputs"]
+    (tmp_path / "one" / "cfg.json").write_text(json.dumps(config))
+    metadata = load_pretrained(tmp_path).sae.cfg.metadata.monoloss
+    assert metadata["inputs"] == "unit norm"
+    assert "monoloss" in metadata["terms"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value, tmp_path, hub) -> None:
+    shutil.copytree(DIGITS / WITH, tmp_path / "one")
+    weights = load_file(tmp_path / "one" / "sae_weights.safetensors")
+    weights["W_dec"][3, 5] = value
+    save_file(weights, tmp_path / "one" / "sae_weights.safetensors")
+    for use in (lambda: load_pretrained(tmp_path), lambda: publish_sae(tmp_path / "one", REPO)):
+        with pytest.raises(ValueError, match=r"one/sae_weights.safetensors: W_dec: contains NaN"):
+            use()
+    sae = load_pretrained("digits").sae
+    sae.b_enc.data[0] = value
+    with pytest.raises(ValueError, match=r"sae/sae_weights.safetensors: b_enc: contains NaN"):
+        publish_sae(sae, REPO)
+    assert not hub.repos
+
+
+KINDS = [None, int, 3, 2.5, [1], b"digits", "", {}, torch.zeros(2)]
+
+
+@pytest.mark.parametrize("wrong", KINDS, ids=repr)
+def test_arguments_of_the_wrong_kind_are_named(wrong, hub) -> None:
+    features = load_features("digits", "train")
+    good = DIGITS / WITH
+    calls = {
+        "repo_id": [
+            load_pretrained,
+            list_pretrained,
+            load_features,
+            lambda repo_id: publish_sae(good, repo_id),
+            lambda repo_id: publish_features(features, repo_id),
+        ],
+        "sae": [lambda sae: publish_sae(sae, REPO)],
+        "dataset": [lambda dataset: publish_features(dataset, REPO)],
+        "sae_id": [lambda sae_id: load_pretrained("digits", sae_id)],
+        "revision": [lambda revision: load_pretrained("digits", revision=revision)],
+        "split": [
+            lambda split: load_features("digits", split),
+            lambda split: publish_features(features, REPO, split=split),
+        ],
+        "config": [lambda config: publish_features(features, REPO, config=config)],
+        "dtype": [lambda dtype: load_pretrained("digits", dtype=dtype)],
+        "device": [lambda device: load_pretrained("digits", device=device)],
+        "tags": [lambda tags: publish_sae(good, REPO, tags=tags)],
+        "license": [lambda given: publish_features(features, REPO, license=given)],
+        "features": [lambda given: publish_sae(good, REPO, features=given)],
+        "evaluation": [lambda given: publish_sae(good, REPO, evaluation=given)],
+        "source": [from_monoloss, from_dictionary_learning, from_overcomplete],
+    }
+    optional = ("sae_id", "revision", "split", "dtype", "license", "features", "evaluation")
+    for argument, uses in calls.items():
+        if (wrong is None and argument in optional) or (wrong == {} and argument == "evaluation"):
+            continue
+        for use in uses:
+            with pytest.raises((TypeError, ValueError), match=rf"\b{argument}: "):
+                use(wrong)
+    assert not hub.repos
 
 
 @pytest.mark.parametrize(
@@ -564,6 +666,6 @@ def test_bad_names_and_devices(hub) -> None:
     ):
         with pytest.raises(error, match=said):
             publish_sae(DIGITS / WITH, REPO, **arguments)
-    with pytest.raises(RuntimeError, match="tpu7"):
+    with pytest.raises(ValueError, match="device: cannot use 'tpu7' here"):
         load_pretrained("digits", device="tpu7")
     assert not hub.requests

@@ -6,11 +6,15 @@ import json
 import pickle
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import sae_lens
 import torch
+from datasets import Dataset
 from markdown_it import MarkdownIt
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from monoloss_plugin import (
     list_pretrained,
@@ -116,6 +120,19 @@ def test_a_pickle_is_refused_by_name_and_not_even_fetched(hub) -> None:
     fetched = {path for method, path in hub.requests if "/resolve/" in path}
     assert fetched
     assert not [path for path in fetched if path.endswith((".pt", ".bin"))]
+
+
+def test_names_that_a_terminal_would_obey_are_escaped_in_errors(hub) -> None:
+    evil = "\x1b[2J\x9b\u202e\n"
+    hub.put(REPO, {f"one/{evil}.pt": BOMB})
+    hub.put("mallory/more", {f"one/{k}": v for k, v in FILES.items()})
+    tensors = load(FILES["sae_weights.safetensors"])
+    weights = save({**tensors, evil: torch.zeros(1)})
+    hub.put("mallory/more", {"one/sae_weights.safetensors": weights})
+    for repo in (REPO, "mallory/more"):
+        with pytest.raises((FileNotFoundError, ValueError), match=r"\\x1b\[2J\\x9b") as refused:
+            load_pretrained(repo)
+        assert str(refused.value).isprintable()
 
 
 def test_a_pickle_under_another_name_is_not_unpickled(hub) -> None:
@@ -278,6 +295,23 @@ def test_a_hostile_record_changes_nothing_but_its_own_cells(text, hub) -> None:
         assert not [link for link in links if "evil" in str(link)]
         headings = [t for t in tokens if t.type == "heading_open"]
         assert len(headings) == {"model": 5, "dataset": 6}[kind]
+
+
+def test_labels_beyond_the_classes_are_refused_before_anything_counts_them(hub, tmp_path) -> None:
+    features = load_features("digits", "held_out")
+    labels = np.full(len(features), 10**12)
+    table = features.dataset.data.table
+    column = table.column_names.index("label")
+    path = tmp_path / "evil.parquet"
+    pq.write_table(table.set_column(column, table.field("label"), pa.array(labels)), path)
+    hub.put("mallory/sets", {"data/train-00000-of-00001.parquet": path.read_bytes()}, "dataset")
+    said = r"mallory/sets: .*label: expected numbers below 10, .* got 1000000000000"
+    with pytest.raises(ValueError, match=said):
+        load_features("mallory/sets")
+    evil = Dataset.from_parquet(str(path), cache_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="label: expected numbers below 10"):
+        publish_features(evil, "alice/sets")
+    assert ("dataset", "alice/sets") not in hub.repos
 
 
 def test_a_parquet_file_that_is_none(hub) -> None:

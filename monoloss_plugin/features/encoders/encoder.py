@@ -154,8 +154,8 @@ def _tapped(tower: Tower, layer: str) -> Callable[[Inputs], Tensor]:
 
 def name_of(name: str) -> str:
     """Return a library's name of an encoder; of a local folder, the folder's own name alone."""
-    folder = name.removeprefix("local-dir:")
-    return Path(folder).name if folder != name or Path(name).is_dir() else name
+    path = name.removeprefix("local-dir:")
+    return Path(path).name if path != name or path.startswith("/") else name
 
 
 def plain(settings: Mapping[str, Any]) -> dict[str, Any]:

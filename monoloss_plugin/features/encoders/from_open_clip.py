@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from monoloss_plugin._optional import missing_extra
+from monoloss_plugin._places import local_hint
 from monoloss_plugin.features.encoders.encoder import Tower, name_of, plain
 
 try:
@@ -64,7 +65,7 @@ def _check_weights(architecture: str, weights: str) -> None:
     if architecture not in open_clip.list_models():
         raise ValueError(
             f"encoder: open_clip knows no architecture {architecture!r}; "
-            "open_clip.list_models() lists them"
+            f"open_clip.list_models() lists them{local_hint(architecture)}"
         )
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if weights not in tags and not Path(weights).is_file():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +57,8 @@ def load(name: str, revision: str | None) -> Tower:
         name: of a Hub repository, or a folder.
         revision: a commit, tag or branch of the Hub repository.
     """
-    config = AutoConfig.from_pretrained(name, revision=revision)
+    given: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    config = AutoConfig.from_pretrained(name, **given)
     kind = config.model_type
     model_class = _TEXT_AND_IMAGE.get(kind, AutoModel)
     if model_class is None:
@@ -67,10 +66,9 @@ def load(name: str, revision: str | None) -> Tower:
     tower_config = getattr(config, "vision_config", config)
     if tower_config is not config and hasattr(config, "projection_dim"):
         tower_config.projection_dim = config.projection_dim  # the tower's own may be a default
-    with _quiet():
-        model, loading = model_class.from_pretrained(
-            name, config=tower_config, revision=revision, output_loading_info=True
-        )
+    model, loading = model_class.from_pretrained(
+        name, config=tower_config, output_loading_info=True, **given
+    )
     # Classifiers are saved without a pooler; transformers then makes one up at random.
     no_pooler = any(key.startswith("pooler") for key in loading["missing_keys"])
     absent = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler"))
@@ -82,7 +80,7 @@ def load(name: str, revision: str | None) -> Tower:
             f"is it a {kind} image encoder?"
         )
     model = model.float().eval()
-    processor = AutoImageProcessor.from_pretrained(name, revision=revision)
+    processor = AutoImageProcessor.from_pretrained(name, **given)
     prefix_tokens = _PREFIX_TOKENS.get(kind)
     if prefix_tokens is not None:
         prefix_tokens += getattr(config, "num_register_tokens", 0)
@@ -101,17 +99,6 @@ def load(name: str, revision: str | None) -> Tower:
             "preprocessing": _json_only(processor.to_dict()),
         },
     )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Leave out transformers' list of the text tower's weights, which are not wanted here."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(before)
 
 
 @dataclass(frozen=True)

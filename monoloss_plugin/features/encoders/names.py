@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from importlib import import_module
-from pathlib import Path
 from typing import NamedTuple, get_args
 
 from monoloss_plugin._checks import require_choice
+from monoloss_plugin._places import kind_of
 from monoloss_plugin.features.encoders.encoder import Encoder, Output, encoder_of
 
 
@@ -62,10 +62,14 @@ def load_encoder(
         name: a short name of :data:`SHORT_NAMES`, or ``LIBRARY:NAME`` with
 
             - ``open_clip:ViT-L-14/openai`` (architecture, then weights' tag or file),
-              ``open_clip:hf-hub:org/name``, ``open_clip:local-dir:/a/folder``;
-            - ``transformers:org/name`` or ``transformers:/a/folder`` (CLIP, SigLIP, SigLIP 2, ViT,
-              DINOv2, Swin and other image models with a pooled output);
-            - ``timm:NAME``, ``timm:hf-hub:org/name``, ``timm:local-dir:/a/folder``.
+              ``open_clip:hf-hub:org/name``;
+            - ``transformers:org/name`` (CLIP, SigLIP, SigLIP 2, ViT, DINOv2, Swin and other image
+              models with a pooled output);
+            - ``timm:NAME``, ``timm:hf-hub:org/name``.
+
+            For a local folder, write ``LIBRARY:./folder`` or ``LIBRARY:/a/folder``; timm's and
+            open_clip's own ``local-dir:`` before any path means the same. Code of a repository is
+            never run.
         revision: a commit of a Hub repository, where the name is of one.
         output: ``"pooled"``, the library's own image embedding (the default); ``"cls"``, the class
             token, or ``"mean"``, the mean over patches, of the last hidden state or of ``layer``.
@@ -76,9 +80,15 @@ def load_encoder(
         The encoder in evaluation mode, on the CPU, in float32.
 
     Raises:
-        ValueError: a name, output or layer that is not there.
+        TypeError: a name that is no string.
+        FileNotFoundError, NotADirectoryError: no such folder.
+        ValueError: a name, output or layer that is not there, a folder of another library, or
+            files that the library cannot load.
+        ConnectionError: the Hub cannot be reached, and the encoder is not in its cache.
         ModuleNotFoundError: the library is not installed.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"encoder: expected a name, got {kind_of(name)}")
     if output is not None:
         require_choice(output, "output", get_args(Output))
     if name in SHORT_NAMES:
@@ -94,14 +104,14 @@ def load_encoder(
             f"encoder: expected one of {', '.join(SHORT_NAMES)}, or LIBRARY:NAME with one of "
             f"{', '.join(_LIBRARIES)}, got {name!r}"
         )
-    folder = of_library.removeprefix("local-dir:")
-    if of_library.startswith(("local-dir:", "/", "./", "../")) and not Path(folder).exists():
-        raise ValueError(f"encoder: no such folder: {folder}")
+    from monoloss_plugin.features.encoders.loading import LOCAL, loading, local_folder
+
+    folder = local_folder(library, of_library)
+    if folder is not None:
+        of_library = str(folder) if library == "transformers" else f"{LOCAL}{folder}"
     module = import_module(f"monoloss_plugin.features.encoders.from_{library}")
-    try:
+    with loading(library, of_library, is_local=folder is not None):
         tower = module.load(of_library, revision)
-    except (OSError, RuntimeError) as error:  # not there, no weights of that name, no network
-        raise ValueError(f"encoder: {library} cannot load {of_library}: {error}") from error
     encoder = encoder_of(tower, output, layer)
     for parameter in encoder.model.parameters():
         parameter.requires_grad_(False)

@@ -1,0 +1,203 @@
+"""How every command speaks and ends: results, JSON, progress, notes, errors and exit codes."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from time import monotonic
+from typing import Annotated, Any, NamedTuple, TextIO
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from tqdm.std import tqdm
+
+from monoloss_plugin._checks import visible
+
+FAILED, INTERRUPTED = 1, 130
+"""Exit codes; typer ends with 2 where the command line itself is wrong."""
+
+_BETWEEN_LINES = 30.0
+"""Seconds between two lines of a progress bar where stderr is no terminal."""
+
+_Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+_Json = Annotated[
+    bool, typer.Option("--json", help="Print the result as one JSON object, and nothing else.")
+]
+
+
+class Output(NamedTuple):
+    """What a command has to say when it is done."""
+
+    content: dict[str, Any]
+    """For ``--json``."""
+    text: Iterable[str | Table]
+    """For people: lines and tables."""
+    failure: str = ""
+    """Why the command ends with 1 though it ran to its end."""
+
+
+def table(*header: str, rows: Iterable[Iterable[object]]) -> Table:
+    """Return a table whose cells are shown as they are, and never cut off."""
+    made = Table(show_header=any(header))
+    for name in header:
+        made.add_column(name, overflow="fold")
+    for row in rows:
+        made.add_row(*map(visible, row))
+    return made
+
+
+def one_of(*allowed: str) -> Callable[[str | None], str | None]:
+    """Return a callback for an option that takes one of some words."""
+
+    def check(value: str | None) -> str | None:
+        if value is not None and value not in allowed:
+            raise typer.BadParameter(f"expected one of {', '.join(allowed)}, got {value!r}")
+        return value
+
+    return check
+
+
+def command(app: typer.Typer) -> Callable[[Callable[..., Output]], Callable[..., None]]:
+    """Add a function that returns its output to an app, with ``--quiet`` and ``--json``."""
+
+    def register(function: Callable[..., Output]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(quiet: bool, as_json: bool, **arguments: Any) -> None:
+            with _readable_ends():
+                with _speaking(quiet, as_json):
+                    output = function(**arguments)
+                if as_json:
+                    print(json.dumps(output.content, default=str))
+                elif not quiet:
+                    _show(output.text)
+                if output.failure:
+                    _end(output.failure, FAILED)
+
+        signature = inspect.signature(function, eval_str=True)
+        given = [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values()]
+        for name, kind in (("quiet", _Quiet), ("as_json", _Json)):
+            given.append(
+                inspect.Parameter(
+                    name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind
+                )
+            )
+        run.__signature__ = signature.replace(parameters=given)  # type: ignore[attr-defined]
+        run.__annotations__ = {one.name: one.annotation for one in given}
+        app.command()(run)
+        return run
+
+    return register
+
+
+def _show(text: Iterable[str | Table]) -> None:
+    # A file or pipe has no width; a terminal folds what does not fit.
+    width = None if sys.stdout.isatty() else 1 << 16
+    console = Console(width=width, markup=False, emoji=False, highlight=False)
+    for part in text:
+        if isinstance(part, Table):
+            console.print(part)
+        else:
+            print(visible(part))
+
+
+def _end(message: object, code: int) -> None:
+    print(f"monoloss: {visible(message)}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+@contextmanager
+def _readable_ends() -> Iterator[None]:
+    """End with one line instead of a traceback where the caller can do something about it."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # whoever read the output has seen enough; typer ends quietly
+    except (ModuleNotFoundError, OSError, ValueError) as error:
+        _end(error, FAILED)
+    except KeyboardInterrupt:
+        _end("stopped; start it again to go on", INTERRUPTED)
+    except RuntimeError as error:
+        if not type(error).__module__.startswith("monoloss_plugin"):
+            raise
+        _end(error, FAILED)
+
+
+@contextmanager
+def _speaking(quiet: bool, as_json: bool) -> Iterator[None]:
+    """Send bars and notes to stderr, or nowhere, and keep stdout for the result."""
+    with ExitStack() as ends:
+        if quiet:
+            ends.enter_context(redirect_stdout(ends.enter_context(open(os.devnull, "w"))))
+            ends.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            before = logging.root.manager.disable
+            logging.disable(logging.WARNING)
+            ends.callback(logging.disable, before)
+        elif as_json:
+            ends.enter_context(redirect_stdout(sys.stderr))
+        ends.enter_context(_bars(quiet))
+        package = logging.getLogger("monoloss_plugin")
+        notes = _Notes()
+        level = package.level
+        package.addHandler(notes)
+        package.setLevel(logging.INFO)
+        ends.callback(package.setLevel, level)
+        ends.callback(package.removeHandler, notes)
+        yield
+
+
+class _Notes(logging.Handler):
+    """What the library logs, on lines of their own beside a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(file=sys.stderr):
+            print(visible(record.getMessage()), file=sys.stderr)
+
+
+@contextmanager
+def _bars(quiet: bool) -> Iterator[None]:
+    """Suit every progress bar, those of other libraries too, to where stderr goes."""
+    lines = None if sys.stderr.isatty() else _Lines(sys.stderr)
+    original = tqdm.__init__
+
+    def suited(bar: Any, *args: Any, **settings: Any) -> None:
+        if quiet:
+            settings["disable"] = True
+        if settings.get("desc"):  # such as the name of a file that is fetched
+            settings["desc"] = visible(settings["desc"])
+        if lines is not None:
+            settings |= {"file": lines, "position": 0, "ascii": True}
+            settings |= {"ncols": 80, "dynamic_ncols": False}
+        original(bar, *args, **settings)
+
+    tqdm.__init__ = suited
+    try:
+        yield
+    finally:
+        tqdm.__init__ = original
+
+
+class _Lines:
+    """Where bars go that no terminal shows: a line at first, one now and then, and the last."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._last, self._due = stream, "", 0.0
+
+    def write(self, text: str) -> None:
+        ends, line = text == "\n", text.strip()
+        if line:
+            self._last = line
+        if self._last and (ends or monotonic() >= self._due):
+            self._stream.write(self._last + "\n")
+            self._last, self._due = "", monotonic() + _BETWEEN_LINES
+
+    def flush(self) -> None:
+        self._stream.flush()

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from monoloss_plugin._checks import as_rows, looks_are_free
 from monoloss_plugin._optional import missing_extra
+from monoloss_plugin._places import as_path, require_file
 from monoloss_plugin.finetuning.attached import (
     check_term,
     require_embeddings,
@@ -158,11 +159,9 @@ def strip_checkpoint(checkpoint: str | Path) -> list[str]:
         FileNotFoundError: not a training checkpoint.
         TypeError: not a path.
     """
-    if not isinstance(checkpoint, (str, Path)) or not str(checkpoint):
-        got = repr(checkpoint) if isinstance(checkpoint, str) else type(checkpoint).__name__
-        raise TypeError(f"checkpoint: expected a folder, got {got}")
-    folder = Path(checkpoint)
+    folder = as_path(checkpoint, "checkpoint")
     state_path = folder / TRAINER_STATE_FILENAME
+    require_file(state_path, "checkpoint")
     state = torch.load(state_path, map_location="cpu", weights_only=True)
     terms = _saved_record(folder).get("terms", {})
     schedules = state["coefficient_schedulers"]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from monoloss_plugin._checks import as_rows, as_tensor
+from monoloss_plugin._checks import as_rows, as_tensor, looks_are_free
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.finetuning import insert_mono_layer, load_with_mono_layer
 from monoloss_plugin.finetuning.alignment import Frozen
@@ -133,6 +133,9 @@ def mix_with_embeddings(
     if len(embeddings) != len(images):
         raise ValueError(f"embeddings: expected {len(images)} rows, got {len(embeddings)}")
     classes, smoothing = mixup.num_classes, mixup.label_smoothing
+    of_classes = (target >= 0) & (target < classes)
+    if looks_are_free(target) and not bool(of_classes.all()):
+        raise ValueError(f"target: expected classes from 0 to {classes - 1}, as mixup has them")
     numbers = torch.arange(len(images), device=target.device)
     mixup.num_classes, mixup.label_smoothing = len(images), 0.0
     try:

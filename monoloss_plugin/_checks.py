@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from monoloss_plugin._places import kind_of
 
 _MOST = 2**31 - 1
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -42,8 +45,9 @@ def as_tensor(value: Any, name: str) -> Tensor:
                 f"{name}: expected a tensor, a numpy array or a list of numbers, got "
                 f"{type(value).__name__} that is none: {error}"
             ) from None
-    got = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
-    raise TypeError(f"{name}: expected a tensor, a numpy array or a list of numbers, got {got}")
+    raise TypeError(
+        f"{name}: expected a tensor, a numpy array or a list of numbers, got {kind_of(value)}"
+    )
 
 
 def as_labels(value: Any, name: str = "labels") -> Tensor:
@@ -187,7 +191,36 @@ def require_flag(given: Any, name: str) -> None:
 
 def _shown(given: Any) -> str:
     """Return a value as an error shows it: short."""
-    return repr(given) if isinstance(given, (str, int, float, type(None))) else type(given).__name__
+    return repr(given) if isinstance(given, (str, int, float, type(None))) else kind_of(given)
+
+
+def require_text(text: Any, argument: str) -> None:
+    """Raise an error for an optional argument that is neither None nor a string with something in.
+
+    Raises:
+        TypeError: another kind.
+        ValueError: an empty string.
+    """
+    if text is None:
+        return
+    if not isinstance(text, str):
+        raise TypeError(f"{argument}: expected a string, got {kind_of(text)}")
+    if not text:
+        raise ValueError(f"{argument}: expected a string, got an empty one; leave it out instead")
+
+
+def as_list(values: Any, name: str) -> list[Any]:
+    """Return the items of a list, an array or a tensor.
+
+    Raises:
+        TypeError: something else, or a string.
+    """
+    plain = not isinstance(values, (str, bytes, type)) and isinstance(values, Iterable)
+    if not plain or getattr(values, "shape", None) == ():
+        raise TypeError(f"{name}: expected a list, got {kind_of(values)}")
+    if isinstance(values, Tensor) and (values.is_meta or values.layout != torch.strided):
+        raise TypeError(f"{name}: expected a dense tensor with values, got {values.layout}")
+    return list(values.tolist() if hasattr(values, "tolist") else values)
 
 
 def require_share(shard: tuple[int, int]) -> tuple[int, int]:

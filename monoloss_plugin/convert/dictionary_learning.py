@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from monoloss_plugin._checks import require_text
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin._places import as_path
 from monoloss_plugin.convert.checkpoint import Weights, read_checkpoint, whole
@@ -44,6 +45,7 @@ def from_dictionary_learning(
         ValueError: a class that SAELens has no like of, tensors that do not fit it, or a file that
             holds more than tensors and plain values.
     """
+    require_text(dict_class, "dict_class")
     path = as_path(source, "source")
     path = path / _WEIGHTS if path.is_dir() else path
     config = _config(path.parent / _CONFIG)

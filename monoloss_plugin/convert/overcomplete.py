@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from monoloss_plugin._checks import require_text
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin._places import as_path
 from monoloss_plugin.convert.checkpoint import Weights, read_checkpoint, whole
@@ -77,6 +78,7 @@ def from_overcomplete(
         parts = _of_module(frozen, kind)
         top_k = getattr(frozen, "top_k", None)
     else:
+        require_text(sae_class, "sae_class")
         path = as_path(source, "source", "an SAE of overcomplete or a file")
         kind = _require_kind([sae_class or "none given"])
         parts = _of_state(path, kind, threshold)

@@ -6,15 +6,16 @@ import json
 import logging
 import pickle
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from monoloss_plugin._checks import as_rows, as_tensor, require_finite
+from monoloss_plugin._checks import as_labels, as_list, as_rows, as_tensor, require_finite
 from monoloss_plugin._optional import missing_extra
+from monoloss_plugin._places import kind_of
 from monoloss_plugin.features.shards import features_schema, fixed_lists
 
 try:
@@ -52,15 +53,19 @@ def dataset_of(
             f"x: expected (N, d), one vector an image, got shape {tuple(as_tensor(x, 'x').shape)}; "
             "pool tokens first, or make each a row"
         )
+    if rows.shape[1] == 0:
+        raise ValueError("x: expected (N, d) with at least one dimension, got none")
+    if record is not None and not isinstance(record, Mapping):
+        raise TypeError(f"record: expected a dict, got {kind_of(record)}")
     require_finite(rows, "x")
     values = (rows.float() if rows.dtype == torch.bfloat16 else rows).numpy()
     columns: dict[str, Any] = {"features": fixed_lists(values)}
-    classes = None if classes is None else [str(name) for name in classes]
+    classes = None if classes is None else [str(name) for name in as_list(classes, "classes")]
     if labels is not None:
         numbers, classes = _numbers(labels, classes, len(rows))
         columns["label"] = pa.array(numbers.numpy())
     if ids is not None:
-        columns["image_id"] = pa.array([str(one) for one in _listed(ids)], pa.string())
+        columns["image_id"] = pa.array([str(one) for one in as_list(ids, "ids")], pa.string())
         _require_one_each(len(columns["image_id"]), "ids", len(rows))
     schema = features_schema(values.shape[1], str(values.dtype), labels is not None, classes)
     schema = type(schema)({name: schema[name] for name in columns})
@@ -150,7 +155,7 @@ def _chosen(there: Mapping[str, str], where: str) -> dict[str, str]:
 
 def _numbers(labels: Any, classes: list[str] | None, count: int) -> tuple[Tensor, list[str] | None]:
     """Return labels (N,) as numbers, and the names of their classes."""
-    listed = labels if isinstance(labels, Tensor) else _listed(labels)
+    listed = labels if isinstance(labels, Tensor) and labels.ndim else as_list(labels, "labels")
     if len(listed) and isinstance(listed[0], str):
         classes = sorted(set(listed)) if classes is None else classes
         number = {name: i for i, name in enumerate(classes)}
@@ -158,9 +163,7 @@ def _numbers(labels: Any, classes: list[str] | None, count: int) -> tuple[Tensor
         if unknown:
             raise ValueError(f"labels: expected names of the classes, got {unknown[0]!r}")
         listed = [number[name] for name in listed]
-    numbers = as_tensor(listed, "labels").cpu()
-    if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
-        raise TypeError(f"labels: expected integers or names of classes, got {numbers.dtype}")
+    numbers = as_labels(listed).cpu()
     _require_one_each(numbers.shape, "labels", count)
     if count and int(numbers.min()) < -1:
         raise ValueError(f"labels: expected -1 (none) or a class, got {int(numbers.min())}")
@@ -171,11 +174,6 @@ def _require_one_each(given: Any, name: str, count: int) -> None:
     if given not in (count, (count,)):
         got = given if isinstance(given, int) else tuple(given)
         raise ValueError(f"{name}: expected {count}, one for each row of x, got {got}")
-
-
-def _listed(values: Any) -> list[Any]:
-    listed: Iterable[Any] = values.tolist() if hasattr(values, "tolist") else values
-    return list(listed)
 
 
 def _shape(value: Any) -> str:

@@ -11,7 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from monoloss_plugin._checks import require_at_least, require_choice, require_share
+from monoloss_plugin._checks import (
+    as_device,
+    require_at_least,
+    require_choice,
+    require_flag,
+    require_share,
+)
 from monoloss_plugin.batch import Batch
 from monoloss_plugin.embeddings import unit_rows
 from monoloss_plugin.features.buffers import Buffers
@@ -93,13 +99,17 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
                     f"{name}: expected a FeatureSet, got {type(given).__name__}; FeatureSet.open "
                     "reads folders and files, FeatureSet.from_tensors takes arrays"
                 )
+        for name, flag in (("drop_last", drop_last), ("normalize", normalize), ("ids", ids)):
+            require_flag(flag, name)
+        if resident is not None:
+            require_flag(resident, "resident")
         require_choice(shuffle, "shuffle", ("all", "buffer", "none"))
         for name, number in (("batch_size", batch_size), ("buffer_rows", buffer_rows)):
             require_at_least(1, number, name)
         if resident and shuffle == "buffer":
             raise ValueError("resident: a set that is held in memory needs no shuffle buffer")
         self.features, self.batch_size, self.normalize = features, batch_size, normalize
-        self.ids, self.device = ids, torch.device(device)
+        self.ids, self.device = ids, as_device(device)
         self.shard = require_share(shard)
         matched = rows_in_common(features, others)
         self.num_rows = len(features) if matched is None else len(matched[0])

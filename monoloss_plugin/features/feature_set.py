@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from monoloss_plugin._checks import as_labels
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.batch import Batch
 from monoloss_plugin.features import arrays, shards, whole
@@ -185,8 +186,13 @@ class FeatureSet(torch.utils.data.Dataset[Batch]):
 
         Raises:
             IndexError: a number that is not from 0 to N - 1.
+            TypeError: numbers that are no integers.
+            ValueError: not one number a row.
         """
-        return self._rows.take(numbers, out)
+        rows = as_labels(numbers, "numbers")
+        if rows.ndim != 1 or rows.layout != torch.strided:
+            raise ValueError(f"numbers: expected (B,), got {tuple(rows.shape)}, {rows.layout}")
+        return self._rows.take(rows, out)
 
     def tensor(self) -> Tensor:
         """Return every row (N, d) in the stored type, in memory."""

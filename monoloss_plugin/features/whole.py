@@ -12,7 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from monoloss_plugin._checks import as_list
 from monoloss_plugin._optional import missing_extra
+from monoloss_plugin._places import as_path
 from monoloss_plugin.features.shards import (
     INFO,
     RECORD,
@@ -120,7 +122,12 @@ def reopen(folder: Path) -> None:
     (folder / RECORD).unlink(missing_ok=True)
 
 
-def join(folder: Path, others: Iterable[Path]) -> bool:
+def _require_settings(folder: Path, argument: str) -> None:
+    if not (folder / SETTINGS).exists():
+        raise FileNotFoundError(f"{argument}: no feature dataset in {folder}: it has no {SETTINGS}")
+
+
+def join(folder: str | os.PathLike[str], others: Iterable[str | os.PathLike[str]]) -> bool:
     """Copy the finished shards of other folders of the same settings into one.
 
     Returns:
@@ -131,9 +138,12 @@ def join(folder: Path, others: Iterable[Path]) -> bool:
         SettingsError: a folder of other settings.
         ValueError: a shard that is not as it was written.
     """
-    for other in others:
-        if not (other / SETTINGS).exists():
-            raise FileNotFoundError(f"no feature dataset in {other}: it has no {SETTINGS}")
+    folder = as_path(folder, "folder")
+    parts = [as_path(one, "others") for one in as_list(others, "others")]
+    if not parts:
+        raise ValueError("others: expected at least one folder, got none")
+    for other in parts:
+        _require_settings(other, "others")
         begin(folder, read_json(other / SETTINGS))
         known = finished(folder)
         for number, shard in finished(other).items():
@@ -173,9 +183,8 @@ def verify(
         FileNotFoundError: no feature dataset there.
         ValueError: ``features.json``, which has the checksums, was cut or overwritten.
     """
-    folder = Path(folder)
-    if not (folder / SETTINGS).exists():
-        raise FileNotFoundError(f"no feature dataset in {folder}: it has no {SETTINGS}")
+    folder = as_path(folder, "folder")
+    _require_settings(folder, "folder")
     problems = damaged(folder)
     if not is_complete(folder):  # what is written last may be missing
         problems = [problem for problem in problems if problem.startswith("data-")]

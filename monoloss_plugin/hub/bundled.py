@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from monoloss_plugin._checks import require_text
 from monoloss_plugin._places import local_hint, local_path, require_place
-from monoloss_plugin.hub.names import require_text
 from monoloss_plugin.hub.repository import Kind, Repository, of_folder, of_hub
 
 _FOLDER = Path(__file__).parent / "bundled_data"

@@ -8,10 +8,11 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from monoloss_plugin._checks import require_text
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.features import FeatureSet
 from monoloss_plugin.hub.bundled import open_named
-from monoloss_plugin.hub.names import DATA, is_inside, require_text
+from monoloss_plugin.hub.names import DATA, is_inside
 from monoloss_plugin.hub.record import described_features
 from monoloss_plugin.hub.repository import Repository
 

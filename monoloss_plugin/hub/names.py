@@ -26,21 +26,6 @@ _SPLIT = re.compile(r"\w+(\.\w+)*", re.ASCII)
 _LONGEST, _LONGEST_SPLIT = 200, 64
 
 
-def require_text(text: Any, argument: str) -> None:
-    """Raise an error for an optional argument that is neither None nor a string with something in.
-
-    Raises:
-        TypeError: another kind.
-        ValueError: an empty string.
-    """
-    if text is None:
-        return
-    if not isinstance(text, str):
-        raise TypeError(f"{argument}: expected a string, got {kind_of(text)}")
-    if not text:
-        raise ValueError(f"{argument}: expected a string, got an empty one; leave it out instead")
-
-
 def require_texts(texts: Any, argument: str) -> list[str]:
     """Return a list of strings.
 

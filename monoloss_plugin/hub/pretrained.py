@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monoloss_plugin._checks import as_device
+from monoloss_plugin._checks import as_device, require_text
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.hub import sae_folder
 from monoloss_plugin.hub.bundled import BUNDLED, open_named
@@ -224,6 +224,7 @@ def _dtype_name(dtype: Any) -> str | None:
 
 def _chosen(repository: Repository, repo_id: str | os.PathLike[str], sae_id: str | None) -> str:
     """Return the name of the SAE to load, which is there."""
+    require_text(sae_id, "sae_id")
     there = sae_ids(repository)
     has = f"it has {_some(there)}" if there else "it has none"
     if sae_id is None:

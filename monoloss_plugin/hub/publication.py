@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from monoloss_plugin._checks import require_flag
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.hub.errors import ChangedMeanwhileError, explained
 from monoloss_plugin.hub.repository import Kind, api
@@ -90,6 +91,10 @@ class Target:
     token: str | bool | None
     overwrite: bool
     dry_run: bool
+
+    def __post_init__(self) -> None:
+        for name in ("private", "overwrite", "dry_run"):
+            require_flag(getattr(self, name), name)
 
     @property
     def url(self) -> str:

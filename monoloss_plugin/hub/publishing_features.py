@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from monoloss_plugin._checks import visible
+from monoloss_plugin._checks import require_text, visible
 from monoloss_plugin._optional import missing_extra
-from monoloss_plugin._places import as_path
+from monoloss_plugin._places import as_path, kind_of
 from monoloss_plugin.features import FeatureSet
 from monoloss_plugin.hub.cards import images_on_hub, opened
 from monoloss_plugin.hub.dataset_card import PublishedSplit, dataset_card
@@ -29,7 +29,6 @@ from monoloss_plugin.hub.names import (
     require_hub_name,
     require_repo_id,
     require_split,
-    require_text,
     require_texts,
 )
 from monoloss_plugin.hub.publication import Existing, Publication, Staged, Target, publish
@@ -50,7 +49,7 @@ _DATA_FILES = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".txt", ".zip", 
 
 
 def publish_features(
-    dataset: FeatureSet | Dataset | str | os.PathLike[str],
+    features: FeatureSet | Dataset | str | os.PathLike[str],
     repo_id: str,
     *,
     split: str | None = None,
@@ -71,7 +70,7 @@ def publish_features(
     sends what has not arrived.
 
     Args:
-        dataset: a feature set, a ``datasets.Dataset`` with a column ``features``, or the folder of
+        features: a feature set, a ``datasets.Dataset`` with a column ``features``, or the folder of
             one.
         repo_id: ``user/name``.
         split: its name there; by default the source's own split, else ``"train"``.
@@ -106,9 +105,9 @@ def publish_features(
         ("source_dataset", source_dataset),
     ):
         require_text(given, argument)
-    features = _opened(dataset)
+    features = _opened(features)
     if not len(features):
-        raise ValueError("dataset: expected at least one row, got none")
+        raise ValueError("features: expected at least one row, got none")
     described = described_features(features.record)
     split = require_split(split or described["source"].get("split") or "train")
     source = source_dataset or images_on_hub(described["source"])
@@ -199,9 +198,11 @@ class _Card:
             )
 
 
-def _opened(dataset: FeatureSet | Dataset | str | os.PathLike[str]) -> FeatureSet:
-    if isinstance(dataset, FeatureSet):
-        return dataset
-    if isinstance(dataset, (str, os.PathLike)):
-        return FeatureSet.open(as_path(dataset, "dataset"))
-    return FeatureSet(dataset)
+def _opened(features: FeatureSet | Dataset | str | os.PathLike[str]) -> FeatureSet:
+    if isinstance(features, FeatureSet):
+        return features
+    if isinstance(features, (str, os.PathLike)):
+        return FeatureSet.open(as_path(features, "features"))
+    if not isinstance(features, Dataset):
+        raise TypeError(f"features: expected a feature set, got {kind_of(features)}")
+    return FeatureSet(features)

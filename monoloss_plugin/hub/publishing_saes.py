@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from monoloss_plugin import __version__
+from monoloss_plugin._checks import require_flag, require_text
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin._places import as_path, require_folder
 from monoloss_plugin.evaluation import Evaluation
@@ -26,7 +27,6 @@ from monoloss_plugin.hub.names import (
     require_hub_name,
     require_inside,
     require_repo_id,
-    require_text,
     require_texts,
 )
 from monoloss_plugin.hub.pretrained import listed
@@ -134,6 +134,9 @@ def publish_sae(
         ConnectionError: the Hub cannot be reached, and it is no dry run.
     """
     require_repo_id(repo_id)
+    require_flag(take_any_norm, "take_any_norm")
+    if unit_norm is not None:
+        require_flag(unit_norm, "unit_norm")
     if sae_id is not None:
         _require_folder(sae_id)
     tags = require_texts(tags, "tags")

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from monoloss_plugin._checks import as_list, as_tensor
 from monoloss_plugin._optional import missing_extra
+from monoloss_plugin._places import kind_of
 from monoloss_plugin.report.bands import activation_bands
 
 try:
@@ -41,13 +43,17 @@ def curves_figure(
         title: of the figure.
 
     Raises:
-        ValueError: a name without curves.
+        TypeError: not curves by name.
+        ValueError: a name without curves, or curves of different lengths.
 
     Source: Nasiri-Sarvi et al. 2026, appendix D, figures 26 to 28.
     """
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
-    for i, (name, runs) in enumerate(curves.items()):
+    if not isinstance(curves, Mapping):
+        raise TypeError(f"curves: expected lists of curves by name, got {kind_of(curves)}")
+    for i, (name, given) in enumerate(curves.items()):
+        runs = [as_tensor(run, "curves") for run in as_list(given, "curves")]
         if not runs:
             raise ValueError(f"curves: expected at least one run of {name!r}, got none")
         colour = _COLOURS[i % len(_COLOURS)]

@@ -13,6 +13,7 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib import import_module
 from importlib.metadata import metadata
 from pathlib import Path
 
@@ -120,6 +121,15 @@ def test_links_of_the_readme_lead_somewhere() -> None:
         assert (ROOT / path).exists(), link
         if anchor:
             assert anchor in headings((ROOT / (path or "README.md")).read_text()), link
+
+
+@pytest.mark.parametrize(
+    "module", ["", ".features", ".hub", ".finetuning", ".convert", ".report", ".adapters.timm"]
+)
+def test_the_page_of_the_public_api_has_every_public_name(module: str) -> None:
+    page = (ROOT / "docs/reference/index.md").read_text()
+    names = import_module(f"monoloss_plugin{module}").__all__
+    assert [n for n in names if n[0] != "_" and not re.search(rf"\b{n}s?\b", page)] == []
 
 
 def test_there_are_pages() -> None:

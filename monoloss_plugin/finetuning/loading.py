@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from monoloss_plugin._places import local_hint, local_path, require_place
 from monoloss_plugin.finetuning.mono_layer import (
     RECORD,
     insert_mono_layer,
@@ -30,8 +31,9 @@ def load_with_mono_layer(
         model: for Hugging Face a class with ``from_pretrained``, an Auto class too. Otherwise the
             model that :func:`insert_mono_layer` was given, such as
             ``timm.create_model("resnet50", num_classes=10)``; it is changed in place.
-        checkpoint: for Hugging Face what ``from_pretrained`` takes: a folder, or a name on the
-            Hub. Otherwise a state dict, such as ``timm.models.load_state_dict(path)`` gives.
+        checkpoint: for Hugging Face a folder (a ``Path``, or a string that starts with ``./``,
+            ``../``, ``/`` or ``~``), or a name on the Hub. Otherwise a state dict, such as
+            ``timm.models.load_state_dict(path)`` gives.
         options: of ``from_pretrained``.
 
     Raises:
@@ -72,9 +74,11 @@ def load_with_mono_layer(
 
 def _from_pretrained(model: Any, checkpoint: Any, options: dict[str, Any]) -> Any:
     """Have Hugging Face load into a class of its own that makes the layer."""
-    if not isinstance(checkpoint, (str, Path)) or not str(checkpoint):
-        got = repr(checkpoint) if isinstance(checkpoint, str) else type(checkpoint).__name__
-        raise TypeError(f"checkpoint: expected a folder or a name on the Hub, got {got}")
+    require_place(checkpoint, "checkpoint", "a folder or a name on the Hub")
+    folder = local_path(checkpoint)
+    if folder is None and (hint := local_hint(checkpoint)):
+        raise ValueError(f"checkpoint: {checkpoint!r} is a name on the Hub{hint}")
+    checkpoint = checkpoint if folder is None else str(folder)
     plain = model
     if hasattr(model, "from_config"):  # an Auto class, which chooses by the config
         from transformers import AutoConfig

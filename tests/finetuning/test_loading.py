@@ -101,7 +101,7 @@ def test_arguments_of_another_kind_are_named(wrong) -> None:
     with pytest.raises(TypeError, match=r"^checkpoint: expected a state dict"):
         load_with_mono_layer(model, wrong)
     if wrong != "a/path":
-        with pytest.raises(TypeError, match=r"^checkpoint: expected a folder"):
+        with pytest.raises((TypeError, ValueError), match=r"^checkpoint: expected a folder"):
             load_with_mono_layer(transformers.ViTForImageClassification, wrong)
     with pytest.raises(ValueError, match=r"checkpoint: expected one key .*, found 0"):
         load_with_mono_layer(model, model.state_dict())

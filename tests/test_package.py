@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import multiprocessing
+import json
 import os
 import shlex
 import subprocess
@@ -101,44 +100,58 @@ def test_the_core_imports_torch_alone_and_little_beside_it() -> None:
     assert set(result.stdout.split()) - sys.stdlib_module_names == {"monoloss_plugin"}
 
 
-@pytest.mark.parametrize(
-    ("module", "missing", "distribution"),
-    [
-        ("monoloss_plugin.adapters.sae_lens", "sae_lens", "sae-lens"),
-        ("monoloss_plugin.report", "matplotlib", "matplotlib"),
-        ("monoloss_plugin.demo.digits", "timm", "timm"),
-        ("monoloss_plugin.features", "datasets", "datasets"),
-        ("monoloss_plugin.hub.repository", "huggingface_hub", "huggingface-hub"),
-        ("monoloss_plugin.hub.pretrained", "sae_lens", "sae-lens"),
-        ("monoloss_plugin.convert.monoloss", "sae_lens", "sae-lens"),
-        ("monoloss_plugin.adapters.transformers", "transformers", "transformers"),
-        ("monoloss_plugin.adapters.timm", "timm", "timm"),
-        ("monoloss_plugin.adapters.lightning", "lightning", "lightning"),
-        ("monoloss_plugin.features.extraction", "psutil", "psutil"),
-        ("monoloss_plugin.features.encoders.from_open_clip", "open_clip", "open-clip-torch"),
-    ],
-)
-def test_a_missing_host_says_what_to_install(module, missing, distribution) -> None:
-    with multiprocessing.get_context("fork").Pool(1) as fresh:
-        said = fresh.apply(message_without, (module, missing))
+MISSING = {
+    ("monoloss_plugin.adapters.sae_lens", "sae_lens"): "sae-lens",
+    ("monoloss_plugin.report", "matplotlib"): "matplotlib",
+    ("monoloss_plugin.demo.digits", "timm"): "timm",
+    ("monoloss_plugin.features", "datasets"): "datasets",
+    ("monoloss_plugin.hub.repository", "huggingface_hub"): "huggingface-hub",
+    ("monoloss_plugin.hub.pretrained", "sae_lens"): "sae-lens",
+    ("monoloss_plugin.convert.monoloss", "sae_lens"): "sae-lens",
+    ("monoloss_plugin.adapters.transformers", "transformers"): "transformers",
+    ("monoloss_plugin.adapters.timm", "timm"): "timm",
+    ("monoloss_plugin.adapters.lightning", "lightning"): "lightning",
+    ("monoloss_plugin.features.extraction", "psutil"): "psutil",
+    ("monoloss_plugin.features.encoders.from_open_clip", "open_clip"): "open-clip-torch",
+}
+
+# One process imports torch, and a copy of it tries each; copies of this one, with its threads, may
+# hang.
+WITHOUT = """
+import importlib, json, os, sys
+import torch
+
+for module, missing in json.loads(sys.argv[1]):
+    if os.fork() == 0:
+        sys.modules[missing] = None
+        try:
+            importlib.import_module(module)
+            said = "imported"
+        except ModuleNotFoundError as error:
+            said = str(error)
+        os.write(1, json.dumps([module, missing, said]).encode() + b"\\n")
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.fixture(scope="module")
+def messages() -> dict[tuple[str, str], str]:
+    """What each module says where a library is missing."""
+    result = run(sys.executable, "-c", WITHOUT, json.dumps(list(MISSING)), cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    return {(module, missing): said for module, missing, said in lines}
+
+
+@pytest.mark.parametrize(("module", "missing"), MISSING)
+def test_a_missing_host_says_what_to_install(module, missing, messages) -> None:
+    said = messages[module, missing]
     assert said.startswith(f"needs {missing}")
     command = said.partition(", which is not installed: pip install ")[2]
     asked = {Requirement(one).name.lower().replace("_", "-") for one in shlex.split(command)}
-    assert distribution in asked
+    assert MISSING[module, missing] in asked
     assert "monoloss" not in command
-
-
-def message_without(module: str, missing: str) -> str:
-    """Import a module anew, in this process, where a library is missing."""
-    for name in list(sys.modules):
-        if name.startswith((f"{missing}.", "monoloss_plugin")):
-            del sys.modules[name]
-    sys.modules[missing] = None
-    try:
-        importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        return str(error)
-    return "imported"
 
 
 def test_the_command_without_its_extra_says_so_without_a_traceback() -> None:

@@ -32,7 +32,7 @@ from sae_lens.training.mixing_buffer import mixing_buffer
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import normalize
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 import monoloss_plugin.adapters.sae_lens  # noqa: F401
 from monoloss_plugin import MonoLoss, functional
@@ -595,8 +595,8 @@ def test_evaluate_takes_batches_with_their_labels_and_embeddings(digits: Feature
         evaluate(sae, list(batches))
     loaded = DataLoader(batches, batch_size=None)
     assert evaluate(sae, loaded, num_classes=10).summary() == pytest.approx(found.summary())
-    with pytest.raises(TypeError, match="expected a tensor or batches of samples, got float64s"):
-        evaluate(sae, DIGITS.data[0])
+    with pytest.raises(TypeError, match="expected batches of the class Batch, got list"):
+        evaluate(sae, DataLoader(TensorDataset(unit), batch_size=500))
 
 
 def test_samples_without_a_label_do_not_count_for_purity(digits: FeatureSet) -> None:

@@ -218,7 +218,7 @@ def test_bad_arguments_are_named(tmp_path, hub) -> None:
     for repo in ("digits", "a/b/c", "alice/", "alice/--x..y", ""):
         with pytest.raises(ValueError, match="repo_id: expected 'user/name'"):
             publish_features(features, repo)
-    with pytest.raises(TypeError, match=r"dataset: expected a datasets.Dataset, got list"):
+    with pytest.raises(TypeError, match=r"features: expected a feature set, got list"):
         publish_features([1, 2], REPO)
     with pytest.raises(FileNotFoundError, match="no feature dataset in"):
         publish_features(tmp_path, REPO)
@@ -279,7 +279,7 @@ def test_only_the_columns_that_the_card_names_are_published(hub) -> None:
 
 
 def test_sets_without_rows_or_with_records_of_other_kinds(hub) -> None:
-    with pytest.raises(ValueError, match="dataset: expected at least one row"):
+    with pytest.raises(ValueError, match="features: expected at least one row"):
         publish_features(made().dataset.select([]), REPO)
     sliced = made(record={"source": {"split": "train[:10%]"}})
     with pytest.raises(ValueError, match=r"got 'train\[:10%\]'"):

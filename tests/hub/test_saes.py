@@ -439,7 +439,7 @@ def test_arguments_of_the_wrong_kind_are_named(wrong, hub) -> None:
             lambda repo_id: publish_features(features, repo_id),
         ],
         "sae": [lambda sae: publish_sae(sae, REPO)],
-        "dataset": [lambda dataset: publish_features(dataset, REPO)],
+        "features": [lambda features: publish_features(features, REPO)],
         "sae_id": [lambda sae_id: load_pretrained("digits", sae_id)],
         "revision": [lambda revision: load_pretrained("digits", revision=revision)],
         "split": [

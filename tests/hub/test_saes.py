@@ -439,7 +439,6 @@ def test_arguments_of_the_wrong_kind_are_named(wrong, hub) -> None:
             lambda repo_id: publish_features(features, repo_id),
         ],
         "sae": [lambda sae: publish_sae(sae, REPO)],
-        "features": [lambda features: publish_features(features, REPO)],
         "sae_id": [lambda sae_id: load_pretrained("digits", sae_id)],
         "revision": [lambda revision: load_pretrained("digits", revision=revision)],
         "split": [
@@ -451,7 +450,10 @@ def test_arguments_of_the_wrong_kind_are_named(wrong, hub) -> None:
         "device": [lambda device: load_pretrained("digits", device=device)],
         "tags": [lambda tags: publish_sae(good, REPO, tags=tags)],
         "license": [lambda given: publish_features(features, REPO, license=given)],
-        "features": [lambda given: publish_sae(good, REPO, features=given)],
+        "features": [
+            lambda given: publish_sae(good, REPO, features=given),
+            lambda given: publish_features(given, REPO),
+        ],
         "evaluation": [lambda given: publish_sae(good, REPO, evaluation=given)],
         "source": [from_monoloss, from_dictionary_learning, from_overcomplete],
     }

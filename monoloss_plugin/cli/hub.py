@@ -243,14 +243,13 @@ def _batches(folder: Path) -> Any:
 def _measured(folder: Path, features: FeatureSet, raw: bool) -> Evaluation:
     """Score an SAE's folder on features, of the norm that it takes."""
     from monoloss_plugin.evaluation import evaluate
-    from monoloss_plugin.features import FeatureBatches
     from monoloss_plugin.hub.publishing_saes import of_record
     from monoloss_plugin.hub.sae_folder import load
 
     require_folder(folder, "sae")
     raw = raw or of_record(folder).inputs == "as they are"
-    batches = FeatureBatches(features, shuffle="none", drop_last=False, normalize=not raw)
-    return evaluate(load(folder, str(folder)), batches, progress=True)
+    sae = load(folder, str(folder))
+    return evaluate(sae, features, normalize=False if raw else None, progress=True)
 
 
 def _output(done: Publication, loading: str) -> Output:

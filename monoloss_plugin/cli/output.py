@@ -136,13 +136,15 @@ def _speaking(quiet: bool, as_json: bool) -> Iterator[None]:
     with ExitStack() as ends:
         if quiet:
             ends.enter_context(redirect_stdout(ends.enter_context(open(os.devnull, "w"))))
-            ends.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore")
             before = logging.root.manager.disable
             logging.disable(logging.WARNING)
             ends.callback(logging.disable, before)
         elif as_json:
             ends.enter_context(redirect_stdout(sys.stderr))
+        ends.enter_context(warnings.catch_warnings())
+        warnings.showwarning = lambda message, *_, **__: _note(message)  # without our code
+        if quiet:
+            warnings.simplefilter("ignore")
         ends.enter_context(_bars(quiet))
         package = logging.getLogger("monoloss_plugin")
         notes = _Notes()
@@ -154,12 +156,17 @@ def _speaking(quiet: bool, as_json: bool) -> Iterator[None]:
         yield
 
 
+def _note(message: object) -> None:
+    """Print what is no result, on a line of its own beside a progress bar."""
+    with tqdm.external_write_mode(file=sys.stderr):
+        print(visible(message), file=sys.stderr)
+
+
 class _Notes(logging.Handler):
-    """What the library logs, on lines of their own beside a progress bar."""
+    """What the library logs."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        with tqdm.external_write_mode(file=sys.stderr):
-            print(visible(record.getMessage()), file=sys.stderr)
+        _note(record.getMessage())
 
 
 @contextmanager

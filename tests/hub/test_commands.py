@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -228,3 +229,12 @@ def test_convert_and_publish(tmp_path, hub) -> None:
     assert float((loaded.sae.encode(x) > 0).float().sum(1).mean()) == pytest.approx(K, abs=0.2)
     card = hub.files(REPO)["README.md"].decode()
     assert "Converted from a checkpoint of the MonoLoss authors' code." in card
+
+
+def test_a_warning_is_one_line_without_the_code_that_it_comes_from(capsys) -> None:
+    with output._speaking(quiet=False, as_json=False):
+        warnings.warn("features: these are \x1b[2J strange", stacklevel=1)
+    assert capsys.readouterr().err == "features: these are \\x1b[2J strange\n"
+    with output._speaking(quiet=True, as_json=False):
+        warnings.warn("more", stacklevel=1)
+    assert capsys.readouterr().err == ""

@@ -181,7 +181,7 @@ def _from_hub(
     name: str, config: str | None, split: str | None, revision: str | None, streaming: bool
 ) -> Any:
     """Load a dataset of the Hub, or, where the Hub cannot be reached, of the cache of datasets."""
-    hint = local_hint(name)
+    hint = local_hint(name) or f"; for a folder, write './{name}'"
 
     def load() -> Any:
         return load_dataset(name, config, split=split, revision=revision, streaming=streaming)

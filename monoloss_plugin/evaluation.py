@@ -19,6 +19,7 @@ from monoloss_plugin._checks import (
     require_finite,
 )
 from monoloss_plugin._optional import missing_extra
+from monoloss_plugin._places import kind_of
 from monoloss_plugin._samples import Samples, is_scaled, of_training, scaling_for
 from monoloss_plugin.batch import Batch
 from monoloss_plugin.embeddings import unit_rows
@@ -242,9 +243,8 @@ def _require_sae(sae: Any) -> None:
     if isinstance(sae, type) or not all(
         callable(getattr(sae, m, None)) for m in ("encode", "decode")
     ):
-        got = f"the class {sae.__name__}" if isinstance(sae, type) else type(sae).__name__
         hint = "; give its .sae" if hasattr(sae, "sae") else ""
-        raise TypeError(f"sae: expected an SAE with encode and decode, got {got}{hint}")
+        raise TypeError(f"sae: expected an SAE with encode and decode, got {kind_of(sae)}{hint}")
 
 
 def _require_width(sae: Any, features: Tensor) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from monoloss_plugin._checks import as_rows
+from monoloss_plugin._places import kind_of
 from monoloss_plugin.finetuning.gathering import gather_rows
 from monoloss_plugin.finetuning.recorder import LatentRecorder, require_layer, requires_gradient
 from monoloss_plugin.losses import LossHandle, LossTerm, StepTensors
@@ -36,8 +37,9 @@ class TermOfStep:
 def check_term(term: Any, warm_up_steps: Any) -> None:
     """Raise TypeError or ValueError unless a host can take a term and its warm-up."""
     if not isinstance(term, LossTerm):
-        got = f"the class {term.__name__}" if isinstance(term, type) else type(term).__name__
-        raise TypeError(f"loss: expected a loss term such as MonoLoss(lam=0.1), got {got}")
+        raise TypeError(
+            f"loss: expected a loss term such as MonoLoss(lam=0.1), got {kind_of(term)}"
+        )
     wanted = f"warm_up_steps: expected an integer of at least 0, got {warm_up_steps!r}"
     if isinstance(warm_up_steps, bool) or not isinstance(warm_up_steps, int):
         raise TypeError(wanted)

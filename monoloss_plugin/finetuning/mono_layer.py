@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from monoloss_plugin._checks import require_at_least, require_choice
+from monoloss_plugin._places import kind_of
 from monoloss_plugin.kernels.batch import GradientAt
 
 Selection = Literal["topk", "batchtopk"]
@@ -236,8 +237,7 @@ def insert_mono_layer(
 def require_module(model: Any) -> None:
     """Raise TypeError where a model is something else, such as a class or a path."""
     if not isinstance(model, nn.Module):
-        got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
-        raise TypeError(f"model: expected a torch module, got {got}")
+        raise TypeError(f"model: expected a torch module, got {kind_of(model)}")
 
 
 def warn_of_lost_layer(model: nn.Module) -> None:

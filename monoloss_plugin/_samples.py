@@ -143,7 +143,6 @@ def _checked(batches: Iterable[Any]) -> Iterator[Batch]:
 
 def of_training(features: Any) -> str | None:
     """Return the name of a feature set's split, where it is one that SAEs are trained on."""
-    record = getattr(features, "record", None)
-    source = record.get("source") if isinstance(record, dict) else None
+    source = getattr(getattr(features, "record", None), "source", None)
     split = source.get("split") if isinstance(source, dict) else None
     return split if split in ("train", "training") else None

@@ -160,19 +160,19 @@ def info(folder: Annotated[Path, typer.Argument(help="A feature dataset.")]) -> 
     if opened.labels is not None:
         rows.append(("labels", _listed(classes) if classes else "numbers"))
     for part in ("encoder", "source"):
-        for name, value in opened.record.get(part, {}).items():
+        for name, value in getattr(opened.record, part).items():
             if value is not None:
                 rows.append((f"{part} {name}", str(value)))
     for name in ("unreadable", "autocast", "versions"):
-        if opened.record.get(name):
-            rows.append((name, str(opened.record[name])))
+        if value := getattr(opened.record, name):
+            rows.append((name, str(value)))
     content = {
         "rows": len(opened),
         "width": opened.width,
         "dtype": str(opened.dtype).removeprefix("torch."),
         "labelled": opened.labels is not None,
         "classes": classes,
-        "record": opened.record,
+        "record": opened.record.to_dict(),
     }
     return Output(content, [table("", "", rows=rows)])
 

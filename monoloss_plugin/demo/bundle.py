@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from monoloss_plugin.demo.digits import digit_features
@@ -55,10 +56,9 @@ def write_bundle(root: Path) -> None:
 
 def _described(features: FeatureSet, split: str) -> FeatureSet:
     """Say what the demo's folders are, instead of their names."""
-    record = dict(features.record)
-    record["source"] = {"kind": "folder", "name": _IMAGES, "split": split}
-    record["encoder"] = {**record["encoder"], "name": "the demo's vision transformer, 3 blocks"}
-    return FeatureSet(features.dataset, record)
+    named = {**features.record.encoder, "name": "the demo's vision transformer, 3 blocks"}
+    source = {"kind": "folder", "name": _IMAGES, "split": split}
+    return FeatureSet(features.dataset, replace(features.record, encoder=named, source=source))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from monoloss_plugin._later import later
 from monoloss_plugin.features.batches import FeatureBatches
 from monoloss_plugin.features.feature_set import FeatureSet
+from monoloss_plugin.features.record import FeatureRecord
 from monoloss_plugin.features.shards import SettingsError
 from monoloss_plugin.features.whole import verify
 
@@ -22,6 +23,7 @@ __all__ = [
     "Encoder",
     "Extraction",
     "FeatureBatches",
+    "FeatureRecord",
     "FeatureSet",
     "SettingsError",
     "TooManyUnreadableError",

@@ -16,6 +16,7 @@ from torch import Tensor
 from monoloss_plugin._checks import as_labels, as_list, as_rows, as_tensor, require_finite
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin._places import kind_of
+from monoloss_plugin.features.record import FeatureRecord
 from monoloss_plugin.features.shards import features_schema, fixed_lists
 
 try:
@@ -71,7 +72,9 @@ def dataset_of(
     schema = type(schema)({name: schema[name] for name in columns})
     return Dataset(
         pa.table(columns).cast(schema.arrow_schema),
-        DatasetInfo(description=json.dumps(dict(record or {})), features=schema),
+        DatasetInfo(
+            description=json.dumps(FeatureRecord.of(record or {}).to_dict()), features=schema
+        ),
         fingerprint=uuid.uuid4().hex[:16],  # or datasets would hash every value for one
     )
 

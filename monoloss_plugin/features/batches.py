@@ -23,6 +23,7 @@ from monoloss_plugin.embeddings import unit_rows
 from monoloss_plugin.features.buffers import Buffers
 from monoloss_plugin.features.feature_set import FeatureSet, rows_in_common
 from monoloss_plugin.features.order import Order, Shuffle
+from monoloss_plugin.features.record import FeatureRecord
 
 _REMEMBERED = 64
 """Batches that :meth:`FeatureBatches.embeddings_of` finds again; a reader may be so far ahead."""
@@ -155,7 +156,7 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         return self.features.num_classes
 
     @property
-    def record(self) -> dict[str, Any]:
+    def record(self) -> FeatureRecord:
         """What the feature set says of itself."""
         return self.features.record
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from monoloss_plugin._checks import as_labels
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.batch import Batch
 from monoloss_plugin.features import arrays, shards, whole
+from monoloss_plugin.features.record import FeatureRecord
 from monoloss_plugin.features.rows import Rows
 
 try:
@@ -43,14 +43,17 @@ class FeatureSet(torch.utils.data.Dataset[Batch]):
     Args:
         dataset: with a column ``features`` of fixed-length lists, and ``label`` and ``image_id``
             where there are any.
-        record: what the set says of itself; by default read from the dataset's description.
+        record: what is known of the features, a :class:`FeatureRecord` or a dict of its fields; by
+            default read from the dataset's description.
 
     Raises:
         TypeError: not a ``datasets.Dataset``, or features of another type.
         ValueError: no column ``features``, or missing values in it.
     """
 
-    def __init__(self, dataset: Dataset, record: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, dataset: Dataset, record: FeatureRecord | Mapping[str, Any] | None = None
+    ) -> None:
         if not isinstance(dataset, Dataset):
             raise TypeError(
                 f"dataset: expected a datasets.Dataset, got {type(dataset).__name__}; "
@@ -83,7 +86,9 @@ class FeatureSet(torch.utils.data.Dataset[Batch]):
                     f"names, got {int(labels.max())}"
                 )
             self.labels = labels if bool((labels >= 0).any()) else None
-        self.record = _described(dataset) if record is None else record
+        if record is None:
+            record = FeatureRecord.from_json(dataset.info.description or "")
+        self.record = record if isinstance(record, FeatureRecord) else FeatureRecord.of(record)
         """Encoder, source and settings that the set was made with."""
 
     @classmethod
@@ -307,7 +312,7 @@ def rows_in_common(first: FeatureSet, others: Sequence[FeatureSet]) -> list[Tens
 
 def _require_same_source(one: FeatureSet, other: FeatureSet) -> None:
     """Raise ValueError where two sets are of different images, which may have the same ids."""
-    sources: list[dict[str, Any]] = [known.record.get("source") or {} for known in (one, other)]
+    sources: list[dict[str, Any]] = [known.record.source for known in (one, other)]
     if not all(sources):
         return
     names = ["kind", "name", "config", "split"]
@@ -330,11 +335,3 @@ def _require_same_source(one: FeatureSet, other: FeatureSet) -> None:
             "sources may have the same ids. If you know that they are the same images, open one "
             "set without its record: FeatureSet(other.dataset, record={})"
         )
-
-
-def _described(dataset: Dataset) -> dict[str, Any]:
-    try:
-        record = json.loads(dataset.info.description or "{}")
-    except json.JSONDecodeError:
-        return {}
-    return record if isinstance(record, dict) else {}

@@ -42,7 +42,7 @@ def aligned_embeddings(
     if isinstance(ids, (str, bytes, type, Tensor)) or not isinstance(ids, Iterable):
         raise TypeError(f"ids: expected a list of ids, got {type(ids).__name__}")
     wanted = [str(one) for one in ids]
-    source = features.record.get("source") or {}
+    source = features.record.source
     if split is not None and source and split not in (source.get("split"), source.get("name")):
         raise ValueError(
             f"features: expected those of split {split!r}, got features of {source.get('name')} "

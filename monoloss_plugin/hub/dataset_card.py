@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from monoloss_plugin.features import FeatureRecord
 from monoloss_plugin.hub.cards import escaped, merged, opened, settings_table, table
 
 _TAGS = ["image-features", "embeddings", "sparse-autoencoder", "monoloss"]
@@ -23,7 +24,7 @@ class PublishedSplit:
     split: str
     files: str
     """Pattern of its Parquet files."""
-    record: Mapping[str, Any]
+    record: FeatureRecord
     """Encoder, source, and how many rows of which width and type."""
 
 
@@ -54,10 +55,10 @@ def dataset_card(
         (
             f"`{one.config}`",
             f"`{one.split}`",
-            escaped(f"{one.record.get('rows', '?')} x {one.record.get('width', '?')}"),
-            escaped(one.record.get("dtype", "")),
-            escaped(one.record["encoder"].get("name", "not said")),
-            escaped(one.record["source"].get("name", "not said")),
+            escaped(f"{one.record.rows or '?'} x {one.record.width or '?'}"),
+            escaped(one.record.dtype or ""),
+            escaped(one.record.encoder.get("name", "not said")),
+            escaped(one.record.source.get("name", "not said")),
         )
         for one in splits
     ]
@@ -101,7 +102,7 @@ def _first_of_each_config(splits: Sequence[PublishedSplit]) -> list[PublishedSpl
 
 
 def _encoder(one: PublishedSplit) -> str:
-    encoder = dict(one.record["encoder"])
+    encoder = dict(one.record.encoder)
     preprocessing = encoder.pop("preprocessing", {})
     parts = [f"## Encoder of `{one.config}`", settings_table(encoder)]
     if isinstance(preprocessing, Mapping) and preprocessing:

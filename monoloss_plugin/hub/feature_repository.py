@@ -6,14 +6,13 @@ import logging
 import os
 import re
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from monoloss_plugin._checks import require_text
 from monoloss_plugin._optional import missing_extra
-from monoloss_plugin.features import FeatureSet
+from monoloss_plugin.features import FeatureRecord, FeatureSet
 from monoloss_plugin.hub.bundled import open_named
 from monoloss_plugin.hub.names import DATA, is_inside
-from monoloss_plugin.hub.record import described_features
 from monoloss_plugin.hub.repository import Repository
 
 try:
@@ -180,7 +179,7 @@ def ours(paths: Iterable[str]) -> set[str]:
     return found
 
 
-def features_in(repository: Repository) -> list[tuple[str, str, dict[str, Any]]]:
+def features_in(repository: Repository) -> list[tuple[str, str, FeatureRecord]]:
     """Return configuration, split and record of all features; records that are none are said."""
     found = list(shards(repository))
     paths = [record_file(*one) for one in found]
@@ -188,14 +187,14 @@ def features_in(repository: Repository) -> list[tuple[str, str, dict[str, Any]]]
     if paths_there:
         repository.fetch(paths_there)
     return [
-        (config, split, _record(repository, path) if path in repository else described_features({}))
+        (config, split, _record(repository, path) if path in repository else FeatureRecord())
         for (config, split), path in zip(found, paths, strict=True)
     ]
 
 
-def _record(repository: Repository, path: str) -> dict[str, Any]:
+def _record(repository: Repository, path: str) -> FeatureRecord:
     try:
-        return described_features(repository.json(path))
+        return FeatureRecord.of(repository.json(path))
     except ValueError as error:
         logger.warning("%s/%s is left out: %s", repository.name, path, error)
-        return described_features({})
+        return FeatureRecord()

@@ -32,7 +32,6 @@ from monoloss_plugin.hub.names import (
     require_texts,
 )
 from monoloss_plugin.hub.publication import Existing, Publication, Staged, Target, publish
-from monoloss_plugin.hub.record import described_features
 from monoloss_plugin.hub.repository import of_folder, of_hub
 from monoloss_plugin.hub.staging import staging
 
@@ -108,9 +107,8 @@ def publish_features(
     features = _opened(features)
     if not len(features):
         raise ValueError("features: expected at least one row, got none")
-    described = described_features(features.record)
-    split = require_split(split or described["source"].get("split") or "train")
-    source = source_dataset or images_on_hub(described["source"])
+    split = require_split(split or features.record.source.get("split") or "train")
+    source = source_dataset or images_on_hub(features.record.source)
     metadata = {
         "license": license,
         "tags": tags,
@@ -138,7 +136,7 @@ def stage_features(features: FeatureSet, root: Path, *, config: str, split: str)
         part = rows.shard(num_shards=count, index=number, contiguous=True)
         part.to_parquet(str(root / shard_file(config, split, number, count)))
     record = {
-        **{key: value for key, value in features.record.items() if key != "shards"},
+        **features.record.to_dict(),
         "rows": len(features),
         "width": features.width,
         "dtype": str(features.dtype).removeprefix("torch."),
@@ -168,11 +166,11 @@ class _Card:
             every = {(c, s): record for c, s, record in features_in(there)} | added
         (given,) = added.values()
         for (config, split), record in every.items():
-            columns = record.get("columns", given["columns"])
-            if config == self.config and columns != given["columns"]:
+            columns = record.columns or given.columns
+            if config == self.config and columns != given.columns:
                 raise ValueError(
                     f"dataset: its columns are not those of {split}, with which it would share a "
-                    f"configuration ({given['columns']} and {columns}); give another config"
+                    f"configuration ({given.columns} and {columns}); give another config"
                 )
         splits = [
             PublishedSplit(c, s, f"{config_folder(c)}/{s}-*.parquet", record)

@@ -35,7 +35,6 @@ from monoloss_plugin.hub.record import (
     RECORD,
     Inputs,
     SAERecord,
-    described_features,
     finite,
     record_from,
     record_in,
@@ -306,8 +305,8 @@ def _record(
         },
     )
     if features is not None:
-        described = described_features(features.record)
-        record = replace(record, encoder=described["encoder"], dataset=described["source"])
+        known_of = features.record
+        record = replace(record, encoder=known_of.encoder, dataset=known_of.source)
     if evaluation is None:
         if baseline is not None:
             raise ValueError("baseline: needs an evaluation to compare it with")

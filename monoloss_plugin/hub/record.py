@@ -96,13 +96,6 @@ def record_in(sae: Any) -> SAERecord:
         raise ValueError(_FOREIGN) from error
 
 
-def described_features(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a feature set's record with what others rely on: its encoder and source as objects."""
-    parts = {name: record.get(name) for name in ("encoder", "source")}
-    plain = {name: part if isinstance(part, dict) else {} for name, part in parts.items()}
-    return {**record, **plain}
-
-
 def finite(metrics: Mapping[str, float]) -> dict[str, float]:
     """Return the metrics that are numbers, which is what JSON and YAML can hold."""
     return {name: value for name, value in metrics.items() if math.isfinite(value)}

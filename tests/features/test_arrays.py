@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 import monoloss_plugin.adapters.sae_lens  # noqa: F401
 from monoloss_plugin import MonoLoss, load_features
 from monoloss_plugin.evaluation import evaluate
-from monoloss_plugin.features import FeatureBatches, FeatureSet
+from monoloss_plugin.features import FeatureBatches, FeatureRecord, FeatureSet
 from monoloss_plugin.hub import publish_features
 from tests.features.test_batches import sae_trainer
 from tests.hub.server import OWNER_TOKEN
@@ -199,6 +199,6 @@ def test_such_a_set_goes_the_way_of_any(tmp_path: Path, hub, monkeypatch) -> Non
     publish_features(second, "alice/noise")
     back = load_features("alice/noise", "train", cache_dir=tmp_path)
     assert torch.equal(back.tensor(), second.tensor())
-    assert (back.record["encoder"], back.record["source"]) == (record["encoder"], record["source"])
+    assert (back.record.encoder, back.record.source) == (record["encoder"], record["source"])
     second.dataset.save_to_disk(tmp_path / "kept")
-    assert FeatureSet.open(tmp_path / "kept").record == record
+    assert FeatureSet.open(tmp_path / "kept").record == FeatureRecord.of(record)

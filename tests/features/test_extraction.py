@@ -82,7 +82,7 @@ def test_a_folder_of_images_becomes_their_features(
     assert ids == sorted(expected)
     torch.testing.assert_close(features.tensor(), torch.stack([expected[i] for i in ids]))
     assert [features.classes[y] for y in features.labels] == [i.split("/")[0] for i in ids]
-    assert features.record["encoder"] == json.loads(json.dumps(load_encoder(name).record)) | {
+    assert features.record.encoder == json.loads(json.dumps(load_encoder(name).record)) | {
         "mode": "RGB"
     }
     # Every batch of a shard is in one piece.
@@ -350,7 +350,7 @@ def test_an_image_whose_features_are_not_finite_is_left_out(vit, image_folder, t
 def test_a_split_of_any_name_can_be_opened(vit, image_folder, tmp_path) -> None:
     (image_folder / "digit-3").rename(image_folder / "train-clean")
     extract(image_folder, vit, tmp_path / "out", split="train-clean", **QUIET)
-    assert FeatureSet.open(tmp_path / "out").record["source"]["split"] == "train-clean"
+    assert FeatureSet.open(tmp_path / "out").record.source["split"] == "train-clean"
 
 
 def test_another_dataset_of_the_same_length_is_refused(vit, digit_images, tmp_path) -> None:

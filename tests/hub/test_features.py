@@ -66,7 +66,7 @@ def test_load_features_brings_the_record_and_feeds_training(digits, tmp_path, hu
     loaded = load_features(REPO, cache_dir=tmp_path)
     assert_equal(loaded, digits["train"])
     for part in ("encoder", "source"):
-        assert loaded.record[part] == digits["train"].record[part]
+        assert getattr(loaded.record, part) == getattr(digits["train"].record, part)
     batches = FeatureBatches(loaded, shuffle="none", drop_last=False)
     expected = FeatureBatches(digits["train"], shuffle="none", drop_last=False)
     found = [evaluate(load_pretrained("digits").sae, b).summary() for b in (batches, expected)]
@@ -88,7 +88,7 @@ def test_a_folder_that_extract_made(tmp_path, hub) -> None:
     publish_features(folder, REPO)
     loaded, expected = load_features(REPO), FeatureSet.open(folder)
     assert_equal(loaded, expected)
-    assert loaded.record["encoder"] == expected.record["encoder"]
+    assert loaded.record.encoder == expected.record.encoder
     for content in hub.files(REPO, "dataset").values():
         assert str(tmp_path).encode() not in content
 
@@ -120,7 +120,7 @@ def test_sets_of_several_encoders_share_a_repository(tmp_path, hub) -> None:
 
 
 def test_the_card(digits, tmp_path, hub) -> None:
-    record = {**digits["train"].record, "source": {"kind": "hub", "name": "ylecun/mnist"}}
+    record = {**digits["train"].record.to_dict(), "source": {"kind": "hub", "name": "ylecun/mnist"}}
     named = FeatureSet(digits["train"].dataset, record)
     publish_features(named, REPO, license="mit", tags=["digits"])
     card = DatasetCard(hub.files(REPO, "dataset")["README.md"].decode())
@@ -286,7 +286,7 @@ def test_sets_without_rows_or_with_records_of_other_kinds(hub) -> None:
         publish_features(sliced, REPO)
     for number, record in enumerate(({"source": None}, {"source": "x", "encoder": "y"}, {"a": 1})):
         publish_features(made(record=record), REPO, split=f"split{number}")
-        assert load_features(REPO, f"split{number}").record["source"] == {}
+        assert load_features(REPO, f"split{number}").record.source == {}
     plain = made().dataset.select_columns(["features"]).shuffle(seed=1).select(range(7))
     publish_features(plain, "alice/plain")
     assert load_features("alice/plain").tensor().tolist() == plain["features"][:]

@@ -137,7 +137,7 @@ def test_metrics_with_and_without_the_loss(images, held_out, hub) -> None:
     loaded = load_pretrained(REPO, "with")
     assert loaded.record.metrics == evaluation.summary()
     assert loaded.record.baseline == baseline.summary()
-    assert loaded.record.encoder == held_out.record["encoder"]
+    assert loaded.record.encoder == held_out.record.encoder
     assert loaded.record.evaluated_on == {"samples": 599, "split": "held_out"}
     assert torch.allclose(10**loaded.sparsity, evaluation.frequency.float() + 1e-10)
 

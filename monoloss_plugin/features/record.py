@@ -1,0 +1,70 @@
+"""What a feature set says of itself: the encoder and the images that made it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+_TYPES: dict[str, type] = {
+    "encoder": dict,
+    "source": dict,
+    "versions": dict,
+    "columns": dict,
+    "dtype": str,
+    "autocast": str,
+    "width": int,
+    "rows": int,
+    "source_rows": int,
+    "unreadable": int,
+}
+
+
+@dataclass(frozen=True)
+class FeatureRecord:
+    """What is known of a feature set beside its rows; empty where nothing is known."""
+
+    encoder: dict[str, Any] = field(default_factory=dict)
+    """Library, name, weights and preprocessing, in the words of each library."""
+    source: dict[str, Any] = field(default_factory=dict)
+    """Kind, name, split and checksums of the images."""
+    dtype: str | None = None
+    """Type of the stored features."""
+    autocast: str | None = None
+    """Precision in which the encoder ran; None for float32."""
+    width: int | None = None
+    """d, the length of a feature vector."""
+    rows: int | None = None
+    """N, the number of feature vectors."""
+    source_rows: int | None = None
+    """Number of images in the source, readable or not."""
+    unreadable: int = 0
+    """Number of images that were left out."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Versions of the libraries that made the features."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Type of each column, where the set was published."""
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> FeatureRecord:
+        """Read a record from JSON's types. Entries of another name or type are left out."""
+        known: dict[str, Any] = {
+            part.name: content[part.name]
+            for part in fields(cls)
+            if isinstance(content.get(part.name), _TYPES[part.name])
+        }
+        return cls(**known)
+
+    @classmethod
+    def from_json(cls, text: str) -> FeatureRecord:
+        """Read a record from a text; an empty one where the text is no JSON object."""
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError:
+            return cls()
+        return cls.of(content) if isinstance(content, dict) else cls()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is known as JSON's types; what is not known is left out."""
+        return {name: value for name, value in asdict(self).items() if value not in (None, {})}

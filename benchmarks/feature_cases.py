@@ -27,7 +27,7 @@ from benchmarks.data import features
 from benchmarks.setting import Found, Setting
 from benchmarks.timing import alternate, ratio, spread
 from benchmarks.trainer import batchtopk_trainer
-from monoloss_plugin.features import FeatureBatches, FeatureSet, shards, whole
+from monoloss_plugin.features import FeatureBatches, FeatureRecord, FeatureSet, store
 from monoloss_plugin.features.encoders import Encoder
 from monoloss_plugin.features.extraction import extract
 
@@ -241,17 +241,18 @@ def _write_lmdb(path: Path, x: Tensor) -> None:
 
 def _write_set(folder: Path, x: Tensor) -> None:
     """Write features as :func:`extract` would."""
-    size = 1024 * -(-len(x) // (32 * 1024))
-    shards.begin(folder, {"shard_size": size})
-    shards.note_source_rows(folder, len(x))
-    schema = shards.features_schema(x.shape[1], str(x.dtype).split(".")[1], True, None)
-    for number, part in enumerate(x.split(size)):
-        writer = shards.ShardWriter(folder, number, schema)
-        first = number * size
-        ids = [f"{row:08d}.jpg" for row in range(first, first + len(part))]
-        writer.add(part.numpy(), [0] * len(part), ids, len(part))
-        writer.finish()
-    whole.complete(folder)
+    dtype = str(x.dtype).removeprefix("torch.")
+    store.begin(folder, FeatureRecord(dtype=dtype, width=x.shape[1]))
+    with store.claim(folder, "all"):
+        store.note_total(folder, len(x))
+        schema = store.features_schema(x.shape[1], dtype, True, None)
+        writer = store.ShardWriter(folder, "all", schema, save_every=60.0)
+        for part in torch.arange(len(x)).split(1024):
+            rows = range(int(part[0]), int(part[-1]) + 1)
+            ids = [f"{row:08d}.jpg" for row in rows]
+            writer.add(rows, x[part].numpy(), [0] * len(rows), ids)
+        writer.save()
+    store.complete(folder)
 
 
 def _write_photos(folder: Path, count: int) -> None:

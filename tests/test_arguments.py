@@ -51,7 +51,7 @@ from monoloss_plugin.features import (
     verify,
 )
 from monoloss_plugin.features.sources import open_source
-from monoloss_plugin.features.whole import join
+from monoloss_plugin.features.store import join
 from monoloss_plugin.finetuning import (
     LatentRecorder,
     MonoLayer,

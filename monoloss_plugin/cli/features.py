@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -74,48 +75,54 @@ def extract(
         str | None, typer.Option(help="A GPU where there is one, by default.")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Images at once; by default what fits the memory.")
+        int | None, typer.Option(help="Images to encode at once; by default, what fits the memory.")
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that decode images.")] = None,
     shard: Annotated[
         str | None,
         typer.Option(
-            help="I/N, from 0: this process's share of N. Under torchrun, its rank and world size."
+            help="I/N: do share I of N, counted from 0. Under torchrun, by default its rank and size."
         ),
     ] = None,
-    shard_size: Annotated[int | None, typer.Option(help="Images a shard.")] = None,
+    save_every: Annotated[
+        float, typer.Option(help="Seconds; a killed run loses at most this much work.")
+    ] = 60.0,
     max_unreadable: Annotated[
-        int, typer.Option(help="Unreadable images to leave out before the run stops.")
+        int, typer.Option(help="Stop if more images than this cannot be read.")
     ] = 100,
 ) -> Output:
     """Encode images with a frozen encoder and store their features as a dataset.
 
-    Killed at any moment, it goes on where it was when it is started again. Several processes may
-    write to one folder, each with its --shard I/N.
+    If the command is killed, run it again, and it continues. Several processes may write to one
+    folder, each with its --shard I/N.
     """
-    from monoloss_plugin.features.extraction import extract as run
+    from monoloss_plugin import features
 
-    done = run(
-        source,
-        encoder,
+    done = features.extract(
+        features.open_source(
+            source,
+            split=split,
+            config=config,
+            revision=source_revision,
+            streaming=streaming,
+            image=image,
+            label=label,
+            image_id=image_id,
+        ),
+        features.load_encoder(
+            encoder,
+            revision=revision,
+            output=output,  # type: ignore[arg-type]  # checked above
+            layer=layer,
+        ),
         out,
-        split=split,
-        config=config,
-        source_revision=source_revision,
-        streaming=streaming,
-        image=image,
-        label=label,
-        image_id=image_id,
-        revision=revision,
-        output=output,  # type: ignore[arg-type]  # checked above
-        layer=layer,
         dtype=dtype,  # type: ignore[arg-type]
         autocast=autocast,  # type: ignore[arg-type]
         device=device,
         batch_size=batch_size,
         workers=workers,
         shard=_share(shard),
-        shard_size=shard_size,
+        save_every=save_every,
         max_unreadable=max_unreadable,
     )
     rate = f", {done.images / done.seconds:.0f} a second" if done.images else ""
@@ -124,29 +131,30 @@ def extract(
         text.append(f"labels: {_listed(done.classes)}")
     if done.unreadable:
         text.append(f"{len(done.unreadable)} unreadable images left out:")
-        text += [f"  {bad['image_id']}: {bad['error']}" for bad in done.unreadable]
+        text += [f"  {one.image_id}: {one.error}" for one in done.unreadable]
     if not done.complete:
-        text.append("this share is done; the set is not complete yet, since other shares are not")
+        text.append("this share is done; the set is not complete yet, because other shares are not")
     return Output(asdict(done), text)
 
 
 @command(features)
 def verify(folder: Annotated[Path, typer.Argument(help="A feature dataset.")]) -> Output:
-    """Compare every shard with its checksum; exit with 1 if one is missing, cut or altered."""
+    """Compare every file with its checksum; exit with 1 if one is missing, cut or altered."""
     from tqdm.auto import tqdm
 
-    from monoloss_plugin.features import shards, whole
+    from monoloss_plugin.features import store
 
-    size = sum(path.stat().st_size for path in folder.glob("data-*.arrow"))
+    shards = store.recorded_shards(folder)
+    size = sum(shard.bytes for shard in shards.values())
     with tqdm(total=size, unit="B", unit_scale=True, desc="Verifying", disable=not size) as bar:
-        problems = whole.verify(folder, bar.update)
-    count, complete = len(shards.finished(folder)), shards.is_complete(folder)
-    content = {"folder": folder, "shards": count, "complete": complete, "problems": problems}
+        problems = store.verify(folder, bar.update)
+    complete = store.is_complete(folder)
+    content = {"folder": folder, "shards": len(shards), "complete": complete, "problems": problems}
     if problems:
         advice = "delete an altered file, and run the extraction again to repair the set"
         return Output(content, (), f"{'; '.join(problems)}; {advice}")
-    unfinished = "" if complete else "; not complete yet"
-    return Output(content, [f"{count} shards are as they were written{unfinished}"])
+    unfinished = "" if complete else "; the set is not complete yet"
+    return Output(content, [f"checked {_count(shards)}, and all is well{unfinished}"])
 
 
 @command(features)
@@ -179,16 +187,17 @@ def info(folder: Annotated[Path, typer.Argument(help="A feature dataset.")]) -> 
 
 @command(features)
 def join(
-    folder: Annotated[Path, typer.Argument(help="Where the shards go.")],
-    others: Annotated[list[Path], typer.Argument(help="Folders of other machines' shards.")],
+    folder: Annotated[Path, typer.Argument(help="Where the features go.")],
+    others: Annotated[list[Path], typer.Argument(help="Folders that other machines wrote.")],
 ) -> Output:
-    """Copy the shards that other machines made of the same source into one folder."""
-    from monoloss_plugin.features import shards, whole
+    """Copy what other machines extracted from the same source into one folder."""
+    from monoloss_plugin.features import store
 
-    complete = whole.join(folder, others)
-    count = len(shards.finished(folder))
-    content = {"folder": folder, "shards": count, "complete": complete}
-    return Output(content, [f"{count} shards in {folder}, {'' if complete else 'not '}complete"])
+    complete = store.join(folder, others)
+    shards = store.recorded_shards(folder)
+    content = {"folder": folder, "shards": len(shards), "complete": complete}
+    text = f"{_count(shards)} in {folder}; the set is {'' if complete else 'not yet '}complete"
+    return Output(content, [text])
 
 
 @command(features)
@@ -203,6 +212,11 @@ def encoders() -> Output:
     header = ("name", "width", "weights", "revision", "what")
     content = {"encoders": [dict(zip(header, row, strict=True)) for row in rows]}
     return Output(content, [table(*header, rows=rows)])
+
+
+def _count(shards: Sized) -> str:
+    """Say how many files of features there are."""
+    return "1 file of features" if len(shards) == 1 else f"{len(shards)} files of features"
 
 
 def _listed(classes: list[str]) -> str:

@@ -1,7 +1,7 @@
-"""Vision features: from images to a feature dataset to training batches.
+"""Vision features: from images to a feature set, and from a feature set to training batches.
 
-Reading and batching need the extra ``hub``; :func:`extract`, which is imported when it is first
-asked for, needs ``vision``.
+To open feature sets and read batches from them, install the extra ``hub``. :func:`extract` needs
+``vision``; it is imported when you first ask for it.
 """
 
 from __future__ import annotations
@@ -9,15 +9,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from monoloss_plugin._later import later
-from monoloss_plugin.features.batches import FeatureBatches
-from monoloss_plugin.features.feature_set import FeatureSet
-from monoloss_plugin.features.record import FeatureRecord
-from monoloss_plugin.features.shards import SettingsError
-from monoloss_plugin.features.whole import verify
+from monoloss_plugin._optional import missing_extra
+
+try:  # the modules below import what they need; what is missing is said here
+    from monoloss_plugin.features.batches import FeatureBatches
+    from monoloss_plugin.features.feature_set import FeatureSet
+    from monoloss_plugin.features.record import FeatureRecord
+    from monoloss_plugin.features.store import SettingsError, verify
+except ModuleNotFoundError as error:
+    raise missing_extra(error, "hub") from error
 
 if TYPE_CHECKING:
     from monoloss_plugin.features.encoders import Encoder, load_encoder
     from monoloss_plugin.features.extraction import Extraction, TooManyUnreadableError, extract
+    from monoloss_plugin.features.sources import Source, open_source
 
 __all__ = [
     "Encoder",
@@ -26,9 +31,11 @@ __all__ = [
     "FeatureRecord",
     "FeatureSet",
     "SettingsError",
+    "Source",
     "TooManyUnreadableError",
     "extract",
     "load_encoder",
+    "open_source",
     "verify",
 ]
 
@@ -36,9 +43,11 @@ __getattr__, __dir__ = later(
     __name__,
     {
         "Encoder": "encoders",
-        "load_encoder": "encoders",
         "Extraction": "extraction",
+        "Source": "sources",
         "TooManyUnreadableError": "extraction",
         "extract": "extraction",
+        "load_encoder": "encoders",
+        "open_source": "sources",
     },
 )

@@ -17,7 +17,7 @@ from monoloss_plugin._checks import as_labels, as_list, as_rows, as_tensor, requ
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin._places import kind_of
 from monoloss_plugin.features.record import FeatureRecord
-from monoloss_plugin.features.shards import features_schema, fixed_lists
+from monoloss_plugin.features.store import features_schema, fixed_lists
 
 try:
     import numpy as np

@@ -1,50 +1,59 @@
-"""From images to a feature dataset: one pass of a frozen encoder, interruptible and shared."""
+"""From images to a feature set: one pass of a frozen encoder, which may be killed and shared."""
 
 from __future__ import annotations
 
 import itertools
 import os
+import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from monoloss_plugin._checks import as_device, require_at_least, require_choice, require_share
-from monoloss_plugin._optional import missing_extra
-from monoloss_plugin.features import shards, whole
-from monoloss_plugin.features.encoders import Encoder, Output, load_encoder
-from monoloss_plugin.features.encoders.encoder import weights_sha256
-from monoloss_plugin.features.forward import (
-    BatchSize,
-    Forward,
-    Precision,
-    batch_of,
-    fitting_batch_size,
+from monoloss_plugin._checks import (
+    as_device,
+    require_at_least,
+    require_choice,
+    require_number,
+    require_share,
 )
-from monoloss_plugin.features.images import Loaded, Preparation, batches_by_number, said
-from monoloss_plugin.features.share import Share, TooManyUnreadableError
+from monoloss_plugin._optional import missing_extra
+from monoloss_plugin._places import as_path, kind_of
+from monoloss_plugin.features import store
+from monoloss_plugin.features.encoders import Encoder, load_encoder
+from monoloss_plugin.features.encoders.encoder import weights_sha256
+from monoloss_plugin.features.record import FeatureRecord
 from monoloss_plugin.features.sources import Row, Source, open_source
 
-try:
+try:  # what only extraction needs
     from tqdm.auto import tqdm
+
+    from monoloss_plugin.features import images
+    from monoloss_plugin.features.forward import (
+        BatchSize,
+        Forward,
+        Precision,
+        fitting_batch_size,
+        repeated,
+    )
 except ModuleNotFoundError as error:
     raise missing_extra(error, "vision") from error
 
 __all__ = ["Extraction", "TooManyUnreadableError", "extract"]
 
-_STREAM_SHARD = 16_384
-_SHARDS = 32
-"""About as many shards a source of known size: enough to share, few enough to read fast."""
-_LARGEST_SHARD = 65_536
-_ROUND = 1024
 _TRIED = 1000
-"""So many images may be unreadable before the first that is."""
+"""Give up if so many images at the beginning are all unreadable."""
+_BLOCK = 16_384
+"""Rows of a stream that one process takes at a time, where several share it."""
 _VERSIONS = ("monoloss_plugin", "torch", "datasets", "pillow")
+
+
+class TooManyUnreadableError(RuntimeError):
+    """More images were left out than ``max_unreadable`` allows."""
 
 
 @dataclass(frozen=True)
@@ -53,204 +62,293 @@ class Extraction:
 
     folder: Path
     images: int
-    """Images encoded in this run."""
+    """Number of images that this run encoded."""
     rows: int
-    """Images in the folder's finished shards, other processes' and earlier runs' included."""
-    unreadable: list[dict[str, Any]]
-    """Row, id and error of every image left out of those shards."""
+    """Number of images in the folder, with those of other processes and earlier runs."""
+    unreadable: list[store.Unreadable]
+    """The images that were left out of the folder."""
     classes: list[str] | None
-    """Names of the labels' classes; None where labels have none."""
+    """Names of the labels' classes; None where labels have no names."""
     complete: bool
-    """Whether every shard is there; if not, other processes are still at theirs."""
+    """Whether the set is complete. If not, other shares of it are not done yet."""
     seconds: float
 
 
 def extract(
-    source: Any,
-    encoder: str | Encoder,
+    source: Source | Any,
+    encoder: Encoder | str,
     out: str | os.PathLike[str],
     *,
-    split: str | None = None,
-    config: str | None = None,
-    streaming: bool = False,
-    image: str | None = None,
-    label: str | None = None,
-    image_id: str | None = None,
-    source_revision: str | None = None,
-    output: Output | None = None,
-    layer: str | None = None,
-    revision: str | None = None,
     dtype: Literal["float16", "float32"] = "float16",
     autocast: Precision | None = None,
     device: torch.device | str | None = None,
     batch_size: int | None = None,
     workers: int | None = None,
     shard: tuple[int, int] | None = None,
-    shard_size: int | None = None,
+    save_every: float = 60.0,
     max_unreadable: int = 100,
     progress: bool = True,
 ) -> Extraction:
-    """Encode every image of a source once and store the features as a ``datasets`` folder.
+    """Encode every image of a source once, and store the features in a folder.
 
-    The folder has the columns ``features`` (fixed-length lists), ``label`` where the source has
-    one (-1 where an image has none) and ``image_id``, in the source's order, unnormalised. A run
-    that is killed goes on where it was when it is started again with the same arguments.
+    ``datasets.load_from_disk`` opens the folder. Its columns are ``features`` (lists of fixed
+    length, not normalised), ``label`` where the source has one (-1 where an image has none), and
+    ``image_id``. The rows have the order of the source.
+
+    If the run is killed, start it again with the same arguments, and it continues.
 
     Args:
-        source: images, as :func:`~monoloss_plugin.features.sources.open_source` takes them: a
-            ``Path`` or a string such as ``"./photos"``, ``open-images:FOLDER``, a Hub dataset's
-            name, or a ``datasets`` object.
-        encoder: a name for :func:`~monoloss_plugin.features.encoders.load_encoder`, or an
-            :class:`Encoder`.
+        source: images from :func:`open_source`, or anything that :func:`open_source` takes: a
+            ``Path`` or a string such as ``"./photos"``, the name of a Hub dataset, or a
+            ``datasets`` object.
+        encoder: an :class:`Encoder`, or a name that :func:`load_encoder` takes.
         out: the folder.
-        split: of the source.
-        config: of a Hub dataset.
-        streaming: read a Hub dataset without downloading it first.
-        image: column of images; found by its type by default.
-        label: column of labels, in the same way.
-        image_id: column of ids, in the same way; without one, row numbers and file names.
-        source_revision: commit, tag or branch of a Hub dataset.
-        output: ``"pooled"``, ``"cls"`` or ``"mean"``, as ``load_encoder`` takes it.
-        layer: name of a module whose output to take.
-        revision: commit of the encoder's weights.
         dtype: of the stored features.
-        autocast: run the encoder in this precision; float32 by default.
-        device: of the encoder; by default a GPU where there is one, ``LOCAL_RANK``'s under
-            torchrun.
-        batch_size: images at once; by default what fits the memory that is free and takes a few
-            seconds at most, measured on the way.
-        workers: processes that decode and preprocess (threads for a stream); 0 for none.
-        shard: ``(i, n)``: take every n-th shard from the i-th on, where n processes or machines
-            share the work, ``RANK`` and ``WORLD_SIZE`` under torchrun. Each has a share of the
-            images to decode and encode; a stream is read by each in full.
-        shard_size: images a shard.
-        max_unreadable: how many images to leave out before the run stops: unreadable ones, and
-            those whose features are not finite in ``dtype``.
-        progress: show images a second and the time left.
+        autocast: run the encoder in this precision instead of float32.
+        device: of the encoder. By default a GPU if there is one, with the number ``LOCAL_RANK``
+            under torchrun.
+        batch_size: images to encode at once. By default as many as fit the free memory and take a
+            few seconds at most.
+        workers: processes that decode and preprocess images (threads for a stream).
+        shard: ``(i, n)``: do the i-th of n shares of the work, where several processes or machines
+            divide it. Under torchrun, by default ``RANK`` and ``WORLD_SIZE``. Every process reads
+            all of a stream, but decodes and encodes only its share.
+        save_every: save the features after so many seconds. A killed run loses at most this much
+            work, and the batch it was at.
+        max_unreadable: stop if more images than this must be left out, because they cannot be read
+            or because their features are not finite in ``dtype``.
+        progress: show a progress bar.
 
     Returns:
-        What was done; :func:`~monoloss_plugin.features.FeatureSet.open` opens the folder.
+        What was done. Open the folder with :meth:`FeatureSet.open`.
 
     Raises:
         SettingsError: the folder was begun with other settings.
-        TooManyUnreadableError: past ``max_unreadable``; the features so far are kept.
-        ValueError: an argument out of its range, or no images.
-        BusyError: another process is at the same share.
+        TooManyUnreadableError: too many images were left out. The features so far are saved.
+        TypeError, ValueError: an argument is wrong, or there are no images.
+        BusyError: another process works on the same share.
+
+    Examples:
+        >>> from monoloss_plugin.features import extract, load_encoder, open_source
+        >>> photos = open_source("./photos", split="train")  # doctest: +SKIP
+        >>> clip = load_encoder("clip-vit-l14", output="cls")  # doctest: +SKIP
+        >>> extract(photos, clip, "features/train")  # doctest: +SKIP
     """
     require_choice(dtype, "dtype", ("float16", "float32"))
     if autocast is not None:
         require_choice(autocast, "autocast", ("bfloat16", "float16"))
     for name, given, least in (
         ("batch_size", batch_size, 1),
-        ("shard_size", shard_size, 1),
         ("workers", workers, 0),
         ("max_unreadable", max_unreadable, 0),
     ):
         if given is not None:
             require_at_least(least, given, name)
+    require_number(save_every, "save_every")
+    if not save_every >= 0:
+        raise ValueError(f"save_every: expected seconds, 0 or more, got {save_every}")
     share = _share(shard)
-    images = open_source(
-        source,
-        split=split,
-        config=config,
-        revision=source_revision,
-        streaming=streaming,
-        image=image,
-        label=label,
-        image_id=image_id,
-    )
+    folder = as_path(out, "out")
+    opened = source if isinstance(source, Source) else open_source(source)
     if isinstance(encoder, str):
-        encoder = load_encoder(encoder, revision=revision, output=output, layer=layer)
-    elif (output, layer, revision) != (None, None, None):
-        raise ValueError("output, layer, revision: these choose of an encoder given by name")
-    place = _device(device)
-    forward = Forward(encoder, place, autocast)
-    prepare = Preparation(encoder.preprocess, encoder.mode)
-    probe = _first_readable(images, prepare)
-    width = forward(batch_of(probe, 1)).shape[1]
-
-    size = shard_size or _shard_size(images.num_images)
-    folder = Path(out)
-    settings = {
-        "format": 1,
-        "encoder": _described(encoder),
-        "source": images.record,
-        "dtype": dtype,
-        "autocast": autocast,
-        "width": width,
-        "shard_size": size,
-        "versions": {name: version(name) for name in _VERSIONS},
-    }
-    shards.begin(folder, settings)
-    if shards.is_complete(folder) and whole.damaged(folder):
-        whole.reopen(folder)
-    if images.num_images is not None:
-        shards.note_source_rows(folder, images.num_images)
-    schema = shards.features_schema(width, dtype, images.label is not None, images.classes)
+        encoder = load_encoder(encoder)
+    elif not isinstance(encoder, Encoder):
+        raise TypeError(f"encoder: expected an Encoder or a name, got {kind_of(encoder)}")
+    forward = Forward(encoder, _device(device), autocast, getattr(torch, dtype))
+    prepare = images.Preparation(encoder.preprocess, encoder.mode)
+    probe = _first_readable(opened, prepare)
+    width = forward(repeated(probe, 1)).shape[1]
+    settings = FeatureRecord(
+        encoder=_record_of(encoder),
+        source=opened.record,
+        dtype=dtype,
+        autocast=autocast,
+        width=width,
+        versions={name: version(name) for name in _VERSIONS},
+    )
+    store.begin(folder, settings)
+    store.reopen_damaged(folder)
     started, encoded = time.perf_counter(), 0
-    if not shards.is_complete(folder):
-        run = Share(
-            folder,
-            images,
-            schema,
-            shard_size=size,
-            share=share,
-            batch_size=BatchSize(batch_size) if batch_size else fitting_batch_size(forward, probe),
-            max_unreadable=max_unreadable,
-        )
-        workers = _workers(place) if workers is None else workers
-        if images.num_images is None:
-            batches = run.of_stream(prepare, workers)
-        else:
-            batches = batches_by_number(
-                images,
-                prepare,
-                run.by_number(),
-                workers=workers,
-                pin_memory=place.type == "cuda",
-            )
-        try:
-            with _bar(run, progress) as shown:
-                encoded = run.encode(forward, shown(batches), getattr(torch, dtype))
-        finally:
-            run.close()
-    whole.complete(folder)
-    done = shards.finished(folder)
+    if not store.is_complete(folder):
+        part, parts = share
+        task = f"share-{part}-of-{parts}"
+        with store.claim(folder, task):
+            if opened.num_images is not None:
+                store.note_total(folder, opened.num_images)
+            schema = store.features_schema(width, dtype, opened.label is not None, opened.classes)
+            writer = store.ShardWriter(folder, task, schema, save_every)
+            size = BatchSize(batch_size) if batch_size else fitting_batch_size(forward, probe)
+            todo = _rows_to_do(folder, opened, share)
+            workers = _workers(forward.device) if workers is None else workers
+            batches = _batches(folder, opened, todo, prepare, size, workers, forward.device)
+            with tqdm(
+                total=todo.rows,
+                initial=todo.done,
+                desc="Extracting",
+                unit=" images",
+                disable=not progress,
+            ) as bar:
+                encoded = _encode(
+                    batches, forward, size, writer, todo.unreadable, max_unreadable, bar
+                )
+    complete = store.complete(folder)
+    shards = store.finished_shards(folder)
     return Extraction(
         folder=folder,
         images=encoded,
-        rows=sum(s.rows for s in done.values()),
-        unreadable=[one for _, s in sorted(done.items()) for one in s.unreadable],
-        classes=images.classes,
-        complete=shards.is_complete(folder),
+        rows=sum(shard.rows for shard in shards),
+        unreadable=[one for shard in shards for one in shard.unreadable],
+        classes=opened.classes,
+        complete=complete,
         seconds=time.perf_counter() - started,
     )
 
 
-def _first_readable(source: Source, prepare: Preparation) -> Any:
-    """Return the encoder's input of one image, to learn the features' width from.
+class _ToDo(NamedTuple):
+    """What a share has left to do."""
+
+    missing: Iterable[range]
+    """The rows, in order. Of a stream whose end is not known there is no last one."""
+    first_missing: int
+    """The first row that no share has done."""
+    rows: int | None
+    """Number of rows of the share; None if the stream's end is not known."""
+    done: int
+    """How many of them are done."""
+    unreadable: list[store.Unreadable]
+    """The images that the set leaves out so far."""
+
+
+def _rows_to_do(folder: Path, source: Source, share: tuple[int, int]) -> _ToDo:
+    finished, total = store.finished_shards(folder), store.total_rows(folder)
+    is_stream = source.num_images is None
+    missing: Iterable[range] = store.missing_rows(
+        finished, _spans_of_share(share, total, is_stream)
+    )
+    first_missing = next(store.missing_rows(finished, [range(sys.maxsize)])).start
+    rows, done = None, 0
+    if total is not None:
+        missing = list(missing)
+        rows = sum(map(len, _spans_of_share(share, total, is_stream)))
+        done = rows - sum(map(len, missing))
+    unreadable = [one for shard in finished for one in shard.unreadable]
+    return _ToDo(missing, first_missing, rows, done, unreadable)
+
+
+def _spans_of_share(share: tuple[int, int], total: int | None, is_stream: bool) -> Iterator[range]:
+    """Yield the rows of a share: of a stream every n-th block, else the i-th of n equal parts."""
+    part, parts = share
+    if not is_stream:
+        assert total is not None
+        yield range(part * total // parts, (part + 1) * total // parts)
+        return
+    for start in itertools.count(part * _BLOCK, parts * _BLOCK):
+        stop = start + _BLOCK if total is None else min(start + _BLOCK, total)
+        if start >= stop:
+            return
+        yield range(start, stop)
+
+
+def _batches(
+    folder: Path,
+    source: Source,
+    todo: _ToDo,
+    prepare: images.Preparation,
+    size: BatchSize,
+    workers: int,
+    device: torch.device,
+) -> Iterator[images.Prepared]:
+    """Yield the batches of the rows that are missing."""
+    if todo.rows is not None and todo.done == todo.rows:
+        return iter(())
+    if source.num_images is None:
+        # The row before is read too: if the stream ends with it, its end is seen.
+        stream = _read_to_end(source, max(0, todo.first_missing - 1), folder)
+        return images.batches_of_stream(stream, prepare, todo.missing, size, workers=workers)
+    return images.batches_by_number(
+        source, prepare, todo.missing, size, workers=workers, pin_memory=device.type == "cuda"
+    )
+
+
+def _read_to_end(source: Source, start: int, folder: Path) -> Iterator[Row]:
+    """Yield a stream's rows from a number on, and note at its end how many rows it has."""
+    row = None
+    for row in source.stream(start):
+        yield row
+    if row is not None:
+        store.note_total(folder, row.number + 1)
+
+
+def _encode(
+    batches: Iterator[images.Prepared],
+    forward: Forward,
+    size: BatchSize,
+    writer: store.ShardWriter,
+    unreadable: list[store.Unreadable],
+    max_unreadable: int,
+    bar: Any,
+) -> int:
+    """Encode batches and save their features, and return how many images were encoded."""
+    encoded = 0
+    _check_unreadable(unreadable, max_unreadable)
+    started = time.perf_counter()
+    try:
+        for batch in batches:
+            if store.is_complete(writer.folder):  # other processes have done these rows too
+                break
+            features = torch.empty(0, 0)
+            if batch.inputs is not None:
+                features = forward.in_parts(batch.inputs, len(batch.readable)).cpu()
+                encoded += len(features)
+                batch, features = images.without_infinite(batch, features)
+            writer.add(
+                batch.rows,
+                features.numpy(),
+                [row.label for row in batch.readable],
+                [row.image_id for row in batch.readable],
+                batch.unreadable,
+            )
+            unreadable = unreadable + batch.unreadable
+            _check_unreadable(unreadable, max_unreadable)
+            ended = time.perf_counter()
+            size.measured(len(batch.rows), ended - started, forward.most)
+            started = ended
+            bar.update(len(batch.rows))
+            if unreadable:
+                bar.set_postfix(unreadable=len(unreadable))
+    finally:
+        writer.save()
+    return encoded
+
+
+def _check_unreadable(unreadable: list[store.Unreadable], most: int) -> None:
+    if len(unreadable) > most:
+        last = "; ".join(f"{one.image_id} ({one.error})" for one in unreadable[-3:])
+        raise TooManyUnreadableError(
+            f"{len(unreadable)} images left out, more than max_unreadable={most}, the last of them "
+            f"{last}. Features so far are saved."
+        )
+
+
+def _first_readable(source: Source, prepare: images.Preparation) -> Any:
+    """Return the encoder's input of the first readable image, to try the encoder on.
 
     Raises:
-        ValueError: none of the first images could be read.
+        ValueError: none of the first images can be read.
     """
-    first = None
-    rows: Iterator[Row]
-    if source.num_images is None:
-        rows = (row for _, row in source.stream(0))
-    else:
-        rows = (source[number] for number in range(source.num_images))
-    for row in itertools.islice(rows, _TRIED):
+    said = None
+    for row in itertools.islice(source.stream(), _TRIED):
         prepared = prepare(row)
         if not isinstance(prepared, Exception):
             return prepared
-        first = first or f"{row.image_id}: {said(prepared, row)}"
-    if first is None:
+        said = said or f"{row.image_id}: {images.describe_error(prepared, row)}"
+    if said is None:
         raise ValueError("source: expected at least one image, got an empty stream")
-    raise ValueError(f"source: not one of the first images could be read; {first}")
+    raise ValueError(f"source: not one of the first images could be read; {said}")
 
 
-def _described(encoder: Encoder) -> dict[str, Any]:
-    """Return an encoder's record, which tells its weights."""
+def _record_of(encoder: Encoder) -> dict[str, Any]:
+    """Return an encoder's record, with the checksum of its weights."""
     record = {**encoder.record, "mode": encoder.mode}
     if "weights_sha256" not in record:
         record["weights_sha256"] = weights_sha256(encoder.model)
@@ -275,29 +373,3 @@ def _workers(device: torch.device) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # An encoder on the CPU needs the cores itself; one process decodes ahead of it.
     return min(16, cores or 1) if device.type != "cpu" else 1
-
-
-def _shard_size(num_images: int | None) -> int:
-    if num_images is None:
-        return _STREAM_SHARD
-    return min(_LARGEST_SHARD, max(1, -(-num_images // (_SHARDS * _ROUND))) * _ROUND)
-
-
-@contextmanager
-def _bar(run: Share, shown: bool) -> Iterator[Callable[[Iterator[Loaded]], Iterator[Loaded]]]:
-    """Yield what passes batches on and shows how far they are, once each is written."""
-    total = None
-    if run.source_rows is not None:
-        total = run.rows_of_share
-    with tqdm(
-        total=total, initial=run.before, desc="Extracting", unit=" images", disable=not shown
-    ) as bar:
-
-        def passing(batches: Iterator[Loaded]) -> Iterator[Loaded]:
-            for loaded in batches:
-                yield loaded
-                bar.update(len(loaded.numbers))
-                if run.unreadable:
-                    bar.set_postfix(unreadable=len(run.unreadable))
-
-        yield passing

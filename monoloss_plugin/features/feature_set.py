@@ -15,7 +15,7 @@ from torch import Tensor
 from monoloss_plugin._checks import as_labels
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.batch import Batch
-from monoloss_plugin.features import arrays, shards, whole
+from monoloss_plugin.features import arrays, store
 from monoloss_plugin.features.record import FeatureRecord
 from monoloss_plugin.features.rows import Rows
 
@@ -120,15 +120,15 @@ class FeatureSet(torch.utils.data.Dataset[Batch]):
         path = Path(source).expanduser()
         if path.is_file():
             return cls(arrays.read_file(path))
-        if not shards.is_complete(path) and (path / shards.SETTINGS).exists():
+        if not store.is_complete(path) and (path / store.SETTINGS).exists():
             raise ValueError(
                 f"source: the extraction into {path} is not complete; run it again to go on"
             )
-        if shards.is_complete(path) and (problems := whole.damaged(path)):
+        if store.is_complete(path) and (problems := store.damaged(path)):
             raise ValueError(
                 f"source: {path} is damaged ({problems[0]}); run its extraction again to repair it"
             )
-        if not (path / shards.STATE).exists():
+        if not (path / store.STATE).exists():
             raise FileNotFoundError(f"source: no feature dataset in {path}")
         try:
             dataset = load_from_disk(str(path))

@@ -1,6 +1,6 @@
 """Where images come from: a folder, Open Images V7, or a Hugging Face dataset.
 
-Every source is read through ``datasets``: rows of an undecoded image, its label and its id.
+Every source is read through ``datasets``, as rows of an undecoded image, its label and its id.
 """
 
 from __future__ import annotations
@@ -13,30 +13,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from monoloss_plugin._optional import missing_extra
-from monoloss_plugin._places import local_hint, local_path
-from monoloss_plugin.features.files import image_folder, open_images
-from monoloss_plugin.hub.errors import explained
-from monoloss_plugin.hub.names import require_hub_name
-from monoloss_plugin.hub.repository import api
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Image,
+    IterableDataset,
+    IterableDatasetDict,
+    Value,
+    load_dataset,
+    load_from_disk,
+)
+from datasets import config as datasets_config
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
-try:
-    import numpy as np
-    from datasets import (
-        ClassLabel,
-        Dataset,
-        DatasetDict,
-        Image,
-        IterableDataset,
-        IterableDatasetDict,
-        Value,
-        load_dataset,
-        load_from_disk,
-    )
-    from datasets import config as datasets_config
-    from PIL import Image as PILImage
-except ModuleNotFoundError as error:
-    raise missing_extra(error, "vision") from error
+from monoloss_plugin._places import kind_of, local_hint, local_path
+from monoloss_plugin.features.files import image_folder, open_images
 
 OPEN_IMAGES = "open-images:"
 HUB_NAMES = {
@@ -44,10 +37,10 @@ HUB_NAMES = {
     "cifar10": "uoft-cs/cifar10",
     "cifar100": "uoft-cs/cifar100",
 }
-"""Datasets of the paper by short names."""
+"""Short names of the paper's datasets."""
 
 _SAMPLE, _HEAD = 256, 16
-"""Rows of a dataset, and of a stream's beginning, that identify it."""
+"""How many rows of a dataset, and of the beginning of a stream, identify it."""
 _TIMEOUT = 10.0
 """Seconds that the Hub has to say whether it has a dataset."""
 _LABELS = ("label", "fine_label", "labels")
@@ -55,8 +48,10 @@ _IDS = ("image_id", "id", "file_name", "filename")
 
 
 class Row(NamedTuple):
-    """One image, undecoded."""
+    """One image, not decoded."""
 
+    number: int
+    """Its row in the source."""
     image: dict[str, Any]
     """Its bytes or its path, as ``datasets.Image`` decodes them."""
     label: int | None
@@ -65,15 +60,17 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """Images in a fixed order."""
+    """Images in a fixed order, as :func:`open_source` opens them."""
 
     rows: Dataset | IterableDataset
     image: str
     """Name of the image column."""
     label: str | None
+    """Name of the label column; None if there is none."""
     image_id: str | None
+    """Name of the id column; None if there is none."""
     record: dict[str, Any] = field(default_factory=dict)
-    """What the feature set says of where its images come from."""
+    """What the feature set says about its images: kind, name, split, checksums."""
 
     @property
     def num_images(self) -> int | None:
@@ -82,31 +79,30 @@ class Source:
 
     @property
     def classes(self) -> list[str] | None:
-        """Names of the labels' classes."""
+        """Names of the labels' classes; None where labels have no names."""
         feature = self.rows.features[self.label] if self.label is not None else None
         return feature.names if isinstance(feature, ClassLabel) else None
 
     def __getitem__(self, number: int) -> Row:
         if isinstance(self.rows, IterableDataset):
-            raise TypeError("a stream has no rows by number")
+            raise TypeError("a stream has no rows by number; take them from stream()")
         return self._row(number, self.rows[number])
 
-    def stream(self, start: int) -> Iterator[tuple[int, Row]]:
-        """Yield the rows from a number on, each with its number."""
+    def stream(self, start: int = 0) -> Iterator[Row]:
+        """Yield the rows from a number on."""
         if isinstance(self.rows, Dataset):
-            raise TypeError("rows by number need no stream")
-        for number, row in enumerate(self.rows.skip(start), start):
-            yield number, self._row(number, row)
+            return map(self.__getitem__, range(start, len(self.rows)))
+        return itertools.starmap(self._row, enumerate(self.rows.skip(start), start))
 
     def _row(self, number: int, row: dict[str, Any]) -> Row:
         image = row[self.image] or {"bytes": None, "path": None}
         label = None if self.label is None else row[self.label]
-        named = row[self.image_id] if self.image_id is not None else None
-        if named is None:
-            # Names of files may repeat where datasets keeps them without their folders.
+        image_id = row[self.image_id] if self.image_id is not None else None
+        if image_id is None:
+            # File names may repeat, since datasets keeps them without their folders.
             file = os.path.basename(image["path"] or "")
-            named = f"{number}:{file}" if file else number
-        return Row(image, label, str(named))
+            image_id = f"{number}:{file}" if file else number
+        return Row(number, image, label, str(image_id))
 
 
 def open_source(
@@ -123,43 +119,47 @@ def open_source(
     """Open a source of images.
 
     Args:
-        source: a folder of images, as a ``Path`` or such as ``"./photos"``, whose subfolders, if
-            every image is in one, are the classes; a folder of ``Dataset.save_to_disk``;
-            ``open-images:FOLDER`` in Open Images V7's layout; any other string is a name on the
-            Hub (``imagenet-1k``, ``cifar10``, ``cifar100`` for short); or a ``datasets`` object.
+        source: one of these:
+
+            - a folder of images, as a ``Path`` or a string such as ``"./photos"``. If every image
+              is in a subfolder, the subfolders are the classes;
+            - a folder of ``Dataset.save_to_disk``;
+            - ``open-images:FOLDER``, a folder in Open Images V7's layout;
+            - any other string, the name of a dataset on the Hub, or ``imagenet-1k``, ``cifar10`` or
+              ``cifar100`` for short;
+            - a ``datasets`` object.
         split: of the dataset; of a folder, the subfolder of that name.
         config: the configuration of a Hub dataset.
         revision: a commit, tag or branch of a Hub dataset.
-        streaming: read a Hub dataset as it comes instead of downloading it first.
-        image: the image column; by default the only one of that type.
-        label: the label column, of classes or integers (or strings, which become classes); by
-            default one named ``label`` or ``fine_label``, or the only one that holds classes.
-        image_id: the column of ids; by default ``image_id``, ``id`` or ``file_name``, else the
-            images' numbers and file names.
+        streaming: read a Hub dataset as it arrives, instead of downloading it first.
+        image: the image column; by default the only one.
+        label: the label column, with classes, integers, or strings (which become classes). By
+            default the one named ``label`` or ``fine_label``, or else the only one with classes.
+        image_id: the id column. By default the one named ``image_id``, ``id`` or ``file_name``; if
+            there is none, ids are made of row numbers and file names.
 
     Raises:
         TypeError: a source of another kind.
-        ValueError: no images there, a column or split that is not there, or a string that is no
-            name on the Hub.
-        FileNotFoundError: no such folder, or no such dataset on the Hub.
-        ConnectionError: the Hub cannot be reached, and ``datasets`` has it not in its cache.
-        PermissionError: the Hub asks for a token, or for its conditions to be accepted.
+        ValueError: there are no images, the column or split does not exist, or the string cannot
+            be the name of a Hub dataset.
+        FileNotFoundError: there is no such folder, or no such dataset on the Hub.
+        ConnectionError: the Hub cannot be reached, and the dataset is not in the cache.
     """
     if isinstance(source, (Dataset, IterableDataset)):
         record = {"kind": "dataset", "name": source.info.dataset_name, "split": str(source.split)}
-        return _of_dataset(source, record, image, label, image_id)
+        return _from_dataset(source, record, image, label, image_id)
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(
             "source: expected a folder, the name of a Hub dataset, a datasets.Dataset or an "
-            f"IterableDataset, got {type(source).__name__}"
+            f"IterableDataset, got {kind_of(source)}"
         )
     if isinstance(source, str) and source.startswith(OPEN_IMAGES):
         root = Path(source.removeprefix(OPEN_IMAGES)).expanduser()
-        return _of_files(*open_images(root, split))
+        return _from_files(*open_images(root, split))
     folder = local_path(source)
     if folder is None:
         name = HUB_NAMES.get(str(source), str(source))
-        rows = _one_split(_from_hub(name, config, split, revision, streaming), split)
+        rows = _one_split(_load_from_hub(name, config, split, revision, streaming), split)
         record = {
             "kind": "hub",
             "name": name,
@@ -167,71 +167,53 @@ def open_source(
             "split": split or str(rows.split),
             "revision": revision,
         }
-        return _of_dataset(rows, record, image, label, image_id)
+        return _from_dataset(rows, record, image, label, image_id)
     if not folder.is_dir():
         raise FileNotFoundError(f"source: no such folder: {folder}")
     if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
         rows = _one_split(load_from_disk(str(folder)), split)
         record = {"kind": "dataset", "name": folder.name, "split": split}
-        return _of_dataset(rows, record, image, label, image_id)
-    return _of_files(*image_folder(folder, split))
+        return _from_dataset(rows, record, image, label, image_id)
+    return _from_files(*image_folder(folder, split))
 
 
-def _from_hub(
+def _load_from_hub(
     name: str, config: str | None, split: str | None, revision: str | None, streaming: bool
 ) -> Any:
-    """Load a dataset of the Hub, or, where the Hub cannot be reached, of the cache of datasets."""
+    """Load a dataset from the Hub, or from the cache of ``datasets`` if the Hub does not answer."""
     hint = local_hint(name) or f"; for a folder, write './{name}'"
 
     def load() -> Any:
         return load_dataset(name, config, split=split, revision=revision, streaming=streaming)
 
-    try:
-        require_hub_name(name, "source")
-    except ValueError:
+    try:  # load_dataset asks a Hub that does not answer again and again
+        HfApi().repo_info(name, repo_type="dataset", revision=revision, timeout=_TIMEOUT)
+    except HFValidationError:
         raise ValueError(
             "source: expected a folder, such as './photos', or the name of a Hub dataset, such as "
             f"'user/name', got {name!r}{hint}"
         ) from None
-    try:  # first, since load_dataset asks a Hub that cannot be reached again and again
-        with explained(name):
-            api(None).repo_info(name, repo_type="dataset", revision=revision, timeout=_TIMEOUT)
-    except ConnectionError as error:
+    except Exception as error:  # the client's library of transfer differs by its version
+        if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+            if type(error) is RepositoryNotFoundError:
+                raise FileNotFoundError(
+                    f"source: the Hub has no dataset {name}, or shows it only with a token; log in "
+                    f"with `hf auth login`, or set HF_TOKEN{hint}"
+                ) from error
+            raise
         online = datasets_config.HF_HUB_OFFLINE
         datasets_config.HF_HUB_OFFLINE = True
         try:
             return load()
         except (OSError, ValueError):
+            reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
             raise ConnectionError(
-                f"source: {str(error).rstrip('.')}; {name} is not in the cache of datasets{hint}"
+                f"source: the Hub could not be reached ({reason}), and {name} is not in the cache "
+                f"of datasets{hint}"
             ) from error
         finally:
             datasets_config.HF_HUB_OFFLINE = online
-    except (FileNotFoundError, PermissionError, ValueError) as error:
-        raise type(error)(f"{str(error).replace('repo_id:', 'source:', 1)}{hint}") from error
     return load()
-
-
-def decode(row: Row, mode: str) -> PILImage.Image:
-    """Return an image as an encoder's preprocessing takes it, upright by its EXIF.
-
-    Raises:
-        Exception: whatever a damaged or missing file makes the decoder raise.
-    """
-    path = row.image["path"]
-    if row.image["bytes"] is None:
-        if path is None:
-            raise ValueError("no image here, or a file whose name is not UTF-8")
-        if os.path.exists(path) and not os.path.isfile(path):  # reading it might never end
-            raise ValueError("not a regular file, but a pipe, a device, a socket or a folder")
-    image: PILImage.Image = Image().decode_example(row.image)
-    if image.mode.startswith("I"):  # 16 bits, which PIL would cut off at 255
-        if image.getextrema()[1] > 65535:  # type: ignore[operator]
-            raise ValueError(f"grey values above 65535 in a {image.mode} image")
-        image = PILImage.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("floating-point grey values, whose range is not known")
-    return image.convert(mode)
 
 
 def _one_split(rows: Any, split: str | None) -> Any:
@@ -244,7 +226,7 @@ def _one_split(rows: Any, split: str | None) -> Any:
     return rows[split]
 
 
-def _of_dataset(
+def _from_dataset(
     rows: Dataset | IterableDataset,
     record: dict[str, Any],
     image: str | None,
@@ -253,7 +235,7 @@ def _of_dataset(
 ) -> Source:
     features = rows.features
     if features is None:
-        raise ValueError("source: this stream does not say its columns; give it features")
+        raise ValueError("source: this stream does not name its columns; give it features")
     for argument, column in (("image", image), ("label", label), ("image_id", image_id)):
         if column is not None and column not in features:
             raise ValueError(
@@ -263,7 +245,7 @@ def _of_dataset(
         images = [name for name, kind in features.items() if isinstance(kind, Image)]
         if len(images) != 1:
             raise ValueError(
-                f"image: expected one image column to choose by itself, found {images or 'none'} "
+                f"image: expected one image column, found {images or 'none'} "
                 f"among {', '.join(sorted(features))}"
             )
         (image,) = images
@@ -299,13 +281,13 @@ def _are_labels(kind: Any) -> bool:
 
 
 def _sample_sha256(source: Source) -> str:
-    """Return a checksum of some rows: other images, or the same in another order, have another."""
-    if isinstance(source.rows, Dataset):
-        count = len(source.rows)
-        numbers = sorted({i * (count - 1) // _SAMPLE for i in range(_SAMPLE + 1)})
-        rows: Iterator[Row] = (source[number] for number in numbers)
+    """Return a checksum of some rows, which differs for other images and for another order."""
+    rows: Iterator[Row]
+    if source.num_images is None:
+        rows = itertools.islice(source.stream(), _HEAD)
     else:
-        rows = (row for _, row in itertools.islice(source.stream(0), _HEAD))
+        last = source.num_images - 1
+        rows = map(source.__getitem__, sorted({i * last // _SAMPLE for i in range(_SAMPLE + 1)}))
     digest = hashlib.sha256()
     for row in rows:
         content = row.image["bytes"] or os.path.basename(row.image["path"] or "").encode()
@@ -314,6 +296,6 @@ def _sample_sha256(source: Source) -> str:
     return digest.hexdigest()
 
 
-def _of_files(rows: Dataset, record: dict[str, Any]) -> Source:
+def _from_files(rows: Dataset, record: dict[str, Any]) -> Source:
     label = "label" if "label" in rows.features else None
     return Source(rows, "image", label, "image_id", record)

@@ -22,7 +22,8 @@ from datasets import (
 )
 from PIL import Image as PILImage
 
-from monoloss_plugin.features.sources import HUB_NAMES, Source, decode, open_source
+from monoloss_plugin.features.images import decode
+from monoloss_plugin.features.sources import HUB_NAMES, Source, open_source
 from tests.features.conftest import BAD
 from tests.hub.server import Fault, LoopbackHub
 
@@ -90,7 +91,7 @@ def test_columns_can_be_given(digit_images) -> None:
     dataset = digits_dataset(digit_images, other=[str(-i) for i in range(60)])
     dataset = dataset.add_column("second", [0] * 60).cast_column("second", ClassLabel(names=["x"]))
     source = open_source(dataset, image="img", label="second", image_id="other")
-    assert source[7] == (source[7].image, 0, "-7")
+    assert source[7] == (7, source[7].image, 0, "-7")
     assert source.classes == ["x"]
     with pytest.raises(ValueError, match="label: no column 'lable'; there are fine_label, img"):
         open_source(dataset, label="lable")
@@ -176,10 +177,10 @@ def test_a_dataset_of_the_hub_mapped_streamed_and_from_the_cache(hub, digit_imag
     assert mapped.num_images == 60
     assert streamed.num_images is None
     rows = list(streamed.stream(20))
-    assert [number for number, _ in rows] == list(range(20, 60))
-    for number, row in rows:
-        assert row.label == mapped[number].label
-        assert np.array_equal(np.asarray(decode(row, "L")), np.asarray(digit_images[number]))
+    assert [row.number for row in rows] == list(range(20, 60))
+    for row in rows:
+        assert row.label == mapped[row.number].label
+        assert np.array_equal(np.asarray(decode(row, "L")), np.asarray(digit_images[row.number]))
     hub.faults += [Fault("GET", "/api/datasets/", "drop", 9)]
     cached = open_source(NAME, split="train")
     assert cached[7] == mapped[7]
@@ -212,7 +213,7 @@ def test_a_mistyped_path_is_told_at_once(hub, tmp_path: Path, monkeypatch) -> No
     assert hub.requests == []
     with pytest.raises(FileNotFoundError, match=r"^source: .*, write '\./photos/2024'"):
         open_source("photos/2024")
-    with pytest.raises(FileNotFoundError, match="source: the Hub knows no repository alice/photoz"):
+    with pytest.raises(FileNotFoundError, match="source: the Hub has no dataset alice/photoz"):
         open_source("alice/photoz")
     assert len(hub.requests) == 2
     with pytest.raises(TypeError, match=r"source: expected a folder, .* got int"):
@@ -361,5 +362,5 @@ def test_what_is_not_there_is_named(source, split, error, said, tmp_path: Path) 
 
 def test_a_stream_without_columns_is_refused() -> None:
     stream = IterableDataset.from_generator(lambda: iter([{"image": 1}]))
-    with pytest.raises(ValueError, match="does not say its columns"):
+    with pytest.raises(ValueError, match="does not name its columns"):
         open_source(stream)

@@ -81,7 +81,7 @@ def extract(
     shard: Annotated[
         str | None,
         typer.Option(
-            help="I/N: do share I of N, counted from 0. Under torchrun, by default its rank and size."
+            help="I/N: do share I of N, from 0. Under torchrun, by default its rank and size."
         ),
     ] = None,
     save_every: Annotated[

@@ -70,7 +70,10 @@ class Forward:
             logger.warning("encoding %d images at once does not fit; encoding halves", size)
         half = size // 2
         self.most = min(self.most, half)
-        first, second = (map_tensors(lambda t: t[:half], inputs), map_tensors(lambda t: t[half:], inputs))
+        first, second = (
+            map_tensors(lambda t: t[:half], inputs),
+            map_tensors(lambda t: t[half:], inputs),
+        )
         return torch.cat((self.in_parts(first, half), self.in_parts(second, size - half)))
 
 

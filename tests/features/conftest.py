@@ -14,6 +14,10 @@ import transformers
 from PIL import Image
 from sklearn.datasets import load_digits
 from timm.models import save_for_hf
+from torch import nn
+from torchvision.transforms.functional import pil_to_tensor
+
+from monoloss_plugin.features.encoders import Encoder
 
 SIZE = 16
 """Pixels of the tiny encoders' inputs."""
@@ -133,6 +137,13 @@ def digit_images() -> list[Image.Image]:
     """The first 60 of scikit-learn's digits as 8-bit grey images."""
     pixels = (load_digits().images[:60] * (255 / 16)).round().astype(np.uint8)
     return [Image.fromarray(p) for p in pixels]
+
+
+@pytest.fixture
+def pixels() -> Encoder:
+    """An encoder that needs no library: the grey pixels of an image, in [0, 1]."""
+    flat = nn.Flatten()
+    return Encoder(flat, lambda image: pil_to_tensor(image) / 255, flat, {"name": "pixels"}, "L")
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from monoloss_plugin import cli
-from monoloss_plugin.features import FeatureSet, shards
-from monoloss_plugin.features.journal import BusyError, Journal
+from monoloss_plugin.features import FeatureSet, store
 
 
 @pytest.fixture
@@ -53,16 +51,16 @@ def test_extract_info_and_verify(vit, image_folder, tmp_path) -> None:
 
     verified = invoke("features", "verify", out)
     assert verified.exit_code == 0
-    assert "1 shards are as they were written" in verified.stdout
-    (out / "data-00000.arrow").write_bytes(b"short")
+    assert "checked 1 file of features, and all is well" in verified.stdout
+    (out / "data-00000-of-00001.arrow").write_bytes(b"short")
     verified = invoke("features", "verify", out, "--json")
     assert verified.exit_code == 1
-    assert "data-00000.arrow: 5 bytes instead of" in verified.stderr
+    assert "data-00000-of-00001.arrow: 5 bytes instead of" in verified.stderr
     assert "5 bytes instead of" in json.loads(verified.stdout)["problems"][0]
 
 
 def test_shares_and_join(vit, image_folder, tmp_path) -> None:
-    options = ["-e", vit, "--workers", 0, "--shard-size", 40]
+    options = ["-e", vit, "--workers", 0]
     for part in (0, 1):
         done = invoke(
             "extract", image_folder, "-o", tmp_path / f"{part}", "--shard", f"{part}/2", *options
@@ -70,7 +68,7 @@ def test_shares_and_join(vit, image_folder, tmp_path) -> None:
         assert done.exit_code == 0, done.output
         assert "not complete yet" in done.output
     joined = invoke("features", "join", tmp_path / "all", tmp_path / "0", tmp_path / "1")
-    assert "4 shards in" in joined.output
+    assert "1 file of features in" in joined.output
     assert len(FeatureSet.open(tmp_path / "all")) == 150
 
 
@@ -122,28 +120,9 @@ def test_a_process_ends_with_one_line(tmp_path) -> None:
     assert line.startswith(f"monoloss: source: no feature dataset in {tmp_path / 'nothing'}")
 
 
-def opens(path: Path) -> bool:
-    """Say whether another process may open a journal."""
-    process = os.fork()
-    if process == 0:
-        try:
-            Journal(path)
-        except BusyError as error:
-            os._exit(1 if "another process is writing" in str(error) else 2)
-        os._exit(0)
-    return {0: True, 1: False}[os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])]
-
-
-def test_two_processes_at_the_same_shard_are_told(tmp_path) -> None:
-    held = Journal(tmp_path / "data-00000.journal")
-    assert not opens(held.path)
-    held.close()
-    assert opens(held.path)
-
-
 def test_a_folder_in_the_making_can_be_verified(vit, image_folder, tmp_path) -> None:
     out = tmp_path / "out"
-    invoke("extract", image_folder, "-e", vit, "-o", out, "--shard", "0/2", "--shard-size", 50)
+    invoke("extract", image_folder, "-e", vit, "-o", out, "--shard", "0/2")
     shown = invoke("features", "verify", out).output
-    assert "2 shards are as they were written; not complete yet" in shown
-    assert not shards.is_complete(out)
+    assert "checked 1 file of features, and all is well; the set is not complete yet" in shown
+    assert not store.is_complete(out)

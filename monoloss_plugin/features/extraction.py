@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 
@@ -170,27 +170,20 @@ def extract(
     store.reopen_damaged(folder)
     started, encoded = time.perf_counter(), 0
     if not store.is_complete(folder):
-        part, parts = share
-        task = f"share-{part}-of-{parts}"
+        task = f"share-{share[0]}-of-{share[1]}"
         with store.claim(folder, task):
-            if opened.num_images is not None:
-                store.note_total(folder, opened.num_images)
             schema = store.features_schema(width, dtype, opened.label is not None, opened.classes)
-            writer = store.ShardWriter(folder, task, schema, save_every)
-            size = BatchSize(batch_size) if batch_size else fitting_batch_size(forward, probe)
-            todo = _rows_to_do(folder, opened, share)
-            workers = _workers(forward.device) if workers is None else workers
-            batches = _batches(folder, opened, todo, prepare, size, workers, forward.device)
-            with tqdm(
-                total=todo.rows,
-                initial=todo.done,
-                desc="Extracting",
-                unit=" images",
-                disable=not progress,
-            ) as bar:
-                encoded = _encode(
-                    batches, forward, size, writer, todo.unreadable, max_unreadable, bar
-                )
+            encoded = _encode_share(
+                opened,
+                share,
+                prepare,
+                forward,
+                BatchSize(batch_size) if batch_size else fitting_batch_size(forward, probe),
+                store.ShardWriter(folder, task, schema, save_every),
+                workers=_workers(forward.device) if workers is None else workers,
+                max_unreadable=max_unreadable,
+                progress=progress,
+            )
     complete = store.complete(folder)
     shards = store.finished_shards(folder)
     return Extraction(
@@ -204,94 +197,41 @@ def extract(
     )
 
 
-class _ToDo(NamedTuple):
-    """What a share has left to do."""
-
-    missing: Iterable[range]
-    """The rows, in order. Of a stream whose end is not known there is no last one."""
-    first_missing: int
-    """The first row that no share has done."""
-    rows: int | None
-    """Number of rows of the share; None if the stream's end is not known."""
-    done: int
-    """How many of them are done."""
-    unreadable: list[store.Unreadable]
-    """The images that the set leaves out so far."""
-
-
-def _rows_to_do(folder: Path, source: Source, share: tuple[int, int]) -> _ToDo:
-    finished, total = store.finished_shards(folder), store.total_rows(folder)
-    is_stream = source.num_images is None
-    missing: Iterable[range] = store.missing_rows(
-        finished, _spans_of_share(share, total, is_stream)
-    )
-    first_missing = next(store.missing_rows(finished, [range(sys.maxsize)])).start
-    rows, done = None, 0
-    if total is not None:
-        missing = list(missing)
-        rows = sum(map(len, _spans_of_share(share, total, is_stream)))
-        done = rows - sum(map(len, missing))
-    unreadable = [one for shard in finished for one in shard.unreadable]
-    return _ToDo(missing, first_missing, rows, done, unreadable)
-
-
-def _spans_of_share(share: tuple[int, int], total: int | None, is_stream: bool) -> Iterator[range]:
-    """Yield the rows of a share: of a stream every n-th block, else the i-th of n equal parts."""
-    part, parts = share
-    if not is_stream:
-        assert total is not None
-        yield range(part * total // parts, (part + 1) * total // parts)
-        return
-    for start in itertools.count(part * _BLOCK, parts * _BLOCK):
-        stop = start + _BLOCK if total is None else min(start + _BLOCK, total)
-        if start >= stop:
-            return
-        yield range(start, stop)
-
-
-def _batches(
-    folder: Path,
+def _encode_share(
     source: Source,
-    todo: _ToDo,
+    share: tuple[int, int],
     prepare: images.Preparation,
-    size: BatchSize,
-    workers: int,
-    device: torch.device,
-) -> Iterator[images.Prepared]:
-    """Yield the batches of the rows that are missing."""
-    if todo.rows is not None and todo.done == todo.rows:
-        return iter(())
-    if source.num_images is None:
-        # The row before is read too: if the stream ends with it, its end is seen.
-        stream = _read_to_end(source, max(0, todo.first_missing - 1), folder)
-        return images.batches_of_stream(stream, prepare, todo.missing, size, workers=workers)
-    return images.batches_by_number(
-        source, prepare, todo.missing, size, workers=workers, pin_memory=device.type == "cuda"
-    )
-
-
-def _read_to_end(source: Source, start: int, folder: Path) -> Iterator[Row]:
-    """Yield a stream's rows from a number on, and note at its end how many rows it has."""
-    row = None
-    for row in source.stream(start):
-        yield row
-    if row is not None:
-        store.note_total(folder, row.number + 1)
-
-
-def _encode(
-    batches: Iterator[images.Prepared],
     forward: Forward,
     size: BatchSize,
     writer: store.ShardWriter,
-    unreadable: list[store.Unreadable],
+    *,
+    workers: int,
     max_unreadable: int,
-    bar: Any,
+    progress: bool,
 ) -> int:
-    """Encode batches and save their features, and return how many images were encoded."""
-    encoded = 0
+    """Encode and save what a share lacks, and return how many images that was."""
+    if source.num_images is not None:
+        store.note_total(writer.folder, source.num_images)
+    finished = store.finished_shards(writer.folder)
+    total = store.total_rows(writer.folder) or sys.maxsize
+    missing = store.missing_rows(finished, _rows_of_share(source, share, total))
+    unreadable = [one for shard in finished for one in shard.unreadable]
     _check_unreadable(unreadable, max_unreadable)
+    left = None if total == sys.maxsize else list(missing)
+    if left == []:
+        return 0
+    if source.num_images is not None:
+        pin_memory = forward.device.type == "cuda"
+        batches = images.batches_by_number(
+            source, prepare, left or (), size, workers=workers, pin_memory=pin_memory
+        )
+    else:
+        stream = _read_to_end(source, finished, writer.folder)
+        batches = images.batches_of_stream(stream, prepare, left or missing, size, workers=workers)
+    rows = None if left is None else sum(map(len, left))
+    encoded = 0
     started = time.perf_counter()
+    bar = tqdm(total=rows, desc="Extracting", unit=" images", disable=not progress)
     try:
         for batch in batches:
             if store.is_complete(writer.folder):  # other processes have done these rows too
@@ -308,7 +248,7 @@ def _encode(
                 [row.image_id for row in batch.readable],
                 batch.unreadable,
             )
-            unreadable = unreadable + batch.unreadable
+            unreadable += batch.unreadable
             _check_unreadable(unreadable, max_unreadable)
             ended = time.perf_counter()
             size.measured(len(batch.rows), ended - started, forward.most)
@@ -318,7 +258,28 @@ def _encode(
                 bar.set_postfix(unreadable=len(unreadable))
     finally:
         writer.save()
+        bar.close()
     return encoded
+
+
+def _rows_of_share(source: Source, share: tuple[int, int], total: int) -> Iterable[range]:
+    """Return the i-th of n equal parts of a source; of a stream, every n-th block."""
+    part, parts = share
+    if source.num_images is not None:
+        return [range(part * total // parts, (part + 1) * total // parts)]
+    starts = range(part * _BLOCK, total, parts * _BLOCK)
+    return (range(start, min(start + _BLOCK, total)) for start in starts)
+
+
+def _read_to_end(source: Source, finished: list[store.Shard], folder: Path) -> Iterator[Row]:
+    """Yield a stream's rows from the first that no process has done, and note their number."""
+    first = next(store.missing_rows(finished, [range(sys.maxsize)])).start
+    row = None
+    # The row before is read too: if the stream ends with it, its end is seen.
+    for row in source.stream(max(0, first - 1)):
+        yield row
+    if row is not None:
+        store.note_total(folder, row.number + 1)
 
 
 def _check_unreadable(unreadable: list[store.Unreadable], most: int) -> None:

@@ -11,14 +11,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from monoloss_plugin._optional import missing_extra
-
-try:
-    import pyarrow as pa
-    import pyarrow.csv
-    from datasets import ClassLabel, Dataset, Features, Image, Value
-except ModuleNotFoundError as error:
-    raise missing_extra(error, "vision") from error
+import pyarrow as pa
+import pyarrow.csv
+from datasets import ClassLabel, Dataset, Features, Image, Value
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +29,10 @@ _SPLIT = re.compile(
 
 
 def image_folder(folder: Path, split: str | None) -> tuple[Dataset, dict[str, Any]]:
-    """Return the images of a folder, labelled by its class folders, and what to say of them.
+    """Return the images of a folder, with its class folders as labels, and their record.
 
     Raises:
-        ValueError: no images, no such split, or folders of splits where classes are expected.
+        ValueError: there are no images, the split does not exist, or the folders are splits.
     """
     root = folder if split is None else folder / split
     if not root.is_dir():
@@ -54,8 +49,8 @@ def image_folder(folder: Path, split: str | None) -> tuple[Dataset, dict[str, An
     classes = folders if all("/" in name for name in names) else None
     if classes is not None and len(classes) == 1:
         logger.warning(
-            "every image in %s is in the folder %r, which makes one class; if it is none, take "
-            "%s itself",
+            "every image in %s is in the folder %r, which makes one class; if it is not a class, "
+            "take %s itself",
             root,
             classes[0],
             root / classes[0],
@@ -71,7 +66,7 @@ def _image_files(root: Path) -> Iterator[str]:
         inside = Path(directory).relative_to(root).as_posix()
         for name in sorted(folders):
             real = os.path.realpath(os.path.join(directory, name))
-            if real in seen:  # a link that leads in a circle, or to what is here already
+            if real in seen:  # a link that leads in a circle, or to a folder that was read before
                 folders.remove(name)
             seen.add(real)
         for name in files:
@@ -80,11 +75,11 @@ def _image_files(root: Path) -> Iterator[str]:
 
 
 def open_images(root: Path, split: str | None) -> tuple[Dataset, dict[str, Any]]:
-    """Return a split of Open Images V7, and what to say of it.
+    """Return the images of a split of Open Images V7, and their record.
 
     Raises:
-        FileNotFoundError: no such folder.
-        ValueError: no such split, or no images of it.
+        FileNotFoundError: there is no such folder.
+        ValueError: there is no such split, or no image of it.
     """
     if split not in OPEN_IMAGES_SPLITS:
         raise ValueError(f"split: expected one of {', '.join(OPEN_IMAGES_SPLITS)}, got {split!r}")
@@ -108,7 +103,7 @@ def open_images(root: Path, split: str | None) -> tuple[Dataset, dict[str, Any]]
         listed = listed.to_pylist()
         ids = [image_id for image_id in listed if image_id in files]
         logger.info(
-            "Open Images %s: %d images of the %d in %s are there",
+            "Open Images %s: found %d of the %d images that %s lists",
             split,
             len(ids),
             len(listed),
@@ -126,7 +121,7 @@ def open_images(root: Path, split: str | None) -> tuple[Dataset, dict[str, Any]]
 
 
 def _open_images_listing(root: Path, split: str) -> Path | None:
-    """Return the CSV that lists a split's images: the one with ImageID and Subset columns."""
+    """Return the CSV file that lists a split's images: it has columns ImageID and Subset."""
     places = [root, root / "metadata", root / split, root / split / "metadata"]
     found = [path for place in places for path in sorted(place.glob("*.csv"))]
     for path in sorted(found, key=lambda path: split not in path.name):
@@ -144,7 +139,7 @@ def _of_files(
     classes: list[str] | None,
     record: dict[str, Any],
 ) -> tuple[Dataset, dict[str, Any]]:
-    """Return files as a dataset; only their names are held, in Arrow's compact form."""
+    """Return image files as a dataset of their paths, and their record."""
     ids = [_text(image_id) for image_id in ids]
     paths = pa.array((_arrow_path(str(root / name)) for name in names), pa.string())
     nothing = pa.nulls(len(names), pa.binary())
@@ -164,10 +159,10 @@ def _of_files(
 
 
 def _text(name: str) -> str:
-    """Return a file's name as UTF-8 can hold it, with escapes for what it cannot."""
+    """Return a file's name with escapes for what UTF-8 cannot hold."""
     return name.encode(errors="backslashreplace").decode()
 
 
 def _arrow_path(path: str) -> str | None:
-    """Return a path; None for one that is not UTF-8, which Arrow cannot hold."""
+    """Return a path; None if it is not UTF-8, since Arrow cannot hold it."""
     return path if _text(path) == path else None

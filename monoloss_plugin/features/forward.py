@@ -111,38 +111,32 @@ class BatchSize:
 def fitting_batch_size(forward: Forward, probe: Any) -> BatchSize:
     """Return a batch size that fits the free memory, and adapts to the speed that is measured.
 
-    On a GPU, the peak of a small batch is measured. On a CPU, the peak is taken to be four times
-    the largest output of any module: without gradients, little more is alive at once.
+    What an image needs is taken to be four times the largest output of any module: without
+    gradients, little more is alive at once.
 
     Args:
         forward: the encoder.
         probe: its input of one image.
     """
-    outputs = [0]
+    outputs = [1]
 
     def note(_module: nn.Module, _args: Any, output: Any) -> None:
         if isinstance(output, Tensor):
-            outputs.append(output.nbytes)
+            outputs.append(output.nbytes // 2)
 
-    on_gpu, device = forward.device.type == "cuda", forward.device
     two = repeated(probe, 2)
     forward(two)  # the first pass sets libraries up, and is slow
     handles = [module.register_forward_hook(note) for module in forward.model.modules()]
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(device)
-        held = torch.cuda.memory_allocated(device)
     started = time.perf_counter()
-    forward(two)
+    forward(two).cpu()  # which waits for a GPU
     seconds = (time.perf_counter() - started) / 2
     for handle in handles:
         handle.remove()
-    if on_gpu:
-        image_bytes = (torch.cuda.max_memory_allocated(device) - held) / 2
-        free, _ = torch.cuda.mem_get_info(device)
+    if forward.device.type == "cuda":
+        (free, _), largest = torch.cuda.mem_get_info(forward.device), _LARGEST_ON_A_GPU
     else:
-        image_bytes, free = 4 * max(outputs) / 2, psutil.virtual_memory().available
-    largest = _LARGEST_ON_A_GPU if on_gpu else _LARGEST_BATCH
-    return BatchSize(_power_of_two(min(largest, 0.5 * free / max(image_bytes, 1))), seconds)
+        free, largest = psutil.virtual_memory().available, _LARGEST_BATCH
+    return BatchSize(_power_of_two(min(largest, 0.5 * free / (4 * max(outputs)))), seconds)
 
 
 def _power_of_two(number: float) -> int:

@@ -164,7 +164,7 @@ def begin(folder: Path, settings: FeatureRecord) -> None:
     path = folder / SETTINGS
     given = json.loads(json.dumps({"format": _FORMAT, **settings.to_dict()}))
     if not path.exists():
-        if any(other for other in folder.iterdir() if not _is_hidden(other) and other != path):
+        if any(not other.name.startswith(".") and other != path for other in folder.iterdir()):
             raise SettingsError(f"out: {folder} holds something else; give an empty or new folder")
         _write_json(path, given)
     there = read_json(path)
@@ -426,7 +426,10 @@ def _save_dataset(folder: Path, total: int) -> None:
         fingerprint=hashlib.sha256(description.encode()).hexdigest()[:16],
     )
     saved = folder / _PARTS / f".complete-{uuid.uuid4().hex[:8]}"
-    with _no_bars():
+    with contextlib.ExitStack() as afterwards:
+        if not are_progress_bars_disabled():
+            disable_progress_bars()
+            afterwards.callback(enable_progress_bars)
         dataset.save_to_disk(saved)
     files = sorted(saved.glob("data-*.arrow"))
     contents = Contents(
@@ -454,17 +457,6 @@ def _shards_of_files(
         size = path.stat().st_size
         shards[path.name] = Shard(start, stop, count, size, sha256_of(path), inside)
     return shards
-
-
-@contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    disabled = are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not disabled:
-            enable_progress_bars()
 
 
 def damaged(folder: Path) -> list[str]:
@@ -598,10 +590,6 @@ def sha256_of(path: Path, advance: Callable[[int], Any] = lambda _: None) -> str
 def _size_of(path: Path) -> int | None:
     """Return a file's size; None if there is no file."""
     return path.stat().st_size if path.is_file() else None
-
-
-def _is_hidden(path: Path) -> bool:
-    return path.name.startswith(".")
 
 
 def _new_file(folder: Path, task: str) -> BinaryIO:

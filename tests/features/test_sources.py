@@ -288,7 +288,10 @@ def test_folders_of_splits_are_not_taken_for_classes(image_folder: Path, caplog)
     assert caplog.text == ""
     shutil.copytree(image_folder / "digit-0", splits / "val" / "images")
     assert open_source(splits, split="val").classes == ["images"]
-    assert "is in the folder 'images', which makes one class; if it is none, take" in caplog.text
+    assert (
+        "is in the folder 'images', which makes one class; if it is not a class, take"
+        in caplog.text
+    )
 
 
 @pytest.mark.skipif(os.name != "posix", reason="files of a POSIX system")

@@ -138,8 +138,8 @@ def test_a_run_that_is_killed_and_started_again_gives_the_same_files(killed) -> 
 def test_a_killed_run_loses_at_most_the_work_since_it_last_saved(killed) -> None:
     with pytest.raises(ValueError, match="is not complete; run it again to go on"):
         FeatureSet.open(killed / "unfinished")
-    (shard,) = store.finished_shards(killed / "unfinished")
-    assert (shard.start, shard.stop) == (0, 20)  # two batches of 0.2 s; then the third was lost
+    # Killed at its third batch; each takes 0.2 s, and it saves every 0.3 s.
+    assert 10 <= store.finished_shards(killed / "unfinished")[-1].stop < 30
 
 
 def test_two_processes_give_what_one_gives(pixels, image_folder, tmp_path, small_files) -> None:

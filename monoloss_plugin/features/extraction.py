@@ -236,7 +236,7 @@ def _encode_share(
         for batch in batches:
             if store.is_complete(writer.folder):  # other processes have done these rows too
                 break
-            features = torch.empty(0, 0)
+            features = torch.empty((0, writer.width), dtype=forward.dtype)
             if batch.inputs is not None:
                 features = forward.in_parts(batch.inputs, len(batch.readable)).cpu()
                 encoded += len(features)

@@ -112,13 +112,18 @@ class Shard:
     @property
     def part(self) -> str:
         """Path of the file in the folder until the set is complete."""
-        return f"{_PARTS}/{self.start:010d}-{self.stop:010d}.arrow"
+        return part_name(self.start, self.stop)
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Shard:
         """Make a shard from JSON's types."""
         unreadable = [Unreadable(**one) for one in content["unreadable"]]
         return cls(**{**content, "unreadable": unreadable})
+
+
+def part_name(start: int, stop: int) -> str:
+    """Return the path of a shard's file in the folder until the set is complete."""
+    return f"{_PARTS}/{start:010d}-{stop:010d}.arrow"
 
 
 @dataclass(frozen=True)
@@ -166,7 +171,7 @@ def begin(folder: Path, settings: FeatureRecord) -> None:
     if not path.exists():
         if any(not other.name.startswith(".") and other != path for other in folder.iterdir()):
             raise SettingsError(f"out: {folder} holds something else; give an empty or new folder")
-        _write_json(path, given)
+        _write_json(path, given, "settings")
     there = read_json(path)
     versions = there.pop("versions", None), given.pop("versions", None)
     if versions[0] != versions[1]:
@@ -248,7 +253,7 @@ def fixed_lists(features: np.ndarray[Any, Any]) -> pa.FixedSizeListArray:
 
 
 class ShardWriter:
-    """Collects consecutive rows and saves them as a shard now and then.
+    """Collects consecutive rows, and saves them as a shard now and then.
 
     Args:
         folder: of the set.
@@ -259,14 +264,10 @@ class ShardWriter:
 
     def __init__(self, folder: Path, task: str, schema: Features, save_every: float) -> None:
         self.folder, self._task, self._save_every = folder, task, save_every
+        self.width: int = schema["features"].length
         self._schema = schema.arrow_schema
+        self._batches: list[tuple[range, pa.RecordBatch, Sequence[Unreadable]]] = []
         self._saved = time.perf_counter()
-        self._file: BinaryIO | None = None
-        self._begin(range(0))
-
-    def _begin(self, rows: range) -> None:
-        self._rows, self._kept = rows, 0
-        self._unreadable: list[Unreadable] = []
 
     def add(
         self,
@@ -280,55 +281,51 @@ class ShardWriter:
 
         Args:
             rows: of the source. If they do not follow the rows before, a new shard begins.
-            features: (B, d) of those that could be read.
-            labels: (B,) of them.
-            ids: (B,) of them.
-            unreadable: the rest.
+            features: (B, d) of the images that could be read.
+            labels: (B,) of the same images.
+            ids: (B,) of the same images.
+            unreadable: the other images.
         """
-        if self._file is not None and rows.start != self._rows.stop:
+        if self._batches and rows.start != self._batches[-1][0].stop:
             self.save()
-        if self._file is None:
-            self._file = _new_file(self.folder / _PARTS, self._task)
-            self._stream = pa.ipc.new_stream(self._file, self._schema)
-            self._begin(range(rows.start, rows.start))
-        if len(features):
-            columns = {"features": fixed_lists(features), "image_id": pa.array(ids, pa.string())}
-            if "label" in self._schema.names:
-                columns["label"] = pa.array([-1 if y is None else y for y in labels], pa.int64())
-            arrays = [columns[name] for name in self._schema.names]
-            self._stream.write_batch(pa.record_batch(arrays, schema=self._schema))
-        self._rows = range(self._rows.start, rows.stop)
-        self._kept += len(features)
-        self._unreadable += unreadable
+        columns = {"features": fixed_lists(features), "image_id": pa.array(ids, pa.string())}
+        if "label" in self._schema.names:
+            columns["label"] = pa.array([-1 if y is None else y for y in labels], pa.int64())
+        arrays = [columns[name] for name in self._schema.names]
+        batch = pa.record_batch(arrays, schema=self._schema)
+        self._batches.append((rows, batch, unreadable))  # at once, so that a Ctrl-C splits nothing
         waited = time.perf_counter() - self._saved
-        if waited >= self._save_every or len(self._rows) >= _LARGEST_SHARD:
+        if waited >= self._save_every or rows.stop - self._batches[0][0].start >= _LARGEST_SHARD:
             self.save()
 
     def save(self) -> None:
-        """Save what was added since the last time."""
-        if self._file is None or is_complete(self.folder):
+        """Save what was added since the last time. If the set is complete by now, do nothing."""
+        if not self._batches or is_complete(self.folder):
             return
-        file, self._file = self._file, None
-        self._stream.close()
-        file.close()
-        path = Path(file.name)
+        start, stop = self._batches[0][0].start, self._batches[-1][0].stop
+        path = self.folder / part_name(start, stop)
+        with (
+            _replacing(path, self._task) as file,
+            pa.ipc.new_stream(file, self._schema) as stream,
+        ):
+            for _, batch, _ in self._batches:
+                stream.write_batch(batch)
         shard = Shard(
-            self._rows.start,
-            self._rows.stop,
-            self._kept,
-            path.stat().st_size,
-            sha256_of(path),
-            self._unreadable,
+            start,
+            stop,
+            rows=sum(batch.num_rows for _, batch, _ in self._batches),
+            bytes=path.stat().st_size,
+            sha256=sha256_of(path),
+            unreadable=[one for _, _, unreadable in self._batches for one in unreadable],
         )
-        _put(path, self.folder / shard.part)
         _write_record(self.folder, shard, self._task)
-        self._saved = time.perf_counter()
+        self._batches, self._saved = [], time.perf_counter()
 
 
 def note_total(folder: Path, rows: int) -> None:
     """Write down how many rows the source has, if that is not known yet."""
     if total_rows(folder) is None:
-        _write_json(folder / _PARTS / _TOTAL, rows)
+        _write_json(folder / _PARTS / _TOTAL, rows, "total")
 
 
 def total_rows(folder: Path) -> int | None:
@@ -437,7 +434,7 @@ def _save_dataset(folder: Path, total: int) -> None:
         _shards_of_files(files, total, unreadable),
         {name: sha256_of(saved / name) for name in (STATE, INFO)},
     )
-    _write_json(saved / RECORD, contents.to_dict())
+    _write_json(saved / RECORD, contents.to_dict(), "complete")
     for old in folder.glob("data-*.arrow"):  # of a set that was damaged
         old.unlink()
     for name in (*contents.shards, *contents.sha256, RECORD):
@@ -505,13 +502,13 @@ def verify(
 
 def reopen_damaged(folder: Path) -> None:
     """If a complete set is damaged, make shards of its undamaged files, to be completed again."""
-    if not is_complete(folder) or not damaged(folder):
+    if not (is_complete(folder) and damaged(folder)):
         return
     with claim(folder, "complete", wait=True):
-        if not is_complete(folder):
+        if not (is_complete(folder) and damaged(folder)):  # another process was quicker
             return
         contents = Contents.read(folder)
-        _write_json(folder / _PARTS / _TOTAL, contents.record.source_rows)
+        _write_json(folder / _PARTS / _TOTAL, contents.record.source_rows, "complete")
         for name, shard in contents.shards.items():
             if _size_of(folder / name) == shard.bytes:
                 _write_record(folder, shard, "complete")
@@ -560,15 +557,13 @@ def _copy_shard(path: Path, folder: Path, shard: Shard) -> None:
     Raises:
         ValueError: the file differs from its checksum.
     """
-    with _new_file(folder / _PARTS, "join") as copy, path.open("rb") as original:
-        shutil.copyfileobj(original, copy)
-    made = Path(copy.name)
-    if sha256_of(made) != shard.sha256:
-        made.unlink()
+    copy = folder / shard.part
+    with path.open("rb") as original, _replacing(copy, "join") as file:
+        shutil.copyfileobj(original, file)
+    if sha256_of(copy) != shard.sha256:  # without a record, the copy does not count
         raise ValueError(
             f"{path} differs from its checksum; delete it and run its extraction again"
         )
-    _put(made, folder / shard.part)
     _write_record(folder, shard, "join")
 
 
@@ -592,22 +587,25 @@ def _size_of(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
 
 
-def _new_file(folder: Path, task: str) -> BinaryIO:
-    """Open a hidden file for what becomes a file by :func:`_put`."""
-    return open(folder / f".{task}-{uuid.uuid4().hex[:8]}", "xb")
+@contextlib.contextmanager
+def _replacing(path: Path, task: str) -> Iterator[BinaryIO]:
+    """Open a file that gets its name when all of it is on disk. What had the name is replaced."""
+    made = path.parent / f".{task}-{uuid.uuid4().hex[:8]}"
+    with open(made, "xb") as file:
+        yield file
+    _put(made, path)
 
 
 def _put(made: Path, path: Path) -> None:
-    """Give a file its name once all of it is on disk. What has the name is replaced."""
+    """Give a file another name once all of it is on disk."""
     with made.open("r+b") as content:
         os.fsync(content.fileno())
     os.replace(made, path)
 
 
-def _write_json(path: Path, content: Any, task: str = "settings") -> None:
-    with _new_file(path.parent, task) as file:
+def _write_json(path: Path, content: Any, task: str) -> None:
+    with _replacing(path, task) as file:
         file.write((json.dumps(content, indent=1) + "\n").encode())
-    _put(Path(file.name), path)
 
 
 def _write_record(folder: Path, shard: Shard, task: str) -> None:

@@ -428,7 +428,7 @@ def cases_of_features() -> dict[str, Case]:
         "extract": Case(
             extract,
             {"source": "nowhere", "encoder": "nowhere", "out": "nowhere"},
-            names={"out": "source", "encoder": "source"},
+            names={"out": "out|source", "encoder": "source"},
             runs=False,
         ),
         "open_source": Case(

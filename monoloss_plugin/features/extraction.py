@@ -229,9 +229,21 @@ def _encode_share(
         stream = _read_to_end(source, finished, writer.folder)
         batches = images.batches_of_stream(stream, prepare, left or missing, size, workers=workers)
     rows = None if left is None else sum(map(len, left))
-    encoded = 0
-    started = time.perf_counter()
-    bar = tqdm(total=rows, desc="Extracting", unit=" images", disable=not progress)
+    with tqdm(total=rows, desc="Extracting", unit=" images", disable=not progress) as bar:
+        return _encode(batches, forward, size, writer, unreadable, max_unreadable, bar)
+
+
+def _encode(
+    batches: Iterator[images.Prepared],
+    forward: Forward,
+    size: BatchSize,
+    writer: store.ShardWriter,
+    unreadable: list[store.Unreadable],
+    max_unreadable: int,
+    bar: Any,
+) -> int:
+    """Encode and save batches, and return how many images were encoded."""
+    encoded, started = 0, time.perf_counter()
     try:
         for batch in batches:
             if store.is_complete(writer.folder):  # other processes have done these rows too
@@ -258,7 +270,6 @@ def _encode_share(
                 bar.set_postfix(unreadable=len(unreadable))
     finally:
         writer.save()
-        bar.close()
     return encoded
 
 

@@ -194,12 +194,13 @@ def _load_from_hub(
             f"'user/name', got {name!r}{hint}"
         ) from None
     except Exception as error:  # the client's library of transfer differs by its version
-        if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
-            if type(error) is RepositoryNotFoundError:
-                raise FileNotFoundError(
-                    f"source: the Hub has no dataset {name}, or shows it only with a token; log in "
-                    f"with `hf auth login`, or set HF_TOKEN{hint}"
-                ) from error
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else 500
+        if status in (401, 404) and type(error) in (HfHubHTTPError, RepositoryNotFoundError):
+            raise FileNotFoundError(
+                f"source: the Hub has no dataset {name}, or shows it only with a token; log in "
+                f"with `hf auth login`, or set HF_TOKEN{hint}"
+            ) from error
+        if status < 500:  # the client's error says what to do
             raise
         online = datasets_config.HF_HUB_OFFLINE
         datasets_config.HF_HUB_OFFLINE = True

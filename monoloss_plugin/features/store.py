@@ -40,7 +40,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -54,7 +53,6 @@ from datasets import (
     NamedSplit,
     Value,
     are_progress_bars_disabled,
-    concatenate_datasets,
     disable_progress_bars,
     enable_progress_bars,
 )
@@ -69,7 +67,10 @@ STATE, INFO = "state.json", "dataset_info.json"
 
 _PARTS, _TOTAL = "parts", "total.json"
 _FORMAT = 2
-_LARGEST_SHARD = 65_536
+_LARGEST_SHARD = 8_192
+"""Rows of a shard at most, since it is collected in memory."""
+_LARGEST_FILE = 500 << 20
+"""About as many bytes a data file of a complete set."""
 _READ = 1 << 20
 _SPLIT = re.compile(r"\w+(\.\w+)*")
 """Names of splits that ``datasets`` accepts."""
@@ -113,6 +114,13 @@ class Shard:
     def part(self) -> str:
         """Path of the file in the folder until the set is complete."""
         return part_name(self.start, self.stop)
+
+    @classmethod
+    def of_file(
+        cls, path: Path, start: int, stop: int, rows: int, unreadable: list[Unreadable]
+    ) -> Shard:
+        """Describe a file that was written."""
+        return cls(start, stop, rows, path.stat().st_size, sha256_of(path), unreadable)
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Shard:
@@ -304,20 +312,14 @@ class ShardWriter:
             return
         start, stop = self._batches[0][0].start, self._batches[-1][0].stop
         path = self.folder / part_name(start, stop)
+        table = pa.Table.from_batches([batch for _, batch, _ in self._batches]).combine_chunks()
         with (
             _replacing(path, self._task) as file,
             pa.ipc.new_stream(file, self._schema) as stream,
         ):
-            for _, batch, _ in self._batches:
-                stream.write_batch(batch)
-        shard = Shard(
-            start,
-            stop,
-            rows=sum(batch.num_rows for _, batch, _ in self._batches),
-            bytes=path.stat().st_size,
-            sha256=sha256_of(path),
-            unreadable=[one for _, _, unreadable in self._batches for one in unreadable],
-        )
+            stream.write_table(table)
+        unreadable = [one for *_, unreadable in self._batches for one in unreadable]
+        shard = Shard.of_file(path, start, stop, table.num_rows, unreadable)
         _write_record(self.folder, shard, self._task)
         self._batches, self._saved = [], time.perf_counter()
 
@@ -403,57 +405,72 @@ def complete(folder: Path) -> bool:
 def _save_dataset(folder: Path, total: int) -> None:
     """Write the files of a complete set from its shards."""
     shards = finished_shards(folder)
-    unreadable = [one for shard in shards for one in shard.unreadable]
     record = replace(
         FeatureRecord.of(read_json(folder / SETTINGS)),
         rows=sum(shard.rows for shard in shards),
         source_rows=total,
-        unreadable=len(unreadable),
+        unreadable=sum(len(shard.unreadable) for shard in shards),
     )
     if not record.rows:
         raise ValueError("source: not one of its images could be read")
-    parts = [Dataset.from_file(str(folder / shard.part)) for shard in shards if shard.rows]
+    groups = _grouped(shards)
+    with pa.OSFile(str(folder / shards[0].part)) as part:
+        schema = pa.ipc.open_stream(part).schema
+    saved = folder / _PARTS / f".complete-{uuid.uuid4().hex[:8]}"
+    _save_empty_dataset(saved, schema, record, len(groups), [shard.sha256 for shard in shards])
+    files = {}
+    for path, group in zip(sorted(saved.glob("data-*.arrow")), groups, strict=True):
+        files[path.name] = _merge_shards(folder, group, schema, path)
+    sha256 = {name: sha256_of(saved / name) for name in (STATE, INFO)}
+    _write_json(saved / RECORD, Contents(record, files, sha256).to_dict(), "complete")
+    for old in folder.glob("data-*.arrow"):  # of a set that was damaged
+        old.unlink()
+    for name in (*files, STATE, INFO, RECORD):
+        _put(saved / name, folder / name)
+
+
+def _grouped(shards: Iterable[Shard]) -> list[list[Shard]]:
+    """Return shards in groups: each becomes one file."""
+    groups: list[list[Shard]] = []
+    size = 0
+    for shard in shards:
+        if not groups or size + shard.bytes > _LARGEST_FILE:
+            groups.append([])
+            size = 0
+        groups[-1].append(shard)
+        size += shard.bytes
+    return groups
+
+
+def _save_empty_dataset(
+    folder: Path, schema: pa.Schema, record: FeatureRecord, files: int, shards: list[str]
+) -> None:
+    """Let ``datasets`` write the folder of a dataset, with data files that are still empty."""
     description = json.dumps(record.to_dict())
     split = record.source.get("split")
-    dataset = Dataset(
-        concatenate_datasets(parts).data,
-        DatasetInfo(description=description, features=parts[0].features),
+    empty = Dataset(
+        schema.empty_table(),
+        DatasetInfo(description=description, features=Features.from_arrow_schema(schema)),
         NamedSplit(split) if split and _SPLIT.fullmatch(split) else None,
-        # Otherwise datasets makes one of the parts' times, and no two sets would be equal.
-        fingerprint=hashlib.sha256(description.encode()).hexdigest()[:16],
+        fingerprint=hashlib.sha256("".join(shards).encode()).hexdigest()[:16],
     )
-    saved = folder / _PARTS / f".complete-{uuid.uuid4().hex[:8]}"
     with contextlib.ExitStack() as afterwards:
         if not are_progress_bars_disabled():
             disable_progress_bars()
             afterwards.callback(enable_progress_bars)
-        dataset.save_to_disk(saved)
-    files = sorted(saved.glob("data-*.arrow"))
-    contents = Contents(
-        record,
-        _shards_of_files(files, total, unreadable),
-        {name: sha256_of(saved / name) for name in (STATE, INFO)},
-    )
-    _write_json(saved / RECORD, contents.to_dict(), "complete")
-    for old in folder.glob("data-*.arrow"):  # of a set that was damaged
-        old.unlink()
-    for name in (*contents.shards, *contents.sha256, RECORD):
-        _put(saved / name, folder / name)
+        empty.save_to_disk(folder, num_shards=files)
 
 
-def _shards_of_files(
-    files: Sequence[Path], total: int, unreadable: Sequence[Unreadable]
-) -> dict[str, Shard]:
-    """Return the data files as shards: each with the rows of the source that it stands for."""
-    rows = [Dataset.from_file(str(path)).num_rows for path in files]
-    kept = np.delete(np.arange(total), [one.row for one in unreadable])
-    bounds = [0, *kept[np.cumsum(rows)[:-1]].tolist(), total]
-    shards = {}
-    for path, count, (start, stop) in zip(files, rows, pairwise(bounds), strict=True):
-        inside = [one for one in unreadable if start <= one.row < stop]
-        size = path.stat().st_size
-        shards[path.name] = Shard(start, stop, count, size, sha256_of(path), inside)
-    return shards
+def _merge_shards(folder: Path, shards: Sequence[Shard], schema: pa.Schema, path: Path) -> Shard:
+    """Write shards one after another into a file. Only one batch at a time is in memory."""
+    with pa.ipc.new_stream(str(path), schema) as stream:
+        for shard in shards:
+            with pa.OSFile(str(folder / shard.part)) as part:
+                for batch in pa.ipc.open_stream(part):
+                    stream.write_batch(batch)
+    unreadable = [one for shard in shards for one in shard.unreadable]
+    rows = sum(shard.rows for shard in shards)
+    return Shard.of_file(path, shards[0].start, shards[-1].stop, rows, unreadable)
 
 
 def damaged(folder: Path) -> list[str]:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from monoloss_plugin.features import FeatureSet, extraction, store
 from monoloss_plugin.features.encoders import Encoder
@@ -23,8 +24,8 @@ OPTIONS = {"batch_size": 10, "workers": 0, "progress": False, "save_every": 0}
 
 @pytest.fixture
 def small_files(monkeypatch) -> None:
-    """``datasets`` saves several files, of about 40 rows each."""
-    monkeypatch.setattr("datasets.config.MAX_SHARD_SIZE", 40_000)
+    """A set has several files, of about 40 rows each."""
+    monkeypatch.setattr(store, "_LARGEST_FILE", 50_000)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -33,17 +34,28 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
+def assert_equal(one: Path, other: Path) -> None:
+    """Every feature, label and id is equal, and so are the records."""
+    a, b = FeatureSet.open(one), FeatureSet.open(other)
+    assert a.ids.to_pylist() == b.ids.to_pylist()
+    assert torch.equal(a.labels, b.labels)
+    assert torch.equal(a.tensor(), b.tensor())
+    assert a.record == b.record
+    assert verify(one) == []
+
+
 # One process imports what extraction needs, and copies of it are killed.
 KILLED = """
 import os, random, shutil, signal, sys, time
 from pathlib import Path
-import datasets, numpy, torch
+import numpy, torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 from monoloss_plugin.features.encoders import Encoder
+from monoloss_plugin.features import store
 from monoloss_plugin.features.extraction import extract
 
-datasets.config.MAX_SHARD_SIZE = 2_000
+store._LARGEST_FILE = 5_000
 torch.set_num_threads(1)
 root = Path(sys.argv[1])
 images = root / "images"
@@ -148,7 +160,7 @@ def test_two_processes_give_what_one_gives(pixels, image_folder, tmp_path, small
         assert done.images == 75
     assert done.complete
     extract(image_folder, pixels, tmp_path / "one", **{**OPTIONS, "save_every": 60})
-    assert content(tmp_path / "two") == content(tmp_path / "one")
+    assert_equal(tmp_path / "two", tmp_path / "one")
 
 
 def test_processes_may_divide_the_work_in_other_ways(pixels, image_folder, tmp_path) -> None:
@@ -164,7 +176,7 @@ def test_processes_may_divide_the_work_in_other_ways(pixels, image_folder, tmp_p
     done = extract(image_folder, pixels, out, shard=(0, 1), **OPTIONS)
     assert done.complete
     extract(image_folder, pixels, tmp_path / "whole", **OPTIONS)
-    assert content(out) == content(tmp_path / "whole")
+    assert_equal(out, tmp_path / "whole")
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -180,7 +192,7 @@ def test_shares_of_separate_machines_join(
     assert sum(share.images for share in shares) == 150
     assert join(tmp_path / "0", [tmp_path / "1", tmp_path / "2"])
     extract(source, pixels, tmp_path / "whole", **OPTIONS)
-    assert content(tmp_path / "0") == content(tmp_path / "whole")
+    assert_equal(tmp_path / "0", tmp_path / "whole")
     extract(image_folder, pixels, tmp_path / "other", dtype="float32", **OPTIONS)
     with pytest.raises(SettingsError, match="begun with other settings"):
         join(tmp_path / "other", [tmp_path / "1"])
@@ -191,7 +203,7 @@ def test_joining_takes_complete_sets_and_refuses_damaged_files(
 ) -> None:
     extract(image_folder, pixels, tmp_path / "a", **OPTIONS)
     assert join(tmp_path / "b", [tmp_path / "a"])
-    assert content(tmp_path / "a") == content(tmp_path / "b")
+    assert_equal(tmp_path / "a", tmp_path / "b")
     file = sorted((tmp_path / "a").glob("data-00001*"))[0]
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"data-00001.* differs from its checksum"):
@@ -352,7 +364,7 @@ def test_a_damaged_set_is_repaired_by_running_again(
 ) -> None:
     out = tmp_path / "out"
     extract(image_folder, pixels, out, **OPTIONS)
-    before = content(out)
+    extract(image_folder, pixels, tmp_path / "before", **OPTIONS)
     path = data_files(out)[1] if lost == "data" else out / lost
     shards = store.Contents.read(out).shards
     encoded_again = shards[path.name].rows if lost == "data" else 0
@@ -364,7 +376,7 @@ def test_a_damaged_set_is_repaired_by_running_again(
     repaired = extract(image_folder, pixels, out, **OPTIONS)
     assert repaired.complete
     assert repaired.images == encoded_again
-    assert content(out) == before
+    assert_equal(out, tmp_path / "before")
 
 
 def test_settings_that_were_cut_or_overwritten_are_found_and_repaired(
@@ -372,15 +384,16 @@ def test_settings_that_were_cut_or_overwritten_are_found_and_repaired(
 ) -> None:
     out = tmp_path / "out"
     extract(image_folder, pixels, out, **OPTIONS)
-    before = content(out)
+    extract(image_folder, pixels, tmp_path / "before", **OPTIONS)
     for name in ("state.json", "dataset_info.json"):
-        for altered in (before[name][:-20], b"", b"{}", before[name].replace(b"1", b"2")):
+        file = (out / name).read_bytes()
+        for altered in (file[:-20], b"", b"{}", file.replace(b"1", b"2")):
             (out / name).write_bytes(altered)
             assert verify(out) == [f"{name}: altered, its checksum differs"]
             with pytest.raises(ValueError, match=f"is damaged .{name}: altered"):
                 FeatureSet.open(out)
             assert extract(image_folder, pixels, out, **OPTIONS).images == 0
-            assert content(out) == before
+            assert_equal(out, tmp_path / "before")
     (out / "features.json").write_bytes(b"")
     for look in (verify, FeatureSet.open):
         with pytest.raises(
@@ -389,7 +402,7 @@ def test_settings_that_were_cut_or_overwritten_are_found_and_repaired(
             look(out)
     (out / "features.json").unlink()
     assert extract(image_folder, pixels, out, **OPTIONS).images == 150
-    assert content(out) == before
+    assert_equal(out, tmp_path / "before")
 
 
 def test_a_shard_in_the_making_that_is_damaged_is_made_again(

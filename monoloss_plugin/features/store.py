@@ -176,8 +176,10 @@ def begin(folder: Path, settings: FeatureRecord) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS
     given = json.loads(json.dumps({"format": _FORMAT, **settings.to_dict()}))
+    # Listed before the settings are looked for: another process may begin the same set now.
+    others = [one for one in folder.iterdir() if not one.name.startswith(".") and one != path]
     if not path.exists():
-        if any(not other.name.startswith(".") and other != path for other in folder.iterdir()):
+        if others:
             raise SettingsError(f"out: {folder} holds something else; give an empty or new folder")
         _write_json(path, given, "settings")
     there = read_json(path)

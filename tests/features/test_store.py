@@ -55,7 +55,7 @@ from monoloss_plugin.features.encoders import Encoder
 from monoloss_plugin.features import store
 from monoloss_plugin.features.extraction import extract
 
-store._LARGEST_FILE = 5_000
+store._LARGEST_FILE = 2_000
 torch.set_num_threads(1)
 root = Path(sys.argv[1])
 images = root / "images"

@@ -475,14 +475,19 @@ def _merge_shards(folder: Path, shards: Sequence[Shard], schema: pa.Schema, path
     return Shard.of_file(path, shards[0].start, shards[-1].stop, rows, unreadable)
 
 
-def damaged(folder: Path) -> list[str]:
-    """Return what is missing, cut or altered in a folder. Data files are judged by their size."""
+def damaged(folder: Path, checksum: Callable[[Path], str] | None = None) -> list[str]:
+    """Return what is missing, cut or altered in a folder, a line for each file.
+
+    Args:
+        folder: of the set.
+        checksum: computes those of the data files. Without it they are judged by their size.
+    """
     problems = []
     if is_complete(folder):
-        for name, checksum in Contents.read(folder).sha256.items():
+        for name, sha256 in Contents.read(folder).sha256.items():
             if not (folder / name).exists():
                 problems.append(f"{name}: missing")
-            elif sha256_of(folder / name) != checksum:
+            elif sha256_of(folder / name) != sha256:
                 problems.append(f"{name}: altered, its checksum differs")
     for name, shard in recorded_shards(folder).items():
         size = _size_of(folder / name)
@@ -490,7 +495,9 @@ def damaged(folder: Path) -> list[str]:
             problems.append(f"{name}: missing")
         elif size != shard.bytes:
             problems.append(f"{name}: {size} bytes instead of {shard.bytes}")
-    return problems
+        elif checksum is not None and checksum(folder / name) != shard.sha256:
+            problems.append(f"{name}: altered, its checksum differs")
+    return sorted(problems)
 
 
 def verify(
@@ -511,12 +518,7 @@ def verify(
     """
     folder = as_path(folder, "folder")
     _require_settings(folder, "folder")
-    problems = damaged(folder)
-    bad = {problem.split(":")[0] for problem in problems}
-    for name, shard in recorded_shards(folder).items():
-        if name not in bad and sha256_of(folder / name, advance) != shard.sha256:
-            problems.append(f"{name}: altered, its checksum differs")
-    return sorted(problems)
+    return damaged(folder, lambda path: sha256_of(path, advance))
 
 
 def reopen_damaged(folder: Path) -> None:

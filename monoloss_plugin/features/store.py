@@ -3,8 +3,8 @@
 While an extraction runs, the folder holds::
 
     extraction.json                       the settings: encoder, source, dtype, width
-    parts/0000000000-0000012288.arrow     a shard: the features of source rows 0 to 12,287
-    parts/0000000000-0000012288.json      its record: rows, bytes, SHA-256, images left out
+    parts/0000000000-0000008192.arrow     a shard: the features of source rows 0 to 8,191
+    parts/0000000000-0000008192.json      its record: rows, bytes, SHA-256, images left out
     parts/total.json                      the number of rows in the source, once it is known
     parts/share-0-of-2.lock               locked by the process that works on this share
 

@@ -3,8 +3,8 @@
 While an extraction runs, the folder holds::
 
     extraction.json                       the settings: encoder, source, dtype, width
-    parts/0000000000-0000008192.arrow     a shard: the features of source rows 0 to 8,191
-    parts/0000000000-0000008192.json      its record: rows, bytes, SHA-256, images left out
+    parts/0000000000-0000004096.arrow     a shard: the features of source rows 0 to 4,095
+    parts/0000000000-0000004096.json      its record: rows, bytes, SHA-256, images left out
     parts/total.json                      the number of rows in the source, once it is known
     parts/share-0-of-2.lock               locked by the process that works on this share
 
@@ -67,7 +67,7 @@ STATE, INFO = "state.json", "dataset_info.json"
 
 _PARTS, _TOTAL = "parts", "total.json"
 _FORMAT = 2
-_LARGEST_SHARD = 8_192
+_LARGEST_SHARD = 4_096
 """Rows of a shard at most, since it is collected in memory."""
 _LARGEST_FILE = 500 << 20
 """About as many bytes a data file of a complete set."""

@@ -246,7 +246,7 @@ def _write_set(folder: Path, x: Tensor) -> None:
     with store.claim(folder, "all"):
         store.note_total(folder, len(x))
         schema = store.features_schema(x.shape[1], dtype, True, None)
-        writer = store.ShardWriter(folder, "all", schema, save_every=60.0)
+        writer = store.ShardWriter(folder, schema, save_every=60.0)
         for part in torch.arange(len(x)).split(1024):
             rows = range(int(part[0]), int(part[-1]) + 1)
             ids = [f"{row:08d}.jpg" for row in rows]

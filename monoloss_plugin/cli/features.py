@@ -144,17 +144,17 @@ def verify(folder: Annotated[Path, typer.Argument(help="A feature dataset.")]) -
 
     from monoloss_plugin.features import store
 
-    shards = store.recorded_shards(folder)
-    size = sum(shard.bytes for shard in shards.values())
+    files = store.files_of(folder)
+    size = sum(path.stat().st_size for path in files if path.is_file())
     with tqdm(total=size, unit="B", unit_scale=True, desc="Verifying", disable=not size) as bar:
         problems = store.verify(folder, bar.update)
     complete = store.is_complete(folder)
-    content = {"folder": folder, "shards": len(shards), "complete": complete, "problems": problems}
+    content = {"folder": folder, "shards": len(files), "complete": complete, "problems": problems}
     if problems:
         advice = "delete an altered file, and run the extraction again to repair the set"
         return Output(content, (), f"{'; '.join(problems)}; {advice}")
     unfinished = "" if complete else "; the set is not complete yet"
-    return Output(content, [f"checked {_count(shards)}, and all is well{unfinished}"])
+    return Output(content, [f"checked {_count(files)}, and all is well{unfinished}"])
 
 
 @command(features)
@@ -194,9 +194,9 @@ def join(
     from monoloss_plugin.features import store
 
     complete = store.join(folder, others)
-    shards = store.recorded_shards(folder)
-    content = {"folder": folder, "shards": len(shards), "complete": complete}
-    text = f"{_count(shards)} in {folder}; the set is {'' if complete else 'not yet '}complete"
+    files = store.files_of(folder)
+    content = {"folder": folder, "shards": len(files), "complete": complete}
+    text = f"{_count(files)} in {folder}; the set is {'' if complete else 'not yet '}complete"
     return Output(content, [text])
 
 

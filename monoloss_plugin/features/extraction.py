@@ -167,11 +167,10 @@ def extract(
         versions={name: version(name) for name in _VERSIONS},
     )
     store.begin(folder, settings)
-    store.reopen_damaged(folder)
+    store.repair(folder)
     started, encoded = time.perf_counter(), 0
     if not store.is_complete(folder):
-        task = f"share-{share[0]}-of-{share[1]}"
-        with store.claim(folder, task):
+        with store.claim(folder, f"share-{share[0]}-of-{share[1]}"):
             schema = store.features_schema(width, dtype, opened.label is not None, opened.classes)
             encoded = _encode_share(
                 opened,
@@ -179,18 +178,18 @@ def extract(
                 prepare,
                 forward,
                 BatchSize(batch_size) if batch_size else fitting_batch_size(forward, probe),
-                store.ShardWriter(folder, task, schema, save_every),
+                store.ShardWriter(folder, schema, save_every),
                 workers=_workers(forward.device) if workers is None else workers,
                 max_unreadable=max_unreadable,
                 progress=progress,
             )
     complete = store.complete(folder)
-    shards = store.finished_shards(folder)
+    done = store.progress_of(folder)
     return Extraction(
         folder=folder,
         images=encoded,
-        rows=sum(shard.rows for shard in shards),
-        unreadable=[one for shard in shards for one in shard.unreadable],
+        rows=done.rows,
+        unreadable=done.unreadable,
         classes=opened.classes,
         complete=complete,
         seconds=time.perf_counter() - started,
@@ -212,10 +211,9 @@ def _encode_share(
     """Encode and save what a share lacks, and return how many images that was."""
     if source.num_images is not None:
         store.note_total(writer.folder, source.num_images)
-    finished = store.finished_shards(writer.folder)
     total = store.total_rows(writer.folder) or sys.maxsize
-    missing = store.missing_rows(finished, _rows_of_share(source, share, total))
-    unreadable = [one for shard in finished for one in shard.unreadable]
+    missing = store.missing_rows(writer.folder, _rows_of_share(source, share, total))
+    unreadable = store.progress_of(writer.folder).unreadable
     _check_unreadable(unreadable, max_unreadable)
     left = None if total == sys.maxsize else list(missing)
     if left == []:
@@ -226,7 +224,7 @@ def _encode_share(
             source, prepare, left or (), size, workers=workers, pin_memory=pin_memory
         )
     else:
-        stream = _read_to_end(source, finished, writer.folder)
+        stream = _read_to_end(source, writer.folder)
         batches = images.batches_of_stream(stream, prepare, left or missing, size, workers=workers)
     rows = None if left is None else sum(map(len, left))
     with tqdm(total=rows, desc="Extracting", unit=" images", disable=not progress) as bar:
@@ -282,9 +280,9 @@ def _rows_of_share(source: Source, share: tuple[int, int], total: int) -> Iterab
     return (range(start, min(start + _BLOCK, total)) for start in starts)
 
 
-def _read_to_end(source: Source, finished: list[store.Shard], folder: Path) -> Iterator[Row]:
+def _read_to_end(source: Source, folder: Path) -> Iterator[Row]:
     """Yield a stream's rows from the first that no process has done, and note their number."""
-    first = next(store.missing_rows(finished, [range(sys.maxsize)])).start
+    first = next(store.missing_rows(folder, [range(sys.maxsize)])).start
     row = None
     # The row before is read too: if the stream ends with it, its end is seen.
     for row in source.stream(max(0, first - 1)):

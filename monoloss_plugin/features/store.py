@@ -2,24 +2,25 @@
 
 While an extraction runs, the folder holds::
 
-    extraction.json                       the settings: encoder, source, dtype, width
-    parts/0000000000-0000004096.arrow     a shard: the features of source rows 0 to 4,095
-    parts/0000000000-0000004096.json      its record: rows, bytes, SHA-256, images left out
-    parts/total.json                      the number of rows in the source, once it is known
-    parts/share-0-of-2.lock               locked by the process that works on this share
+    extraction.json                              the settings: encoder, source, dtype, width
+    parts/0000000000-0000004096-7c39a0e1.arrow   a shard: the features of source rows 0 to 4,095
+    parts/total.json                             the number of rows in the source, once known
+    parts/share-0-of-2.lock                      locked by the process that works on this share
+    .unfinished-*                                what a process is writing at the moment
 
-When the shards cover every row, they become one dataset, and ``parts/`` goes::
+A shard's name ends in the beginning of its SHA-256. Images that could not be read are listed in the
+schema of its Arrow table. When the shards cover every row, ``datasets`` writes them as one dataset,
+and ``parts/`` goes::
 
     extraction.json
-    data-00000-of-00002.arrow, ...        the rows, in the order of the source
-    state.json, dataset_info.json         what ``datasets.load_from_disk`` reads first
-    features.json                         the set's record, and a checksum of every other file
+    data-00000-of-00002.arrow, ...               the rows, in the order of the source
+    state.json, dataset_info.json                what ``datasets.load_from_disk`` reads first
+    features.json                                the set's record, and a checksum of every file
 
 Four rules keep the folder sound:
 
-- Every file appears whole, by a rename. A shard exists once its record does, and the set is
-  complete once ``features.json`` exists; both are written last. So a process may be killed at any
-  moment. It loses the shard that it was collecting, and nothing else.
+- Every file appears whole, by a rename, and ``features.json`` comes last. So a process may be
+  killed at any moment. It loses the shard that it was collecting, and nothing else.
 - What is left to do is never noted. It is the gaps between the shards. Of two shards that overlap,
   the one that starts later is ignored. So processes need not agree on how they divide the work.
 - A folder belongs to one set of settings. A run with other settings is refused, and so is a folder
@@ -38,10 +39,10 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -53,10 +54,13 @@ from datasets import (
     NamedSplit,
     Value,
     are_progress_bars_disabled,
+    concatenate_datasets,
     disable_progress_bars,
     enable_progress_bars,
 )
-from datasets import Sequence as Lists
+from datasets import List as Lists
+from filelock import FileLock, Timeout
+from huggingface_hub.utils.sha import sha_fileobj
 
 from monoloss_plugin._checks import as_list
 from monoloss_plugin._places import as_path
@@ -70,10 +74,13 @@ _FORMAT = 2
 _LARGEST_SHARD = 4_096
 """Rows of a shard at most, since it is collected in memory."""
 _LARGEST_FILE = 500 << 20
-"""About as many bytes a data file of a complete set."""
-_READ = 1 << 20
+"""Bytes of a data file at most."""
+_NAME = re.compile(r"(\d{10})-(\d{10})-([0-9a-f]{8})\.arrow")
 _SPLIT = re.compile(r"\w+(\.\w+)*")
 """Names of splits that ``datasets`` accepts."""
+_UNREADABLE = b"unreadable"
+_WAIT = 6.0
+"""Seconds to wait for a lock: the workers of a killed process may hold it for 5 seconds more."""
 
 logger = logging.getLogger(__name__)
 
@@ -98,40 +105,34 @@ class Unreadable:
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of features, and the rows of the source that it stands for."""
+    """Consecutive rows of the source that were encoded."""
 
-    start: int
-    """The first row of the source."""
-    stop: int
-    """The row after the last one."""
+    rows: range
+    """Rows of the source."""
+    table: pa.Table
+    """The features of the rows that could be read, mapped from a file."""
+    unreadable: list[Unreadable]
+    """The other rows."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How much of a set there is."""
+
     rows: int
-    """Number of rows in the file: those of the source without the unreadable ones."""
+    """Number of rows with features."""
+    unreadable: list[Unreadable]
+    """Images that were left out."""
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """What ``features.json`` says of another file of a complete set."""
+
     bytes: int
     sha256: str
-    unreadable: list[Unreadable] = field(default_factory=list)
-
-    @property
-    def part(self) -> str:
-        """Path of the file in the folder until the set is complete."""
-        return part_name(self.start, self.stop)
-
-    @classmethod
-    def of_file(
-        cls, path: Path, start: int, stop: int, rows: int, unreadable: list[Unreadable]
-    ) -> Shard:
-        """Describe a file that was written."""
-        return cls(start, stop, rows, path.stat().st_size, sha256_of(path), unreadable)
-
-    @classmethod
-    def of(cls, content: Mapping[str, Any]) -> Shard:
-        """Make a shard from JSON's types."""
-        unreadable = [Unreadable(**one) for one in content["unreadable"]]
-        return cls(**{**content, "unreadable": unreadable})
-
-
-def part_name(start: int, stop: int) -> str:
-    """Return the path of a shard's file in the folder until the set is complete."""
-    return f"{_PARTS}/{start:010d}-{stop:010d}.arrow"
+    rows: int = 0
+    """Rows of the dataset in it."""
 
 
 @dataclass(frozen=True)
@@ -139,10 +140,9 @@ class Contents:
     """What ``features.json`` says of a complete set."""
 
     record: FeatureRecord
-    shards: dict[str, Shard]
-    """The data files by name, in order."""
-    sha256: dict[str, str]
-    """Checksums of the files that ``datasets`` reads first."""
+    files: dict[str, DataFile]
+    """Every other file by its name, the data files in order."""
+    unreadable: list[Unreadable] = field(default_factory=list)
 
     @classmethod
     def read(cls, folder: Path) -> Contents:
@@ -157,14 +157,15 @@ class Contents:
                 f"{folder} was written by another version of monoloss_plugin; extract it again, or "
                 "open it with FeatureSet(datasets.load_from_disk(folder))"
             )
-        shards = {name: Shard.of(one) for name, one in content["shards"].items()}
-        return cls(FeatureRecord.of(content), shards, content["sha256"])
+        files = {name: DataFile(**file) for name, file in content["files"].items()}
+        unreadable = [Unreadable(**one) for one in content["left_out"]]
+        return cls(FeatureRecord.of(content), files, unreadable)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of the file."""
-        shards = {name: asdict(shard) for name, shard in self.shards.items()}
-        record = {"format": _FORMAT, **self.record.to_dict()}
-        return {**record, "shards": shards, "sha256": self.sha256}
+        files = {name: asdict(file) for name, file in self.files.items()}
+        left_out = [asdict(one) for one in self.unreadable]
+        return {"format": _FORMAT, **self.record.to_dict(), "files": files, "left_out": left_out}
 
 
 def begin(folder: Path, settings: FeatureRecord) -> None:
@@ -174,6 +175,8 @@ def begin(folder: Path, settings: FeatureRecord) -> None:
         SettingsError: it was begun with others, or it holds something else.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / _PARTS).is_symlink():
+        raise SettingsError(f"out: {folder / _PARTS} is a link, which is not followed; delete it")
     path = folder / SETTINGS
     given = json.loads(json.dumps({"format": _FORMAT, **settings.to_dict()}))
     # Listed before the settings are looked for: another process may begin the same set now.
@@ -181,7 +184,7 @@ def begin(folder: Path, settings: FeatureRecord) -> None:
     if not path.exists():
         if others:
             raise SettingsError(f"out: {folder} holds something else; give an empty or new folder")
-        _write_json(path, given, "settings")
+        _write_json(folder, SETTINGS, given)
     there = read_json(path)
     versions = there.pop("versions", None), given.pop("versions", None)
     if versions[0] != versions[1]:
@@ -192,8 +195,6 @@ def begin(folder: Path, settings: FeatureRecord) -> None:
             f"out: {folder} was begun with other settings ({differing}); "
             "give those again, or another folder"
         )
-    if (folder / _PARTS).is_symlink():
-        raise SettingsError(f"out: {folder / _PARTS} is a link, which is not followed; delete it")
 
 
 def _differences(there: Any, given: Any, name: str = "") -> Iterable[str]:
@@ -205,48 +206,30 @@ def _differences(there: Any, given: Any, name: str = "") -> Iterable[str]:
 
 
 @contextlib.contextmanager
-def claim(folder: Path, task: str, *, wait: bool = False) -> Iterator[None]:
+def claim(folder: Path, task: str) -> Iterator[None]:
     """Do a task in a folder while no other process does the same one.
 
-    The system gives the lock back when a process ends, even when it is killed. Where it has no
-    locks, as on some network file systems, nothing is checked.
+    The system gives the lock back when a process ends, even when it is killed.
 
     Args:
         folder: of the set.
         task: a name for it, such as ``share-0-of-2``.
-        wait: until another process has done it, instead of raising an error.
 
     Raises:
         BusyError: another process is at it.
     """
-    parts = folder / _PARTS
-    parts.mkdir(exist_ok=True)
-    path = parts / f"{task}.lock"
+    path = folder / _PARTS / f"{task}.lock"
+    path.parent.mkdir(exist_ok=True)
     if path.is_symlink():
         raise ValueError(f"{path} is a link, which is not followed; delete it")
-    with open(path, "ab") as file:
-        if _is_locked(file, wait):  # then what has this task's name is a killed process's
-            for left in parts.glob(f".{task}-*"):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-        yield
-
-
-def _is_locked(file: BinaryIO, wait: bool) -> bool:
-    """Lock a file for this process, and say whether the system could."""
     try:
-        import fcntl
-    except ModuleNotFoundError:
-        return False
-    try:
-        # A lock of the process, unlike flock's: worker processes that outlive it hold none.
-        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError as error:
+        lock = FileLock(path, timeout=_WAIT).acquire()
+    except Timeout as error:
         raise BusyError(
-            f"another process holds {file.name}; stop it first, or give each process its own share"
+            f"another process holds {path}; stop it first, or give each process its own share"
         ) from error
-    except OSError:
-        return False
-    return True
+    with lock:
+        yield
 
 
 def features_schema(width: int, dtype: str, labelled: bool, classes: list[str] | None) -> Features:
@@ -267,13 +250,12 @@ class ShardWriter:
 
     Args:
         folder: of the set.
-        task: what this process has claimed.
         schema: the columns.
         save_every: seconds of work that a killed process may lose.
     """
 
-    def __init__(self, folder: Path, task: str, schema: Features, save_every: float) -> None:
-        self.folder, self._task, self._save_every = folder, task, save_every
+    def __init__(self, folder: Path, schema: Features, save_every: float) -> None:
+        self.folder, self._save_every = folder, save_every
         self.width: int = schema["features"].length
         self._schema = schema.arrow_schema
         self._batches: list[tuple[range, pa.RecordBatch, Sequence[Unreadable]]] = []
@@ -312,24 +294,55 @@ class ShardWriter:
         """Save what was added since the last time. If the set is complete by now, do nothing."""
         if not self._batches or is_complete(self.folder):
             return
-        start, stop = self._batches[0][0].start, self._batches[-1][0].stop
-        path = self.folder / part_name(start, stop)
-        table = pa.Table.from_batches([batch for _, batch, _ in self._batches]).combine_chunks()
-        with (
-            _replacing(path, self._task) as file,
-            pa.ipc.new_stream(file, self._schema) as stream,
-        ):
-            stream.write_table(table)
+        rows = range(self._batches[0][0].start, self._batches[-1][0].stop)
+        table = pa.Table.from_batches([batch for _, batch, _ in self._batches])
         unreadable = [one for *_, unreadable in self._batches for one in unreadable]
-        shard = Shard.of_file(path, start, stop, table.num_rows, unreadable)
-        _write_record(self.folder, shard, self._task)
+        write_shard(self.folder, Shard(rows, table, unreadable))
         self._batches, self._saved = [], time.perf_counter()
+
+
+def write_shard(folder: Path, shard: Shard) -> None:
+    """Write a shard of a set in the making."""
+    listed = json.dumps([asdict(one) for one in shard.unreadable]).encode()
+    table = shard.table.combine_chunks().replace_schema_metadata(
+        {**(shard.table.schema.metadata or {}), _UNREADABLE: listed}
+    )
+    made = _unfinished(folder)
+    with pa.OSFile(str(made), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+    start, stop = shard.rows.start, shard.rows.stop
+    _put(made, folder / _PARTS / f"{start:010d}-{stop:010d}-{sha256_of(made)[:8]}.arrow")
+
+
+def read_shard(path: Path) -> Shard:
+    """Read a shard of a set in the making, mapped from its file."""
+    with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
+        table = stream.read_all()
+    listed = json.loads(table.schema.metadata[_UNREADABLE])
+    return Shard(rows_of(path), table, [Unreadable(**one) for one in listed])
+
+
+def rows_of(path: Path) -> range:
+    """Return the source rows of a shard in the making."""
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return range(int(match[1]), int(match[2]))
+
+
+def finished_shards(folder: Path) -> list[Path]:
+    """Return the files of the shards in the making, in order, without those that overlap."""
+    finished: list[Path] = []
+    for path in sorted((folder / _PARTS).glob("*.arrow")):
+        is_shard = _NAME.fullmatch(path.name) and path.is_file() and not path.is_symlink()
+        if is_shard and (not finished or rows_of(path).start >= rows_of(finished[-1]).stop):
+            finished.append(path)
+    return finished
 
 
 def note_total(folder: Path, rows: int) -> None:
     """Write down how many rows the source has, if that is not known yet."""
     if total_rows(folder) is None:
-        _write_json(folder / _PARTS / _TOTAL, rows, "total")
+        _write_json(folder, f"{_PARTS}/{_TOTAL}", rows)
 
 
 def total_rows(folder: Path) -> int | None:
@@ -339,43 +352,32 @@ def total_rows(folder: Path) -> int | None:
     return Contents.read(folder).record.source_rows if is_complete(folder) else None
 
 
-def recorded_shards(folder: Path) -> dict[str, Shard]:
-    """Return every shard that has a record, by the path of its file in the folder."""
-    shards = []
-    for path in sorted((folder / _PARTS).glob("*-*.json")):
-        with contextlib.suppress(FileNotFoundError):  # another process completes the set
-            shards.append(Shard.of(read_json(path)))
-    # Looked for last: the shards' own records are there until it is.
+def progress_of(folder: Path) -> Progress:
+    """Return how much of a set there is."""
     if is_complete(folder):
-        return Contents.read(folder).shards
-    return {shard.part: shard for shard in shards}
+        contents = Contents.read(folder)
+        return Progress(contents.record.rows or 0, contents.unreadable)
+    paths = finished_shards(folder)
+    unreadable = [one for path in paths for one in read_shard(path).unreadable]
+    return Progress(sum(len(rows_of(path)) for path in paths) - len(unreadable), unreadable)
 
 
-def finished_shards(folder: Path) -> list[Shard]:
-    """Return the shards whose files are there in full, in order, without those that overlap."""
-    finished: list[Shard] = []
-    for name, shard in sorted(recorded_shards(folder).items(), key=lambda one: one[1].start):
-        overlaps = bool(finished) and shard.start < finished[-1].stop
-        if not overlaps and _size_of(folder / name) == shard.bytes:
-            finished.append(shard)
-    return finished
-
-
-def missing_rows(shards: Sequence[Shard], spans: Iterable[range]) -> Iterator[range]:
-    """Yield the parts of some spans that no shard covers.
+def missing_rows(folder: Path, spans: Iterable[range]) -> Iterator[range]:
+    """Yield the parts of some spans of source rows that no shard covers.
 
     Args:
-        shards: in order, without overlap.
-        spans: of source rows, in order; there may be no end of them.
+        folder: of a set in the making.
+        spans: in order; there may be no end of them.
     """
+    finished = [rows_of(path) for path in finished_shards(folder)]
     for span in spans:
         at = span.start
-        for shard in shards:
-            if shard.start >= span.stop:
+        for rows in finished:
+            if rows.start >= span.stop:
                 break
-            if shard.start > at:
-                yield range(at, shard.start)
-            at = max(at, shard.stop)
+            if rows.start > at:
+                yield range(at, rows.start)
+            at = max(at, rows.stop)
         if at < span.stop:
             yield range(at, span.stop)
 
@@ -393,111 +395,86 @@ def complete(folder: Path) -> bool:
     """
     if not is_complete(folder):
         total = total_rows(folder)
-        if total is None or any(missing_rows(finished_shards(folder), [range(total)])):
+        if total is None or any(missing_rows(folder, [range(total)])):
             return False
-        with claim(folder, "complete", wait=True):
+        with claim(folder, "complete"):
             if not is_complete(folder):
                 _save_dataset(folder, total)
-    shutil.rmtree(folder / _PARTS, ignore_errors=True)
-    for left in folder.glob(".settings-*"):
-        left.unlink(missing_ok=True)
+    for left in (folder / _PARTS, *folder.glob(".unfinished-*")):  # by processes that were killed
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
     return True
 
 
 def _save_dataset(folder: Path, total: int) -> None:
     """Write the files of a complete set from its shards."""
-    shards = finished_shards(folder)
+    paths = finished_shards(folder)
+    shards = [read_shard(path) for path in paths]
+    unreadable = [one for shard in shards for one in shard.unreadable]
     record = replace(
         FeatureRecord.of(read_json(folder / SETTINGS)),
-        rows=sum(shard.rows for shard in shards),
+        rows=sum(len(shard.table) for shard in shards),
         source_rows=total,
-        unreadable=sum(len(shard.unreadable) for shard in shards),
+        unreadable=len(unreadable),
     )
     if not record.rows:
         raise ValueError("source: not one of its images could be read")
-    groups = _grouped(shards)
-    with pa.OSFile(str(folder / shards[0].part)) as part:
-        schema = pa.ipc.open_stream(part).schema
-    saved = folder / _PARTS / f".complete-{uuid.uuid4().hex[:8]}"
-    _save_empty_dataset(saved, schema, record, len(groups), [shard.sha256 for shard in shards])
-    files = {}
-    for path, group in zip(sorted(saved.glob("data-*.arrow")), groups, strict=True):
-        files[path.name] = _merge_shards(folder, group, schema, path)
-    sha256 = {name: sha256_of(saved / name) for name in (STATE, INFO)}
-    _write_json(saved / RECORD, Contents(record, files, sha256).to_dict(), "complete")
-    for old in folder.glob("data-*.arrow"):  # of a set that was damaged
-        old.unlink()
-    for name in (*files, STATE, INFO, RECORD):
-        _put(saved / name, folder / name)
-
-
-def _grouped(shards: Iterable[Shard]) -> list[list[Shard]]:
-    """Return shards in groups: each becomes one file."""
-    groups: list[list[Shard]] = []
-    size = 0
-    for shard in shards:
-        if not groups or size + shard.bytes > _LARGEST_FILE:
-            groups.append([])
-            size = 0
-        groups[-1].append(shard)
-        size += shard.bytes
-    return groups
-
-
-def _save_empty_dataset(
-    folder: Path, schema: pa.Schema, record: FeatureRecord, files: int, shards: list[str]
-) -> None:
-    """Let ``datasets`` write the folder of a dataset, with data files that are still empty."""
-    description = json.dumps(record.to_dict())
     split = record.source.get("split")
-    empty = Dataset(
-        schema.empty_table(),
-        DatasetInfo(description=description, features=Features.from_arrow_schema(schema)),
+    schema = Features.from_arrow_schema(shards[0].table.schema)
+    description = json.dumps(record.to_dict())
+    dataset = Dataset(
+        concatenate_datasets([Dataset.from_file(str(path)) for path in paths]).data,
+        DatasetInfo(description=description, features=schema),
         NamedSplit(split) if split and _SPLIT.fullmatch(split) else None,
-        fingerprint=hashlib.sha256("".join(shards).encode()).hexdigest()[:16],
+        # By default it would depend on how the rows were divided into shards.
+        fingerprint=hashlib.sha256(description.encode()).hexdigest()[:16],
     )
-    with contextlib.ExitStack() as afterwards:
-        if not are_progress_bars_disabled():
-            disable_progress_bars()
-            afterwards.callback(enable_progress_bars)
-        empty.save_to_disk(folder, num_shards=files)
+    made = _unfinished(folder)
+    with _without_progress_bars():
+        dataset.save_to_disk(made, max_shard_size=_LARGEST_FILE)
+    files = {path.name: _describe(path) for path in sorted(made.iterdir())}
+    for name in files:
+        _put(made / name, folder / name)
+    for old in folder.glob("data-*.arrow"):  # of a set that was damaged
+        if old.name not in files:
+            old.unlink()
+    _write_json(folder, RECORD, Contents(record, files, unreadable).to_dict())
 
 
-def _merge_shards(folder: Path, shards: Sequence[Shard], schema: pa.Schema, path: Path) -> Shard:
-    """Write shards one after another into a file. Only one batch at a time is in memory."""
-    with pa.ipc.new_stream(str(path), schema) as stream:
-        for shard in shards:
-            with pa.OSFile(str(folder / shard.part)) as part:
-                for batch in pa.ipc.open_stream(part):
-                    stream.write_batch(batch)
-    unreadable = [one for shard in shards for one in shard.unreadable]
-    rows = sum(shard.rows for shard in shards)
-    return Shard.of_file(path, shards[0].start, shards[-1].stop, rows, unreadable)
+@contextlib.contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
-def damaged(folder: Path, checksum: Callable[[Path], str] | None = None) -> list[str]:
-    """Return what is missing, cut or altered in a folder, a line for each file.
+def _describe(path: Path) -> DataFile:
+    rows = len(Dataset.from_file(str(path))) if path.suffix == ".arrow" else 0
+    return DataFile(path.stat().st_size, sha256_of(path), rows)
 
-    Args:
-        folder: of the set.
-        checksum: computes those of the data files. Without it they are judged by their size.
-    """
+
+def damaged(folder: Path) -> list[str]:
+    """Return what is missing, cut or altered in a complete set. Data is judged by its size."""
     problems = []
-    if is_complete(folder):
-        for name, sha256 in Contents.read(folder).sha256.items():
-            if not (folder / name).exists():
-                problems.append(f"{name}: missing")
-            elif sha256_of(folder / name) != sha256:
-                problems.append(f"{name}: altered, its checksum differs")
-    for name, shard in recorded_shards(folder).items():
-        size = _size_of(folder / name)
-        if size is None:
+    for name, file in Contents.read(folder).files.items():
+        path = folder / name
+        if not path.is_file():
             problems.append(f"{name}: missing")
-        elif size != shard.bytes:
-            problems.append(f"{name}: {size} bytes instead of {shard.bytes}")
-        elif checksum is not None and checksum(folder / name) != shard.sha256:
+        elif not file.rows and sha256_of(path) != file.sha256:
             problems.append(f"{name}: altered, its checksum differs")
-    return sorted(problems)
+        elif path.stat().st_size != file.bytes:
+            problems.append(f"{name}: {path.stat().st_size} bytes instead of {file.bytes}")
+    return problems
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Return the files that hold features, of a set that is complete or in the making."""
+    if not is_complete(folder):
+        return finished_shards(folder)
+    return [folder / name for name, file in Contents.read(folder).files.items() if file.rows]
 
 
 def verify(
@@ -518,23 +495,51 @@ def verify(
     """
     folder = as_path(folder, "folder")
     _require_settings(folder, "folder")
-    return damaged(folder, lambda path: sha256_of(path, advance))
+    contents = Contents.read(folder) if is_complete(folder) else None
+    problems = damaged(folder) if contents else []
+    bad = {problem.split(":")[0] for problem in problems}
+    for path in files_of(folder):
+        name = path.relative_to(folder).as_posix()
+        if name not in bad:
+            expected = contents.files[name].sha256 if contents else path.stem[-8:]
+            if not sha256_of(path).startswith(expected):
+                problems.append(f"{name}: altered, its checksum differs")
+            advance(path.stat().st_size)
+    return sorted(problems)
 
 
-def reopen_damaged(folder: Path) -> None:
-    """If a complete set is damaged, make shards of its undamaged files, to be completed again."""
-    if not (is_complete(folder) and damaged(folder)):
+def repair(folder: Path) -> None:
+    """Delete what is damaged, so that an extraction makes it again.
+
+    Of a complete set, the undamaged files become shards in the making again.
+    """
+    if not is_complete(folder):
+        for problem in verify(folder):
+            (folder / problem.split(":")[0]).unlink()
+    elif damaged(folder):
+        with claim(folder, "complete"):
+            if is_complete(folder) and damaged(folder):  # no other process was quicker
+                for shard in _shards_of(folder):
+                    write_shard(folder, shard)
+                total = Contents.read(folder).record.source_rows
+                _write_json(folder, f"{_PARTS}/{_TOTAL}", total)
+                (folder / RECORD).unlink()
+
+
+def _shards_of(folder: Path) -> Iterator[Shard]:
+    """Yield what can be read of a set, complete or in the making, as shards."""
+    if not is_complete(folder):
+        yield from map(read_shard, finished_shards(folder))
         return
-    with claim(folder, "complete", wait=True):
-        if not (is_complete(folder) and damaged(folder)):  # another process was quicker
-            return
-        contents = Contents.read(folder)
-        _write_json(folder / _PARTS / _TOTAL, contents.record.source_rows, "complete")
-        for name, shard in contents.shards.items():
-            if _size_of(folder / name) == shard.bytes:
-                _write_record(folder, shard, "complete")
-                os.replace(folder / name, folder / shard.part)
-        (folder / RECORD).unlink()
+    contents = Contents.read(folder)
+    total = contents.record.source_rows or 0
+    readable = np.setdiff1d(np.arange(total), [one.row for one in contents.unreadable])
+    ends = np.cumsum([contents.files[path.name].rows for path in files_of(folder)])
+    bounds = [0, *readable[ends[:-1]].tolist(), total]
+    for path, start, stop in zip(files_of(folder), bounds, bounds[1:], strict=False):
+        if path.is_file() and path.stat().st_size == contents.files[path.name].bytes:
+            unreadable = [one for one in contents.unreadable if start <= one.row < stop]
+            yield Shard(range(start, stop), Dataset.from_file(str(path)).data.table, unreadable)
 
 
 def join(folder: str | os.PathLike[str], others: Iterable[str | os.PathLike[str]]) -> bool:
@@ -562,30 +567,17 @@ def join(folder: str | os.PathLike[str], others: Iterable[str | os.PathLike[str]
         begin(folder, FeatureRecord.of(read_json(other / SETTINGS)))
         if is_complete(folder):
             continue
+        if problems := verify(other):
+            raise ValueError(
+                f"others: {other / problems[0]}; delete it and run its extraction again"
+            )
         with claim(folder, "join"):
-            finished = finished_shards(folder)
-            for name, shard in recorded_shards(other).items():
-                if any(missing_rows(finished, [range(shard.start, shard.stop)])):
-                    _copy_shard(other / name, folder, shard)
+            for shard in _shards_of(other):
+                if any(missing_rows(folder, [shard.rows])):
+                    write_shard(folder, shard)
             if (total := total_rows(other)) is not None:
                 note_total(folder, total)
     return complete(folder)
-
-
-def _copy_shard(path: Path, folder: Path, shard: Shard) -> None:
-    """Copy a shard's file into a folder.
-
-    Raises:
-        ValueError: the file differs from its checksum.
-    """
-    copy = folder / shard.part
-    with path.open("rb") as original, _replacing(copy, "join") as file:
-        shutil.copyfileobj(original, file)
-    if sha256_of(copy) != shard.sha256:  # without a record, the copy does not count
-        raise ValueError(
-            f"{path} differs from its checksum; delete it and run its extraction again"
-        )
-    _write_record(folder, shard, "join")
 
 
 def _require_settings(folder: Path, argument: str) -> None:
@@ -593,44 +585,28 @@ def _require_settings(folder: Path, argument: str) -> None:
         raise FileNotFoundError(f"{argument}: no feature dataset in {folder}: it has no {SETTINGS}")
 
 
-def sha256_of(path: Path, advance: Callable[[int], Any] = lambda _: None) -> str:
+def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's content."""
-    digest = hashlib.sha256()
     with path.open("rb") as content:
-        while part := content.read(_READ):
-            digest.update(part)
-            advance(len(part))
-    return digest.hexdigest()
-
-
-def _size_of(path: Path) -> int | None:
-    """Return a file's size; None if there is no file."""
-    return path.stat().st_size if path.is_file() else None
-
-
-@contextlib.contextmanager
-def _replacing(path: Path, task: str) -> Iterator[BinaryIO]:
-    """Open a file that gets its name when all of it is on disk. What had the name is replaced."""
-    made = path.parent / f".{task}-{uuid.uuid4().hex[:8]}"
-    with open(made, "xb") as file:
-        yield file
-    _put(made, path)
+        return sha_fileobj(content).hex()
 
 
 def _put(made: Path, path: Path) -> None:
-    """Give a file another name once all of it is on disk."""
+    """Give a file its name once all of it is on disk. What had the name is replaced."""
     with made.open("r+b") as content:
         os.fsync(content.fileno())
     os.replace(made, path)
 
 
-def _write_json(path: Path, content: Any, task: str) -> None:
-    with _replacing(path, task) as file:
-        file.write((json.dumps(content, indent=1) + "\n").encode())
+def _unfinished(folder: Path) -> Path:
+    """Return a new name for a file or folder that is not finished."""
+    return folder / f".unfinished-{uuid.uuid4().hex}"
 
 
-def _write_record(folder: Path, shard: Shard, task: str) -> None:
-    _write_json((folder / shard.part).with_suffix(".json"), asdict(shard), task)
+def _write_json(folder: Path, name: str, content: Any) -> None:
+    made = _unfinished(folder)
+    made.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    _put(made, folder / name)
 
 
 def read_json(path: Path) -> Any:

@@ -4,7 +4,7 @@ Needs torch alone. In a loop of your own: put a :class:`MonoLayer` before the cl
 output with a :class:`LatentRecorder`, and add ``loss(recorder.take(), embeddings)``.
 """
 
-from monoloss_plugin.finetuning.alignment import WithEmbeddings, aligned_embeddings
+from monoloss_plugin.finetuning.embeddings import WithEmbeddings, aligned_embeddings
 from monoloss_plugin.finetuning.gathering import gather_rows
 from monoloss_plugin.finetuning.loading import load_with_mono_layer
 from monoloss_plugin.finetuning.mono_layer import MonoHead, MonoLayer, insert_mono_layer

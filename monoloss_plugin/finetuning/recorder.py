@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from monoloss_plugin.finetuning.mono_layer import MonoLayer, require_module
@@ -152,17 +151,3 @@ def require_layer(layer: Any) -> None:
     if layer is None or isinstance(layer, nn.Module) or (isinstance(layer, str) and layer):
         return
     raise TypeError(f"latents: expected a layer of the model or its path, got {layer!r}")
-
-
-def requires_gradient(latents: Tensor, name: str) -> Tensor:
-    """Return latents that training can change.
-
-    Raises:
-        ValueError: nothing would come of a loss on them.
-    """
-    if torch.is_grad_enabled() and not latents.requires_grad:
-        raise ValueError(
-            f"{name}: its latents carry no gradient: the layer is frozen, with all before it, or "
-            "inside a checkpointed block"
-        )
-    return latents

@@ -144,7 +144,7 @@ def test_batches_that_are_dicts(tmp_path) -> None:
     weighted, score = (trainer.callback_metrics[name].item() for name in ("monoloss", "monoscore"))
     assert weighted == pytest.approx(0.5 * (1 - score), rel=1e-5)
     missing = MonoLossCallback(LOSS, embeddings="siglip")
-    with pytest.raises(ValueError, match="the batch has no 'siglip'; it is or has x, y, clip"):
+    with pytest.raises(ValueError, match="the batch has no 'siglip'; it has x, y, clip"):
         trainer_of([missing], tmp_path).fit(Classifier(), DataLoader(rows, batch_size=8))
 
 
@@ -175,7 +175,7 @@ def test_a_term_that_can_do_nothing_is_warned_of(tmp_path) -> None:
         def on_train_start(self, trainer, pl_module):
             trainer.callbacks.append(MonoLossCallback(LOSS, embeddings=embeddings_of))
 
-    with pytest.warns(UserWarning, match="the callback was added after fit"):
+    with pytest.warns(UserWarning, match="you added the callback after fit"):
         fit(Classifier(), [Add()], tmp_path)
 
 
@@ -192,7 +192,7 @@ def test_what_is_wrong_is_named(tmp_path) -> None:
     with pytest.raises(TypeError, match="latents: expected a layer"):
         MonoLossCallback(LOSS, embeddings="h", latents=3)
     callback = MonoLossCallback(LOSS, embeddings=lambda batch: batch[2])
-    with pytest.raises(ValueError, match="optimizes by itself"):
+    with pytest.raises(ValueError, match="it optimizes manually"):
         fit(Classifier(manual=True), [callback], tmp_path)
     with pytest.raises(TypeError, match="expected a loss or a dict with one, got str"):
         fit(Classifier(returns="text"), [callback], tmp_path)
@@ -204,7 +204,7 @@ def test_what_is_wrong_is_named(tmp_path) -> None:
         )
     short = MonoLossCallback(LOSS, embeddings=lambda batch: batch[2][1:])
     module = Classifier()
-    with pytest.raises(ValueError, match="expected 32 rows, one a sample, got 31"):
+    with pytest.raises(ValueError, match="expected 32 rows, one for each sample, got 31"):
         fit(module, [short], tmp_path)
     assert "training_step" not in module.__dict__
     assert not any(m._forward_hooks for m in module.modules())

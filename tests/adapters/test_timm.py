@@ -16,7 +16,7 @@ from torch import nn
 
 from monoloss_plugin import MonoLoss, functional
 from monoloss_plugin.adapters.timm import add_loss, insert_mono_layer, mix_with_embeddings
-from monoloss_plugin.finetuning import LatentRecorder, attached
+from monoloss_plugin.finetuning import LatentRecorder, latent_term
 from tests.finetuning.test_mono_layer import TIMM
 
 LOSS = MonoLoss(lam=0.5, lam_units="raw")
@@ -166,7 +166,7 @@ def test_what_is_wrong_is_named(batch) -> None:
         task.add_loss(MonoLoss(lam=3e-4))
     with pytest.raises(TypeError, match=r"loss: expected a loss term.*got CrossEntropyLoss"):
         task.add_loss(nn.CrossEntropyLoss())
-    with pytest.raises(ValueError, match="name: 'loss' is the host's own"):
+    with pytest.raises(ValueError, match="name: hosts use 'loss' in their logs"):
         task.add_loss(MonoLoss(lam=0.1, lam_units="raw", name="loss"))
     with pytest.raises(ValueError, match="the encoder shares parameters with the model"):
         task.add_loss(LOSS, embeddings=task.get_trainable_module())
@@ -176,7 +176,7 @@ def test_what_is_wrong_is_named(batch) -> None:
         task.add_loss(LOSS)
     with pytest.raises(ValueError, match=r"no embeddings; call task\(images, target, embeddings="):
         task(images, target)
-    with pytest.raises(ValueError, match="expected 16 rows, one a sample, got 15"):
+    with pytest.raises(ValueError, match="expected 16 rows, one for each sample, got 15"):
         task(images, target, embeddings=h[1:])
     for wrong in (nn.Flatten, "encoder", np.eye(2)):
         with pytest.raises(TypeError, match="embeddings: expected a frozen encoder to call"):
@@ -228,7 +228,7 @@ def test_a_step_with_mixup(batch) -> None:
 def test_sync_gathers_latents_and_embeddings(batch, free_port, monkeypatch) -> None:
     images, target, h = batch
     gathered = []
-    monkeypatch.setattr(attached, "gather_rows", lambda rows: gathered.append(rows) or rows)
+    monkeypatch.setattr(latent_term, "gather_rows", lambda rows: gathered.append(rows) or rows)
     address = f"tcp://127.0.0.1:{free_port}"
     dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
     try:

@@ -358,9 +358,11 @@ def test_embeddings_stay_with_their_samples() -> None:
     assert seen == 48
     dicts = WithEmbeddings([{"a": 1}, {"a": 2}], np.eye(2, dtype=np.float32), key="h")
     assert torch.equal(dicts[1]["h"], torch.eye(2)[1])
-    with pytest.raises(ValueError, match=r"expected \(50, d\), one row a sample, got \(49, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"expected \(50, d\), one row for each sample, got \(49, 2\)"
+    ):
         WithEmbeddings(TensorDataset(x, y), torch.zeros(49, 2))
-    with pytest.raises(ValueError, match="samples have 'h' already"):
+    with pytest.raises(ValueError, match="samples already have 'h'"):
         WithEmbeddings(dicts, torch.eye(2), key="h")[0]
     with pytest.raises(TypeError, match="samples that are tuples or dicts, got Tensor"):
         WithEmbeddings(x, torch.zeros(50, 2))[0]

@@ -29,11 +29,11 @@ def read_checkpoint(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises all kinds for a damaged or foreign file
         refused = _REFUSED_CLASS.search(str(error))
-        holds = f"it holds {visible(refused[1])}" if refused else "it may hold other objects"
+        held = f"; it holds {visible(refused[1])}" if refused else ""
         raise ValueError(
-            f"source: {path.name} is not a checkpoint of tensors and plain values: {holds}, which "
-            "is not unpickled, since that could run any code. If the file is yours, load it in its "
-            "own library, and save only its state_dict, numbers and strings"
+            f"source: {path.name} is not a checkpoint of tensors and plain values{held}. Nothing "
+            "else is unpickled, since that could run any code. If the file is yours, load it in "
+            "its own library, and save only its state_dict, numbers and strings"
         ) from error
 
 

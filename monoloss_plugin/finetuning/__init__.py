@@ -1,7 +1,7 @@
-"""MonoLoss as a regularizer while a vision model is fine-tuned: what every trainer's adapter uses.
+"""MonoLoss as a regularizer while you fine-tune a vision model: what the adapters share.
 
-Needs torch alone. In a loop of your own: put a :class:`MonoLayer` before the classifier, record its
-output with a :class:`LatentRecorder`, and add ``loss(recorder.take(), embeddings)``.
+Needs torch alone. In a loop of your own, put a :class:`MonoLayer` before the classifier, record its
+output with a :class:`LatentRecorder`, and add ``loss(recorder.take(), embeddings)`` to your loss.
 """
 
 from monoloss_plugin.finetuning.embeddings import WithEmbeddings, aligned_embeddings

@@ -12,8 +12,8 @@ from sae_lens import SAE
 from typer.testing import CliRunner
 
 from monoloss_plugin import __version__, cli
-from monoloss_plugin.cli.demo import ARCHITECTURES
 from monoloss_plugin.demo import digits, saes
+from monoloss_plugin.demo.architectures import ARCHITECTURES
 
 pytestmark = pytest.mark.xdist_group("demo")  # one process runs it in full
 
@@ -94,10 +94,6 @@ def test_regularizers_alone_and_over_two_seeds(tmp_path, monkeypatch) -> None:
         ("l1_l2_ratio", 0.002),
     ]
     assert len(results["summaries"]["with"]) == 2
-
-
-def test_the_lists_of_the_command_and_the_demo_agree() -> None:
-    assert list(ARCHITECTURES) == list(saes.ARCHITECTURES)
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def test_one_function_finds_the_classifier_of_every_host() -> None:
         assert isinstance(model.get_submodule(f"{name}.2"), MonoHead)
     with pytest.raises(TypeError, match="got MonoHead"):
         insert_mono_layer(model)
-    with pytest.raises(ValueError, match="classifier: Linear has no one linear layer"):
+    with pytest.raises(ValueError, match="classifier: found no linear layer in Linear"):
         insert_mono_layer(nn.Linear(2, 2))
 
 
@@ -229,8 +229,8 @@ def test_selections_keep_what_they_say() -> None:
     [
         ({"width": 0}, "width: expected at least 1"),
         ({"selection": "top"}, "selection: expected one of"),
-        ({"selection": "topk"}, "k: with a selection, 1 to 8 latents"),
-        ({"k": 3}, "without one none, got 3"),
+        ({"selection": "topk"}, "k: expected 1 to 8 with a selection"),
+        ({"k": 3}, "no k without one, got 3"),
         ({"selection": "topk", "k": 9}, "got 9"),
     ],
 )

@@ -56,23 +56,6 @@ class LatentRecorder:
         self._recorded: Tensor | None = None
         self._handles = [module.register_forward_hook(self._record) for module in modules]
 
-    @property
-    def latents(self) -> Tensor:
-        """The latents (B, M) of the last forward pass; raises as :meth:`take`."""
-        latents = self._recorded
-        if latents is None:
-            raise RuntimeError(
-                f"{self._name}: gave no output since it was last taken; is it part of the model's "
-                "forward pass (peft trains a copy), and did you add the loss before compiling?"
-            )
-        if latents.ndim != 2:
-            self._recorded = None
-            raise ValueError(
-                f"{self._name}: expected one vector a sample (B, M), got "
-                f"{tuple(latents.shape)}; name a layer after the pooling"
-            )
-        return latents
-
     def take(self) -> Tensor:
         """Return the latents (B, M) of the last forward pass, and forget them.
 
@@ -82,8 +65,17 @@ class LatentRecorder:
             RuntimeError: there was no forward pass since the last call.
             ValueError: the layer does not give one vector for each sample.
         """
-        latents = self.latents
-        self._recorded = None
+        latents, self._recorded = self._recorded, None
+        if latents is None:
+            raise RuntimeError(
+                f"{self._name}: gave no output since it was last taken; is it part of the model's "
+                "forward pass (peft trains a copy), and did you add the loss before compiling?"
+            )
+        if latents.ndim != 2:
+            raise ValueError(
+                f"{self._name}: expected one vector a sample (B, M), got "
+                f"{tuple(latents.shape)}; name a layer after the pooling"
+            )
         return latents
 
     def remove(self) -> None:

@@ -256,12 +256,12 @@ def _attach(place: _Place, attached: AttachedTerm) -> LossHandle:
         return attachment.add(attached, _RunnerAttachment.of(place.runner).add(attached).remove)
     if place.trainer is None:
         return attachment.add(attached)
-    schedules = place.trainer.coefficient_schedulers
-    attachment.scaler = place.trainer.activation_scaler
-    schedules[name] = CoefficientScheduler(
+    trainer = place.trainer
+    attachment.scaler = trainer.activation_scaler
+    trainer.coefficient_schedulers[name] = CoefficientScheduler(
         warm_up_steps=attached.warm_up_steps, final_value=attached.term.lam
     )
-    return attachment.add(attached, lambda: schedules.pop(name, None))
+    return attachment.add(attached, lambda: trainer.coefficient_schedulers.pop(name, None))
 
 
 class _Attachment(Attachment[AttachedTerm]):

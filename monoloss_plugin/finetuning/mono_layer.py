@@ -8,7 +8,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from monoloss_plugin._checks import require_at_least, require_choice, require_flag
+from monoloss_plugin._checks import (
+    require_at_least,
+    require_choice,
+    require_flag,
+    require_text,
+)
 from monoloss_plugin._places import kind_of
 from monoloss_plugin.kernels.batch import GradientAt
 
@@ -197,11 +202,8 @@ def insert_mono_layer(
         True
     """
     require_module(model)
-    path = _find_classifier(model) if classifier is None else classifier
-    if not isinstance(path, str):
-        raise TypeError(f"classifier: expected a path in the model, got {type(path).__name__}")
-    if not path:
-        raise ValueError("classifier: expected a path in the model, such as 'fc', got ''")
+    require_text(classifier, "classifier")
+    path = classifier or _find_classifier(model)
     try:
         old = model.get_submodule(path)
     except AttributeError as error:

@@ -140,7 +140,7 @@ class Column:
             return batch[self.key]
         named = isinstance(batch, Mapping)
         got = f"has {', '.join(map(str, batch))}" if named else f"is a {type(batch).__name__}"
-        raise ValueError(f"embeddings: the batch has no {self.key!r}; it {got}{self.hint}")
+        raise ValueError(f"embeddings: the batch has no column {self.key!r}; it {got}{self.hint}")
 
 
 class Frozen:

@@ -157,7 +157,7 @@ def test_batches_that_are_dicts(tmp_path) -> None:
     weighted, score = (trainer.callback_metrics[name].item() for name in ("monoloss", "monoscore"))
     assert weighted == pytest.approx(0.5 * (1 - score), rel=1e-5)
     missing = MonoLossCallback(LOSS, embeddings="siglip")
-    with pytest.raises(ValueError, match="the batch has no 'siglip'; it has x, y, clip"):
+    with pytest.raises(ValueError, match="the batch has no column 'siglip'; it has x, y, clip"):
         trainer_of([missing], tmp_path).fit(Classifier(), DataLoader(rows, batch_size=8))
 
 

@@ -483,8 +483,8 @@ def test_what_is_wrong_is_named(data, tmp_path) -> None:
         return {k: v for k, v in batch.items() if k != "embeddings"}
 
     cases = [
-        ({"data_collator": losing}, {"embeddings": "embeddings"}, "no 'embeddings'; it has"),
-        ({}, {"embeddings": "clip"}, "the batch has no 'clip'; it has"),
+        ({"data_collator": losing}, {"embeddings": "embeddings"}, "no column 'embeddings'; it has"),
+        ({}, {"embeddings": "clip"}, "the batch has no column 'clip'; it has"),
         (
             {},
             {"embeddings": lambda inputs: torch.ones(3, 4)},

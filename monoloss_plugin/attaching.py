@@ -254,8 +254,9 @@ class LamConversion:
         attached.conversion_shown |= show
         self.logger.log(
             logging.WARNING if show else logging.INFO,
-            "%s: lam %g is measured against %r. %s takes the %s of the squared error over %d "
-            "inputs, whose mean squared norm is %s. So the weight in its loss is %g times lam: %g",
+            "%s: lam %g is measured against %r. %s takes the %s of the squared error over an "
+            "input's %d entries, and the inputs' mean squared norm is %s. So the weight in its "
+            "loss is %g times lam: %g",
             term.name,
             term.lam,
             term.lam_units,

@@ -69,13 +69,13 @@ class AttachedTerm:
         warm = min(1.0, step / self.warm_up_steps) if self.warm_up_steps else 1.0
         return self.term.lam * warm
 
-    def warn_of_long_warm_up(self, steps: float, stacklevel: int = 4) -> None:
+    def warn_of_long_warm_up(self, steps: float) -> None:
         """Warn if training ends before the term has its full weight."""
         if self.warm_up_steps > steps >= 0:  # a host that does not know may say -1
             warnings.warn(
                 f"{self.term.name}: warm_up_steps={self.warm_up_steps} is longer than the {steps} "
                 "steps of training that are left, so the term never gets its full weight lam",
-                stacklevel=stacklevel,
+                stacklevel=4,
             )
 
 

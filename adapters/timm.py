@@ -1,14 +1,14 @@
 """MonoLoss in timm's training tasks.
 
-Importing this module is the opt-in: it gives ``TrainingTask`` a method ``add_loss``, so that a
-script around timm's own tasks takes one line more::
+Import this module to opt in. It gives ``TrainingTask`` a method ``add_loss``, so a script around
+timm's own tasks takes one more line::
 
     import monoloss_plugin.adapters.timm
     insert_mono_layer(model)                          # of monoloss_plugin.finetuning
     task = ClassificationTask(model, criterion)
     task.add_loss(MonoLoss(lam=0.1, lam_units="raw"), embeddings=frozen_encoder)
 
-Add the loss before ``task.compile()``. For loops without a task, see
+Add the loss before ``task.compile()``. For a loop without a task, see
 :class:`~monoloss_plugin.finetuning.LatentRecorder`.
 """
 
@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from monoloss_plugin._checks import as_rows, as_tensor, looks_are_free
 from monoloss_plugin._optional import missing_extra
+from monoloss_plugin.attaching import Attachment, require_embeddings
 from monoloss_plugin.finetuning import insert_mono_layer, load_with_mono_layer
-from monoloss_plugin.finetuning.alignment import Frozen
-from monoloss_plugin.finetuning.attached import AttachedTerm, Attachment, require_embeddings
+from monoloss_plugin.finetuning.embeddings import Frozen
+from monoloss_plugin.finetuning.latent_term import LatentTerm
 from monoloss_plugin.losses import LossHandle, LossTerm
 
 try:
@@ -53,59 +54,86 @@ def add_loss(
 ) -> LossHandle:
     """Add a loss term to a timm training task.
 
-    The task's result gets the term in its ``loss``, the weighted term under its own name, and the
+    The task's result has the term in its ``loss``, the weighted term under its own name, and the
     batch's mean MonoScore as ``monoscore``. Without gradients, as in evaluation, nothing is added.
 
     Args:
-        task: such as timm's ``ClassificationTask``; it is not changed but for this instance.
+        task: such as timm's ``ClassificationTask``. Only this instance changes.
         loss: such as ``MonoLoss(lam=0.1, lam_units="raw")``.
         embeddings: a frozen encoder, or any callable, from the batch's images to (B, d). It sees
-            images as the model does: mixed by mixup, its embeddings are those of the mixed images.
-            Without one, give them in each call: ``task(images, target, embeddings=h)``.
+            the images that the model sees: after mixup, the mixed ones. If you leave it out, pass
+            embeddings in each call: ``task(images, target, embeddings=h)``.
         latents: the layer whose output they are, or its path; by default the model's MonoLayer.
-        warm_up_steps: the weight grows linearly from 0 over this many calls since it was added;
-            timm's checkpoints do not keep their number.
-        sync: over the global batch of all processes, with its exact gradient.
+        warm_up_steps: the weight grows linearly from 0 over this many calls, counted from now.
+            timm's checkpoints do not keep the count.
+        sync: compute the term over the global batch of all processes, with its exact gradient.
 
     Returns:
-        A handle whose ``remove()`` undoes it.
+        A handle; call its ``remove()`` to take the term away.
 
     Raises:
-        TypeError: not a timm task, loss term or embeddings.
-        ValueError: no such layer; a term of that name is there already; units other than "raw"; no
-            MonoLayer and no layer named; or a task that is compiled already.
+        TypeError: an argument is of another kind.
+        ValueError: there is no such layer, or no MonoLayer and you name no layer; a term of that
+            name is attached already; ``lam_units`` is not "raw"; or the task is compiled already.
     """
     if not isinstance(task, TrainingTask):
         raise TypeError(f"task: expected a timm TrainingTask, got {type(task).__name__}")
-    AttachedTerm.check(loss, warm_up_steps, latents, sync)
+    attached = LatentTerm(loss, warm_up_steps, latents=latents, sync=sync)
     if embeddings is not None:
         require_embeddings(embeddings)
-    attachment = _Attachment.find(task, loss.name)
+    Attachment.require_free(task, loss.name)
     model = task.get_trainable_module()
     if model is None:
         raise ValueError(f"task: {type(task).__name__} has no model to train")
-    attached = AttachedTerm(
-        loss,
-        model,
-        embeddings=None if embeddings is None else Frozen(embeddings, model),
-        latents=latents,
-        warm_up_steps=warm_up_steps,
-        sync=sync,
-    )
-    return (attachment or _Attachment(task)).add(attached)
+    if embeddings is not None:
+        attached.embeddings = Frozen(embeddings, model)
+    attached.start(model)
+    return _Attachment.of(task).add(attached, attached.stop)
+
+
+class _Attachment(Attachment[LatentTerm]):
+    """The terms of one task."""
+
+    replaces = ("forward",)
+
+    def forward(
+        self,
+        inner: Callable[..., dict[str, Tensor]],
+        input: Tensor,
+        target: Any,
+        *rest: Any,
+        embeddings: Tensor | None = None,
+        **more: Any,
+    ) -> dict[str, Tensor]:
+        """Return the task's result; with gradients, add the terms to it."""
+        result = inner(input, target, *rest, **more)
+        if not torch.is_grad_enabled():
+            return result
+        result = dict(result)
+        for name, attached in self.terms.items():
+            given = embeddings if attached.embeddings is None else attached.embeddings(input)
+            if given is None:
+                raise ValueError(
+                    f"{name}: no embeddings; call task(images, target, embeddings=...), or give "
+                    "add_loss a frozen encoder"
+                )
+            of_step = attached.compute(given)
+            result["loss"] = result["loss"] + of_step.weighted
+            result.update(of_step.metrics)
+        return result
 
 
 def mix_with_embeddings(
     mixup: Mixup, images: Any, target: Any, embeddings: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Apply timm's mixup or cutmix to images, targets and precomputed embeddings alike.
+    """Apply timm's mixup or cutmix to images, targets and precomputed embeddings.
 
-    A mixed image is a bit of both; so is what it is similar to. Its embedding is the mean of the
-    two unit embeddings, with the weights that the targets get.
+    A mixed image is partly one image and partly another. Its embedding is the mean of their two
+    unit embeddings, with the weights that the targets get.
 
     Args:
-        mixup: of timm; of any mode, not the collating one nor for several labels an image.
-        images: (B, C, H, W), changed in place as timm does.
+        mixup: timm's ``Mixup`` in any mode, but not ``FastCollateMixup`` and not ``multi_label``.
+        images: (B, C, H, W); timm changes them in place.
         target: (B,) classes.
         embeddings: (B, d).
 
@@ -113,17 +141,13 @@ def mix_with_embeddings(
         Images, soft targets (B, classes), and embeddings (B, d).
 
     Raises:
-        TypeError: arguments of another kind.
-        ValueError: a collating mixup or one for several labels, images that are not
-            (B, C, H, W), targets that are not (B,) classes, or embeddings of another number of
-            rows.
-
-    Source: timm's ``Mixup``; each sample's own number as its class shows what it was mixed of.
+        TypeError: an argument is of another kind.
+        ValueError: the mixup is of another kind, or the shape of an argument does not fit.
     """
     if not isinstance(mixup, Mixup):
         raise TypeError(f"mixup: expected timm's Mixup, got {type(mixup).__name__}")
     if isinstance(mixup, FastCollateMixup) or mixup.multi_label:
-        raise ValueError("mixup: expected timm's Mixup, which mixes batches of single labels")
+        raise ValueError("mixup: expected timm's Mixup, for batches with one label an image")
     images, target = as_tensor(images, "images"), as_tensor(target, "target")
     embeddings = as_rows(embeddings, "embeddings")
     if images.ndim != 4:
@@ -136,6 +160,7 @@ def mix_with_embeddings(
     of_classes = (target >= 0) & (target < classes)
     if looks_are_free(target) and not bool(of_classes.all()):
         raise ValueError(f"target: expected classes from 0 to {classes - 1}, as mixup has them")
+    # With its own number as its class, each sample's target says what it is mixed from.
     numbers = torch.arange(len(images), device=target.device)
     mixup.num_classes, mixup.label_smoothing = len(images), 0.0
     try:
@@ -146,32 +171,6 @@ def mix_with_embeddings(
     plain.scatter_(1, target[:, None], 1.0 - smoothing + smoothing / classes)
     unit = nn.functional.normalize(embeddings.float(), dim=1)
     return images, shares @ plain, shares.to(unit) @ unit
-
-
-class _Attachment(Attachment):
-    def __init__(self, task: TrainingTask) -> None:
-        self._forward = task.forward
-        super().__init__(task, {"forward": self.forward})
-
-    def forward(
-        self, input: Tensor, target: Any, *rest: Any, embeddings: Tensor | None = None, **more: Any
-    ) -> dict[str, Tensor]:
-        """Return the task's result, with the terms where gradients are wanted."""
-        result: dict[str, Tensor] = self._forward(input, target, *rest, **more)
-        if not torch.is_grad_enabled():
-            return result
-        result = dict(result)
-        for name, term in self.terms.items():
-            given = term.embeddings(input) if term.embeddings is not None else embeddings
-            if given is None:
-                raise ValueError(
-                    f"{name}: no embeddings; call task(images, target, embeddings=...), or give "
-                    "add_loss a frozen encoder"
-                )
-            of_step = term(given)
-            result["loss"] = result["loss"] + of_step.weighted
-            result.update(of_step.metrics)
-        return result
 
 
 if getattr(TrainingTask, "add_loss", add_loss) is add_loss:

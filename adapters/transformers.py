@@ -1,23 +1,22 @@
 """MonoLoss in Hugging Face's own ``Trainer``.
 
-Importing this module is the opt-in: it gives ``Trainer`` a method ``add_loss``::
+Import this module to opt in. It gives ``Trainer`` a method ``add_loss``::
 
     import monoloss_plugin.adapters.transformers
     insert_mono_layer(model)                          # of monoloss_plugin.finetuning, before peft
     trainer = Trainer(model, args, train_dataset=data)
     trainer.add_loss(MonoLoss(lam=0.1, lam_units="raw"), embeddings="embeddings")
 
-The term attaches to one Trainer instance, at methods that the host itself calls: ``compute_loss``,
-whose result it adds to; ``prediction_step``, which must not see the embeddings; and ``log``. The
-scale under gradient accumulation is the host's own rule. And ``from_pretrained`` warns where a
-model was saved with a MonoLayer, which only ``load_with_mono_layer`` loads.
+The term attaches to one Trainer, at methods that the host calls: ``compute_loss`` returns the loss,
+``prediction_step`` must not show the embeddings to the model, and ``log`` writes the logs. Under
+gradient accumulation the term follows the host's own rule. Also, ``from_pretrained`` warns if a
+model was saved with a MonoLayer: only ``load_with_mono_layer`` loads it.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
@@ -25,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from monoloss_plugin._optional import missing_extra
+from monoloss_plugin.attaching import Attachment, require_embeddings
 from monoloss_plugin.finetuning import insert_mono_layer, load_with_mono_layer
-from monoloss_plugin.finetuning.alignment import Frozen
-from monoloss_plugin.finetuning.attached import AttachedTerm, Attachment, require_embeddings
+from monoloss_plugin.finetuning.embeddings import Column, Frozen
+from monoloss_plugin.finetuning.latent_term import LatentTerm
 from monoloss_plugin.finetuning.mono_layer import warn_of_lost_layer
 from monoloss_plugin.losses import LossHandle, LossTerm
 
@@ -37,6 +37,8 @@ except ModuleNotFoundError as error:
     raise missing_extra(error, "vision") from error
 
 __all__ = ["LossHandle", "add_loss", "insert_mono_layer", "load_with_mono_layer"]
+
+_HINT = "; a data collator of your own must keep it, and you must add the loss before training"
 
 
 def add_loss(
@@ -50,198 +52,171 @@ def add_loss(
 ) -> LossHandle:
     """Add a loss term to a Hugging Face ``Trainer``.
 
-    The term is added in training only, and logged with the host's loss: its weighted value under
-    its name, and the mean MonoScore of the batches, averaged over the steps of this process. Under
-    gradient accumulation it is the mean over the micro-batches of a step, each scored by itself.
+    The term is added in training only. It is logged with the host's loss: the weighted term under
+    its name, and the batch's mean MonoScore, both averaged over the steps of this process. Under
+    gradient accumulation the term of a step is the mean over its micro-batches; each is scored by
+    itself.
 
     Args:
-        trainer: it is not changed but for this instance.
+        trainer: only this instance changes.
         loss: such as ``MonoLoss(lam=0.1, lam_units="raw")``.
-        embeddings: the column of the dataset that has them, (d,) a sample, which the model does
-            not get to see (to be added before training, which drops other columns); or a frozen
-            encoder, a module from ``pixel_values`` to (B, d); or any callable from the batch's
-            inputs, a dict, to (B, d).
+        embeddings: a column of the dataset with (d,) for each sample, which the model does not see
+            (add the loss before training, which drops unknown columns); or a frozen encoder, a
+            module from ``pixel_values`` to (B, d); or any callable from the batch's inputs, a dict,
+            to (B, d).
         latents: the layer whose output they are, or its path; by default the model's MonoLayer.
         warm_up_steps: the weight grows linearly from 0 over this many optimizer steps.
-        sync: over the global batch of all processes, with its exact gradient.
+        sync: compute the term over the global batch of all processes, with its exact gradient.
 
     Returns:
-        A handle whose ``remove()`` undoes it.
+        A handle; call its ``remove()`` to take the term away.
 
     Raises:
-        TypeError: not a Trainer, loss term or embeddings.
-        ValueError: no such layer; a term of that name is there already; units other than "raw"; no
-            MonoLayer and no layer named; or a Trainer with ``DataParallel``.
+        TypeError: an argument is of another kind.
+        ValueError: there is no such layer, or no MonoLayer and you name no layer; a term of that
+            name is attached already; ``lam_units`` is not "raw"; or the Trainer uses
+            ``DataParallel`` or ``model_init``.
 
     Warns:
-        UserWarning: training has ended; while training, it ends before the warm-up does.
+        UserWarning: training has ended; in training, it ends before the warm-up does.
     """
     if not isinstance(trainer, Trainer):
         raise TypeError(f"trainer: expected a transformers Trainer, got {type(trainer).__name__}")
-    AttachedTerm.check(loss, warm_up_steps, latents, sync)
+    attached = LatentTerm(loss, warm_up_steps, latents=latents, sync=sync)
     require_embeddings(embeddings, "a column's name")
     if trainer.args.n_gpu > 1:
         raise ValueError(
             "trainer: uses DataParallel, whose copies of the model keep their latents to "
-            "themselves; start it with torchrun, a process for each GPU"
+            "themselves; start it with torchrun, one process for each GPU"
         )
     if trainer.model is None or trainer.model_init is not None:
         raise ValueError(
-            "trainer: makes its model anew when it trains (model_init), without the layer and its "
+            "trainer: makes a new model when it trains (model_init), without the layer and its "
             "hook; give it a model"
         )
-    attachment = _Attachment.find(trainer, loss.name)
-    source: Callable[[dict[str, Any]], Any]
+    Attachment.require_free(trainer, loss.name)
     if isinstance(embeddings, str):
-        source = _Column(embeddings)
-    elif isinstance(embeddings, nn.Module):
-        source = _OfPixels(Frozen(embeddings, trainer.model))
+        attached.embeddings = Column(embeddings, _HINT)
     else:
-        source = Frozen(embeddings, trainer.model)
-    attached = AttachedTerm(
-        loss,
-        trainer.model,
-        embeddings=source,
-        latents=latents,
-        warm_up_steps=warm_up_steps,
-        sync=sync,
-    )
+        pixels = Column("pixel_values") if isinstance(embeddings, nn.Module) else None
+        attached.embeddings = Frozen(embeddings, trainer.model, takes=pixels)
+    attached.start(trainer.model)
     if trainer.state.global_step and not trainer.is_in_train:
         warnings.warn(
-            f"{loss.name}: training has ended, so the term does nothing unless train() is called "
+            f"{loss.name}: training has ended, so the term does nothing unless you call train() "
             "again",
             stacklevel=2,
         )
-    attachment = attachment or _Attachment(trainer)
+    attachment = _Attachment.of(trainer)
     if isinstance(embeddings, str):
-        # Or the host would drop the column as one that the model does not take.
-        trainer._set_signature_columns_if_needed()
-        columns: Any = trainer._signature_columns
-        if embeddings not in columns:
-            columns.append(embeddings)
-            attachment.columns.add(embeddings)
-    return attachment.add(attached)
+        attachment.keep_column(embeddings)
+
+    def undo() -> None:
+        attached.stop()
+        attachment.drop_unused_columns()
+
+    return attachment.add(attached, undo)
 
 
-@dataclass(frozen=True)
-class _OfPixels:
-    """Gives a frozen module the images of a batch."""
+class _Attachment(Attachment[LatentTerm]):
+    """The terms of one Trainer, and their metrics since the last log."""
 
-    embed: Frozen
-
-    def __call__(self, inputs: dict[str, Any]) -> Any:
-        if "pixel_values" not in inputs:
-            raise ValueError(f"embeddings: no pixel_values in the batch, only {', '.join(inputs)}")
-        return self.embed(inputs["pixel_values"])
-
-
-@dataclass(frozen=True)
-class _Column:
-    """Takes the embeddings out of a batch."""
-
-    name: str
-
-    def __call__(self, inputs: dict[str, Any]) -> Any:
-        if self.name not in inputs:
-            raise ValueError(
-                f"embeddings: the batch has no column {self.name!r}, only {', '.join(inputs)}; a "
-                "data collator of your own must keep it, and the loss be added before training"
-            )
-        return inputs[self.name]
-
-
-class _Attachment(Attachment):
-    """What one Trainer carries: its terms, and what they came to since the last log."""
+    replaces = ("compute_loss", "prediction_step", "log")
 
     def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer)
         self.columns: set[str] = set()
-        """What the batches have for the terms, and the model must not see."""
+        """Columns that batches contain for the terms, and that the model must not see."""
         self.sums: dict[str, tuple[Tensor, int]] = {}
-        """Of each metric, and of how many steps."""
+        """For each metric its sum, and over how many steps."""
         self.step = 0
-        self._trainer = trainer
-        super().__init__(trainer, _methods(trainer, self))
 
-    def after_removal(self) -> None:
-        sources = (other.embeddings for other in self.terms.values())
-        wanted = {one.name for one in sources if isinstance(one, _Column)}
-        columns: Any = self._trainer._signature_columns
-        for column in self.columns - wanted:
-            if column in columns:
-                columns.remove(column)
-        # A training that is under way goes on to get the column, which the model must not see.
-        if not self.columns:
-            super().after_removal()
+    def keep_column(self, name: str) -> None:
+        """Have the host keep a column that the model does not take; by default it drops it."""
+        self.target._set_signature_columns_if_needed()
+        if name not in self.target._signature_columns:
+            self.target._signature_columns.append(name)
+            self.columns.add(name)
 
-    def log(self, metrics: Mapping[str, Tensor], step: int) -> None:
-        if step < self.step:  # another run, which has nothing to do with what is left of the last
+    def drop_unused_columns(self) -> None:
+        """Have the host drop the columns that no term reads any more."""
+        sources = (attached.embeddings for attached in self.terms.values())
+        used = {source.key for source in sources if isinstance(source, Column)}
+        for column in self.columns - used:
+            if column in self.target._signature_columns:
+                self.target._signature_columns.remove(column)
+
+    def is_needed(self) -> bool:
+        """Return whether there are terms or columns: a run goes on loading a dropped column."""
+        return bool(self.terms or self.columns)
+
+    def compute_loss(
+        self,
+        inner: Callable[..., Any],
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Return what the host returns; with gradients, add the terms to its loss."""
+        terms = self.terms if torch.is_grad_enabled() else {}
+        embeddings = {n: t.embeddings(inputs) for n, t in terms.items() if t.embeddings}
+        returned = inner(
+            model,
+            self._without_columns(inputs),
+            return_outputs=return_outputs,
+            num_items_in_batch=num_items_in_batch,
+        )
+        if not terms:
+            return returned
+        loss: Any
+        loss, outputs = returned if return_outputs else (returned, None)
+        scale, state = _scale(self.target, num_items_in_batch), self.target.state
+        for name, attached in terms.items():
+            of_step = attached.compute(embeddings[name], state.global_step, state.max_steps)
+            loss = loss + scale * of_step.weighted
+            self._add_to_sums(of_step.metrics)
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        inner: Callable[..., Any],
+        model: nn.Module,
+        inputs: dict[str, Any],
+        *rest: Any,
+        **more: Any,
+    ) -> Any:
+        """Evaluate without the embeddings."""
+        return inner(model, self._without_columns(inputs), *rest, **more)
+
+    def log(
+        self, inner: Callable[..., None], logs: dict[str, float], *rest: Any, **more: Any
+    ) -> None:
+        """Log the metrics' means since the last log together with the host's training loss."""
+        if "loss" in logs:
+            means = {name: float(total) / count for name, (total, count) in self.sums.items()}
+            self.sums.clear()
+            logs = {**logs, **means}
+        inner(logs, *rest, **more)
+
+    def _add_to_sums(self, metrics: Mapping[str, Tensor]) -> None:
+        step = self.target.state.global_step
+        if step < self.step:  # another run: drop what the last run did not log
             self.sums.clear()
         self.step = step
         for name, value in metrics.items():
             total, count = self.sums.get(name, (torch.zeros_like(value), 0))
             self.sums[name] = total + value.detach(), count + 1
 
-    def means(self) -> dict[str, float]:
-        """Return the means since the last time, and begin anew."""
-        means = {name: float(total) / count for name, (total, count) in self.sums.items()}
-        self.sums.clear()
-        return means
-
-    def without_columns(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _without_columns(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in inputs.items() if key not in self.columns}
 
 
-def _methods(trainer: Trainer, attachment: _Attachment) -> dict[str, Any]:
-    """Return what goes over the host's methods on this instance."""
-    compute_loss, predict, log = trainer.compute_loss, trainer.prediction_step, trainer.log
-
-    def compute_loss_with_terms(
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        terms = attachment.terms if torch.is_grad_enabled() else {}
-        embeddings = {n: t.embeddings(inputs) for n, t in terms.items() if t.embeddings}
-        found = compute_loss(
-            model,
-            attachment.without_columns(inputs),
-            return_outputs=return_outputs,
-            num_items_in_batch=num_items_in_batch,
-        )
-        if not terms:
-            return found
-        loss: Any
-        loss, outputs = found if return_outputs else (found, None)
-        scale, step = _scale(trainer, num_items_in_batch), trainer.state.global_step
-        metrics: dict[str, Tensor] = {}
-        for name, term in terms.items():
-            of_step = term(embeddings[name], step, trainer.state.max_steps)
-            loss = loss + scale * of_step.weighted
-            metrics |= of_step.metrics
-        attachment.log(metrics, step)
-        return (loss, outputs) if return_outputs else loss
-
-    def prediction_step(model: nn.Module, inputs: dict[str, Any], *rest: Any, **more: Any) -> Any:
-        return predict(model, attachment.without_columns(inputs), *rest, **more)
-
-    def log_with_terms(logs: dict[str, float], *rest: Any, **more: Any) -> None:
-        if "loss" in logs:  # what the host logs in training
-            logs = {**logs, **attachment.means()}
-        log(logs, *rest, **more)
-
-    return {
-        "compute_loss": compute_loss_with_terms,
-        "prediction_step": prediction_step,
-        "log": log_with_terms,
-    }
-
-
 def _scale(trainer: Trainer, num_items_in_batch: Any) -> float:
-    """What makes a micro-batch's term its share of a step's mean.
+    """Return what a micro-batch's term is multiplied by to be its share of the step's mean.
 
-    Where the host takes its own loss for scaled already (the model has divided it by the items of
-    the whole step), it does not divide what it gets by the number of micro-batches; then we do.
+    The host divides a loss by the number of micro-batches, unless it takes the loss for scaled
+    already: because the model divided it by the items of the whole step. Then we must divide.
     """
     scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
     if scaled is None:

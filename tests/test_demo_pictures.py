@@ -5,19 +5,19 @@ from __future__ import annotations
 import torch
 
 from monoloss_plugin.demo.pictures import (
-    Scored,
+    ScoredSAE,
     pairs_of_the_same_latent,
     pairs_of_the_same_rank,
 )
 from monoloss_plugin.metrics import MonoScoreResult
 
 
-def scored(name: str, scores: list[float], defined: list[bool], active: list[int]) -> Scored:
+def scored(name: str, scores: list[float], defined: list[bool], active: list[int]) -> ScoredSAE:
     activations = torch.zeros(40, len(scores))
     for latent, count in enumerate(active):
         activations[:count, latent] = 1.0
     result = MonoScoreResult(torch.tensor(scores).double(), torch.tensor(defined), 40)
-    return Scored(name, result, activations)
+    return ScoredSAE(name, result, activations)
 
 
 def test_ranking_puts_negative_scores_before_undefined_latents() -> None:

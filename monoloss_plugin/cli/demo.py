@@ -10,13 +10,13 @@ import typer
 from rich.table import Table
 
 from monoloss_plugin.cli.output import Output, one_of, table
+from monoloss_plugin.demo.architectures import ARCHITECTURES
 from monoloss_plugin.losses import L1L2Ratio, LossTerm, MonoLoss, OffSupportL1
 
 REGULARIZERS: dict[str, type[OffSupportL1 | L1L2Ratio]] = {
     "off_support_l1": OffSupportL1,
     "l1_l2_ratio": L1L2Ratio,
 }
-ARCHITECTURES = ("batchtopk", "topk", "matryoshka_batchtopk", "jumprelu", "standard", "gated")
 
 
 def demo(
@@ -27,25 +27,25 @@ def demo(
         ),
     ] = "batchtopk",
     lam: Annotated[
-        float, typer.Option(help="Weight of MonoLoss, in units 'mse'; 0 leaves it out.")
+        float, typer.Option(help="Weight of MonoLoss, with lam_units 'mse'; 0 leaves MonoLoss out.")
     ] = 3e-3,
     regularizer: Annotated[
         list[str] | None,
         typer.Option(
-            help="Top-k regularizer to add, as NAME or NAME=LAM (LAM 0.002 by default): "
-            f"{', '.join(REGULARIZERS)}. May be given twice."
+            help="Top-k regularizer to add, as NAME or NAME=LAM (LAM is 0.002 by default): "
+            f"{', '.join(REGULARIZERS)}. You may repeat the option."
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Pairs of SAEs to train.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="How many pairs of SAEs to train.")] = 3,
     out: Annotated[Path, typer.Option(help="Folder for SAEs, figures and results.")] = Path(
         "monoloss-demo"
     ),
 ) -> Output:
     """Compare SAEs without and with the loss on real images: handwritten digits.
 
-    Trains a small vision transformer on a split of scikit-learn's digits, then SAEs on its
-    features with SAELens's own trainer, without and with the loss terms at the same seed, and
-    compares them on held-out images. Needs no network, and a minute or two on two cores.
+    The demo trains a small vision transformer on scikit-learn's digits. Then it trains pairs of
+    SAEs on its features with SAELens's own trainer, one without and one with the loss terms, and
+    compares them on held-out images. It needs no network, and a minute or two on two cores.
     """
     terms = _terms(lam, regularizer or [])
     if any(term.needs_selection for term in terms) and "topk" not in arch:
@@ -99,5 +99,5 @@ def _terms(lam: float, regularizers: list[str]) -> list[LossTerm]:
     if not terms:
         raise typer.BadParameter("nothing to compare: give --lam above 0 or a --regularizer")
     if len({term.name for term in terms}) < len(terms):
-        raise typer.BadParameter("each regularizer once", param_hint="--regularizer")
+        raise typer.BadParameter("give each regularizer once", param_hint="--regularizer")
     return terms

@@ -1,7 +1,6 @@
-"""SAEs of other libraries as SAELens's own: same latents, same reconstruction.
+"""Convert SAEs of other libraries to SAELens SAEs with the same latents and reconstruction.
 
-Checkpoints are read without unpickling anything but tensors and plain values. Needs the extra
-``sae-lens``.
+From a checkpoint only tensors and plain values are unpickled. Needs the extra ``sae-lens``.
 """
 
 from __future__ import annotations

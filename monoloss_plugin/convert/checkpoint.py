@@ -1,4 +1,4 @@
-"""Checkpoints that others have written with ``torch.save``."""
+"""Read checkpoints that other libraries wrote with ``torch.save``."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from torch import Tensor
 from monoloss_plugin._checks import require_finite, visible
 from monoloss_plugin._places import require_file
 
-_GLOBAL = re.compile(r"GLOBAL (\S+)")
-"""Where torch names what it will not unpickle."""
+_REFUSED_CLASS = re.compile(r"GLOBAL (\S+)")
+"""How torch's error names the class that it refuses to unpickle."""
 
 
 def read_checkpoint(path: Path) -> Any:
-    """Read tensors and plain values; nothing that would run code is unpickled.
+    """Read tensors and plain values. Nothing that could run code is unpickled.
 
     Raises:
-        FileNotFoundError, IsADirectoryError: no such file.
-        ValueError: not a checkpoint, or one that holds objects of other classes.
+        FileNotFoundError, IsADirectoryError: there is no such file.
+        ValueError: the file is not a checkpoint, or holds objects of other classes.
     """
     require_file(path, "source")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or foreign file makes torch.load raise all kinds
-        found = _GLOBAL.search(str(error))
-        held = f" (it holds {visible(found[1])})" if found else ""
+    except Exception as error:  # torch.load raises all kinds for a damaged or foreign file
+        refused = _REFUSED_CLASS.search(str(error))
+        held = f"; it holds {visible(refused[1])}" if refused else ""
         raise ValueError(
-            f"source: {path.name} is no checkpoint of tensors and plain values, and what else it "
-            f"may hold{held} is not unpickled, since that could run any code; where it is yours, "
-            "load it in its own library, and save its state_dict, numbers and strings alone"
+            f"source: {path.name} is not a checkpoint of tensors and plain values{held}. Nothing "
+            "else is unpickled, since that could run any code. If the file is yours, load it in "
+            "its own library, and save only its state_dict, numbers and strings"
         ) from error
 
 
-def whole(value: Any, name: str, most: int) -> int:
-    """Return a whole number from 1 to ``most``, given as an int, a float or a tensor of one.
+def read_count(value: Any, name: str, most: int) -> int:
+    """Return a whole number from 1 to ``most``, stored as an int, a float or a tensor of one.
 
     Raises:
-        ValueError: something else.
+        ValueError: the value is something else.
     """
     given = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
     plain = isinstance(given, (int, float)) and not isinstance(given, bool)
@@ -51,12 +51,16 @@ def whole(value: Any, name: str, most: int) -> int:
 
 
 class Weights:
-    """A state dict that is used up tensor by tensor, so that none is overlooked.
+    """A state dict from which each tensor is taken once, so that none is overlooked.
 
     Args:
-        state: by name.
-        name: of the checkpoint, for errors.
-        ignored: names and beginnings of names of tensors that the forward pass does not use.
+        state: tensors by name.
+        name: the checkpoint's name, for errors.
+        ignored: the first letters of names that the forward pass does not use.
+
+    Raises:
+        ValueError: the state dict is empty or of another kind. From the methods: a tensor is
+            missing, not a finite tensor of numbers, or of another shape.
     """
 
     def __init__(self, state: Any, name: str, ignored: tuple[str, ...] = ()) -> None:
@@ -69,69 +73,60 @@ class Weights:
         return key in self._left
 
     def take(self, key: str, *, shape: tuple[int, ...] | None = None) -> Tensor:
-        """Return a tensor as float32.
-
-        Raises:
-            ValueError: not there, not a tensor of numbers, or of another shape.
-        """
+        """Return a tensor as float32."""
         if key not in self._left:
-            has = self._named_left()
-            raise ValueError(f"{self._name}: no {key} in it; it has {has}")
+            raise ValueError(f"{self._name}: no {key} in it; it has {self._names_left()}")
         tensor = self._left.pop(key)
         if not isinstance(tensor, Tensor) or tensor.is_complex():
             got = getattr(tensor, "dtype", type(tensor).__name__)
             raise ValueError(f"{self._name}: expected a tensor of numbers as {key}, got {got}")
         if shape is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{self._name}: {key} is {tuple(tensor.shape)}, expected {shape}")
-        values = tensor.detach().float().contiguous()
+        values = tensor.detach().float()
         require_finite(values, f"{self._name}: {key}")
         return values
 
-    def drop(self, key: str) -> None:
-        """Leave out what the forward pass does not need, if it is there."""
-        self._left.pop(key, None)
-
     def take_number(self, key: str) -> float:
-        """Return a number, stored as it is or as a tensor.
-
-        Raises:
-            ValueError: not there, or neither.
-        """
+        """Return a number, stored as it is or as a tensor."""
         if isinstance(self._left.get(key), (int, float)):
             return float(self._left.pop(key))
         return float(self.take(key, shape=()))
 
     def take_matrix(self, key: str) -> Tensor:
-        """Return a tensor of two dimensions as float32.
-
-        Raises:
-            ValueError: as :meth:`take`, or of another number of dimensions.
-        """
+        """Return a tensor of two dimensions as float32."""
         tensor = self.take(key)
         if tensor.ndim != 2 or not tensor.numel():
             raise ValueError(f"{self._name}: {key} is {tuple(tensor.shape)}, expected a matrix")
         return tensor
 
-    def take_plain(self) -> dict[str, Tensor]:
-        """Return ``W_enc``, ``W_dec``, ``b_enc`` and ``b_dec``, which are SAELens's names too.
+    def take_vectors(self, w_dec: Tensor, **names: str) -> dict[str, Tensor]:
+        """Return vectors by SAELens's names, given the decoder (d_sae, d_in) and their own names.
 
-        Raises:
-            ValueError: as :meth:`take`.
+        Of SAELens's vectors ``b_dec`` has d_in entries, and every other has d_sae.
         """
-        encoder = self.take_matrix("W_enc")
-        d_in, d_sae = encoder.shape
+        d_sae, d_in = w_dec.shape
         return {
-            "W_enc": encoder,
-            "W_dec": self.take("W_dec", shape=(d_sae, d_in)),
-            "b_enc": self.take("b_enc", shape=(d_sae,)),
-            "b_dec": self.take("b_dec", shape=(d_in,)),
+            sae_lens: self.take(own, shape=(d_in if sae_lens == "b_dec" else d_sae,))
+            for sae_lens, own in names.items()
         }
 
+    def take_sae_lens(self) -> dict[str, Tensor]:
+        """Return the tensors of a state dict that has SAELens's own names and shapes."""
+        encoder = self.take_matrix("W_enc")
+        decoder = self.take("W_dec", shape=tuple(encoder.T.shape))
+        vectors = self.take_vectors(decoder, b_enc="b_enc", b_dec="b_dec")
+        return {"W_enc": encoder, "W_dec": decoder, **vectors}
+
+    def drop(self, *keys: str) -> None:
+        """Leave out what the forward pass does not need, if it is there."""
+        for key in keys:
+            self._left.pop(key, None)
+
     def finish(self) -> None:
-        """Raise ValueError where tensors are left over: this is another format."""
+        """Raise ValueError if tensors are left over: this is another format."""
         if self._left:
-            left = self._named_left()
+            left = self._names_left()
             raise ValueError(f"{self._name}: {left}: tensors that this format does not have")
 
-    def _named_left(self) -> str:
+    def _names_left(self) -> str:
         return visible(", ".join(sorted(map(str, self._left))[:12]))

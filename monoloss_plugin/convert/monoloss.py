@@ -1,7 +1,7 @@
 """Checkpoints of the MonoLoss authors' training code.
 
-Their layout, from the paper's appendix B and the public SAE implementations that it builds on:
-BatchTopK, vanilla ReLU and JumpReLU after Bussmann et al. 2024, TopK after Gao et al. 2024.
+Their layout follows the paper's appendix B and the public SAE implementations that it builds on:
+Bussmann et al. 2024 for BatchTopK, vanilla ReLU and JumpReLU, Gao et al. 2024 for TopK.
 """
 
 from __future__ import annotations
@@ -9,29 +9,25 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from monoloss_plugin._checks import as_rows
-from monoloss_plugin._optional import missing_extra
 from monoloss_plugin._places import as_path
 from monoloss_plugin.batch import Batch
-from monoloss_plugin.convert.checkpoint import Weights, read_checkpoint, whole
-from monoloss_plugin.convert.to_sae_lens import sae_of
+from monoloss_plugin.convert.building import build_sae
+from monoloss_plugin.convert.checkpoint import Weights, read_checkpoint, read_count
 
-try:
+if TYPE_CHECKING:
     from sae_lens import SAE
-except ModuleNotFoundError as error:
-    raise missing_extra(error, "sae-lens") from error
 
 _KINDS = ("batchtopk", "topk", "jumprelu", "vanilla")
-_SOURCE = "the MonoLoss authors' code"
-# Counters of dead latents and the like, which the forward pass does not use.
 _COUNTERS = ("num_batches_not_active", "stats_", "latents_", "activation")
+"""How names begin that the forward pass does not use, such as counters of dead latents."""
 _BATCH = 2048
-"""Samples of a batch in the paper; BatchTopK chooses among a batch's activations."""
+"""The paper's batch size. BatchTopK selects among the activations of one batch."""
 
 
 def from_monoloss(
@@ -40,21 +36,22 @@ def from_monoloss(
     """Convert a checkpoint of the MonoLoss authors.
 
     A BatchTopK checkpoint keeps the largest ``topk_k`` times B activations of each batch, and
-    stores no threshold; SAELens applies one to every sample alone. It is set from features: for one
-    batch of them, so that just the same activations are kept; for more, to the mean over batches.
+    stores no threshold. SAELens needs a threshold, which it applies to every sample alone. It is
+    set from features: with one batch, so that exactly the same activations are kept; with several
+    batches, to the mean of their thresholds.
 
     Args:
         source: a file with ``model_state_dict`` and ``config``.
-        features: (N, d_in) such as the checkpoint was trained on, or batches of them; only for
-            BatchTopK, which needs them. A tensor is taken in batches of 2,048, the paper's.
+        features: for BatchTopK, which needs them: (N, d_in) like those that the SAE was trained on,
+            or batches of them. A tensor is taken in batches of 2,048, the paper's.
 
     Returns:
         An SAE with the checkpoint's latents and reconstruction.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not such a checkpoint, one that holds more than tensors and plain values, or a
-            BatchTopK one and no features.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not such a checkpoint, or holds more than tensors and plain values;
+            or it is a BatchTopK checkpoint and you give no features.
 
     Source: Nasiri-Sarvi et al. 2026, appendix B.
     """
@@ -65,66 +62,51 @@ def from_monoloss(
     if not isinstance(config, Mapping):
         raise ValueError(f"source: expected a dict as config, got {type(config).__name__}")
     kind = str(config.get("model_type")).lower().replace("_", "").replace("-", "")
-    kind = {"relu": "vanilla"}.get(kind.removesuffix("sae"), kind.removesuffix("sae"))
+    kind = kind.removesuffix("sae")
+    kind = "vanilla" if kind == "relu" else kind
     if kind not in _KINDS:
         raise ValueError(f"source: expected a model_type of {', '.join(_KINDS)}, got {kind!r}")
-    weights = Weights(checkpoint["model_state_dict"], "source", _COUNTERS)
-    common: dict[str, Any] = {
-        "converted_from": _SOURCE,
+    weights = Weights(checkpoint["model_state_dict"], "source", ignored=_COUNTERS)
+    settings: dict[str, Any] = {
+        "converted_from": "the MonoLoss authors' code",
         "terms": _terms(config, kind),
-        # Zero mean and unit deviation over a sample's dimensions, undone after decoding.
+        # Each sample gets zero mean and unit deviation over its dimensions; decoding undoes it.
         "normalize_activations": "layer_norm" if _is_true(config.get("normalize")) else "none",
     }
-    tensors = _topk(weights) if kind == "topk" else weights.take_plain()
+    tensors = _topk(weights) if kind == "topk" else weights.take_sae_lens()
     if kind == "jumprelu":
         tensors["threshold"] = weights.take("jumprelu.log_threshold").exp()
-        # The one of the four that does not subtract the decoder's bias from its input.
-        common["apply_b_dec_to_input"] = False
+        # The only one of the four that does not subtract the decoder's bias from its input.
+        settings["apply_b_dec_to_input"] = False
     weights.finish()
-    _require_latents(config, tensors)
+    latents, said = len(tensors["W_dec"]), config.get("n_latents")
+    if said is not None and said != latents:
+        raise ValueError(f"source: its config says n_latents = {said}, its weights have {latents}")
     if kind == "topk":
-        k = whole(config.get("topk_k"), "topk_k", len(tensors["W_dec"]))
-        return sae_of("topk", tensors, k=k, **common)
-    if kind == "jumprelu":
-        return sae_of("jumprelu", tensors, **common)
-    plain = sae_of("standard", tensors, **common)
-    if kind == "vanilla":
-        return plain
-    if features is None:
-        raise ValueError(
-            "features: a BatchTopK checkpoint stores no threshold; give features such as it was "
-            "trained on, to set one from"
-        )
-    k = whole(config.get("topk_k"), "topk_k", len(tensors["W_dec"]))
-    threshold = _threshold(plain, k, features)
-    tensors["threshold"] = torch.full_like(tensors["b_enc"], threshold)
-    return sae_of("jumprelu", tensors, **common)
+        settings["k"] = read_count(config.get("topk_k"), "topk_k", latents)
+    if kind == "batchtopk":
+        if features is None:
+            raise ValueError(
+                "features: a BatchTopK checkpoint stores no threshold; give features such as it "
+                "was trained on, to set one from"
+            )
+        k = read_count(config.get("topk_k"), "topk_k", latents)
+        threshold = _threshold(build_sae("standard", tensors, **settings), k, features)
+        tensors["threshold"] = torch.tensor(threshold, dtype=torch.float32)
+    architecture = {"batchtopk": "jumprelu", "vanilla": "standard"}.get(kind, kind)
+    return build_sae(architecture, tensors, **settings)
 
 
 def _topk(weights: Weights) -> dict[str, Tensor]:
     encoder = weights.take_matrix("encoder.weight")
-    d_sae, d_in = encoder.shape
-    decoder = encoder
-    for name in ("decoder.weight", "decoder.linear.weight"):  # the second is the tied one's
-        if name in weights:
-            given = weights.take(name)
-            decoder = given if name.endswith("linear.weight") else given.T
-    if decoder.shape != encoder.shape:
-        raise ValueError(
-            f"source: a decoder of {tuple(decoder.T.shape)} beside an encoder of {(d_sae, d_in)}"
-        )
-    return {
-        "W_enc": encoder.T.contiguous(),
-        "W_dec": decoder.contiguous(),
-        "b_enc": weights.take("latent_bias", shape=(d_sae,)),
-        "b_dec": weights.take("pre_bias", shape=(d_in,)),
-    }
-
-
-def _require_latents(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
-    said, there = config.get("n_latents"), len(tensors["W_dec"])
-    if said is not None and said != there:
-        raise ValueError(f"source: its config says n_latents = {said}, its weights have {there}")
+    if "decoder.weight" in weights:
+        decoder = weights.take("decoder.weight", shape=tuple(encoder.T.shape)).T
+    elif "decoder.linear.weight" in weights:  # the tied decoder's, which is the encoder's too
+        decoder = weights.take("decoder.linear.weight", shape=tuple(encoder.shape))
+    else:
+        decoder = encoder
+    vectors = weights.take_vectors(decoder, b_enc="latent_bias", b_dec="pre_bias")
+    return {"W_enc": encoder.T, "W_dec": decoder, **vectors}
 
 
 def _is_true(setting: Any) -> bool:
@@ -133,26 +115,24 @@ def _is_true(setting: Any) -> bool:
 
 
 def _terms(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Return MonoLoss as the adapter would have recorded it; nothing for a baseline."""
-    lam = config.get("mono_coef") or 0
+    """Return MonoLoss as the SAELens adapter would record it; nothing for a baseline."""
+    given = config.get("mono_coef") or 0
     try:
-        lam = float(lam)
+        lam = float(given)
     except (TypeError, ValueError):
         lam = math.nan
     if not math.isfinite(lam):
-        given = config["mono_coef"]
         raise ValueError(f"source: expected a finite number as mono_coef, got {given!r}")
     if lam <= 0:
         return {}
-    # The paper weighs it against another reconstruction term for TopK.
+    # For TopK the paper measures the weight against another reconstruction loss.
     units = "nmse" if kind == "topk" else "mse"
-    term = {"term": "MonoLoss", "name": "monoloss", "lam": lam, "lam_units": units}
-    return {"monoloss": term}
+    return {"monoloss": {"term": "MonoLoss", "name": "monoloss", "lam": lam, "lam_units": units}}
 
 
 @torch.no_grad()
 def _threshold(sae: SAE[Any], k: int, features: Tensor | Iterable[Batch]) -> float:
-    """Return what divides the activations that a batch keeps from those that it does not."""
+    """Return what separates the activations that a batch keeps from the others, on average."""
     between = []
     for batch in _batches(features):
         if batch.shape[1] != sae.cfg.d_in:
@@ -174,7 +154,6 @@ def _batches(features: Tensor | Iterable[Batch]) -> Iterator[Tensor]:
     if isinstance(features, Tensor):
         batches = as_rows(features, "features").split(_BATCH)
     for batch in batches:
-        given = getattr(batch, "features", batch)
-        rows = as_rows(given, "features").float()
+        rows = as_rows(getattr(batch, "features", batch), "features").float()
         if len(rows):
             yield rows

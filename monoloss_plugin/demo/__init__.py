@@ -1,1 +1,1 @@
-"""The main job on real images, end to end: what ``monoloss demo`` runs."""
+"""What ``monoloss demo`` runs: train SAEs on real images, compare them, and draw their latents."""

@@ -1,6 +1,6 @@
-"""Make what is bundled as ``"digits"``: the demo's features, and two SAEs of them.
+"""Make the bundle ``"digits"`` that ships with this package: the demo's features and two SAEs.
 
-``python -m monoloss_plugin.demo.bundle`` writes it into the package anew; a maintainer's job.
+A maintainer runs ``python -m monoloss_plugin.demo.bundle`` to replace it in the package.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _IMAGES = "scikit-learn's copy of the UCI handwritten digits"
 
 
 def write_bundle(root: Path) -> None:
-    """Write the bundled repositories, ``models`` and ``datasets``, below a folder."""
+    """Write the bundle's two repositories, ``models`` and ``datasets``, into a folder."""
     with tempfile.TemporaryDirectory() as scratch:
         data = digit_features(Path(scratch))
         splits = {
@@ -55,7 +55,7 @@ def write_bundle(root: Path) -> None:
 
 
 def _described(features: FeatureSet, split: str) -> FeatureSet:
-    """Say what the demo's folders are, instead of their names."""
+    """Replace the names of temporary folders in a feature set's record by descriptions."""
     named = {**features.record.encoder, "name": "the demo's vision transformer, 3 blocks"}
     source = {"kind": "folder", "name": _IMAGES, "split": split}
     return FeatureSet(features.dataset, replace(features.record, encoder=named, source=source))

@@ -1,6 +1,6 @@
-"""Real images that ship in a package, and features of them from a small vision transformer.
+"""scikit-learn's handwritten digits, and their features from a small vision transformer.
 
-The way is the one for any images: files in class folders, an encoder by its name, extraction.
+The steps are those for any images: files in class folders, an encoder by its name, extraction.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class DigitFeatures:
     """scikit-learn's 1,797 handwritten digits as a frozen encoder sees them."""
 
     train: FeatureSet
-    """What the encoder and the SAEs are trained on."""
+    """Features of the images that the encoder and the SAEs are trained on."""
     held_out: FeatureSet
-    """What neither has seen."""
+    """Features of images that neither of them has seen."""
     held_out_images: Tensor
     """(N, 8, 8) grey, in [0, 1], in the order of the held-out features."""
     accuracy: float
@@ -63,8 +63,8 @@ def digit_features(out: Path, seed: int = 0) -> DigitFeatures:
     """Write the digits as image files, train a small encoder on a split, and extract features.
 
     Args:
-        out: folder of the images, the encoder and the feature sets; what an earlier call left of
-            them is made anew.
+        out: folder for the images, the encoder and the feature sets. Those of an earlier call are
+            replaced.
         seed: of the split, the weights and the order of batches.
     """
     for earlier in ("images", "encoder", "features"):
@@ -92,25 +92,26 @@ def digit_features(out: Path, seed: int = 0) -> DigitFeatures:
 
 
 def digit_images(features: FeatureSet) -> Tensor:
-    """Return the images behind features of the digits, such as those bundled, by their image_id.
+    """Find the images of the digits' features by their image_id.
 
     Args:
-        features: from ``load_features("digits", split)`` or :func:`digit_features`.
+        features: from ``load_features("digits", split)``, which are bundled, or from
+            :func:`digit_features`.
 
     Returns:
         (N, 8, 8) grey, in [0, 1], in the order of the features.
 
     Raises:
-        ValueError: the features have no image_id, or one that is not a digit's file.
+        ValueError: the features have no image_id, or one that no digit has.
     """
     digits = load_digits()
     files = {_file(label, number): number for number, label in enumerate(digits.target)}
     ids = features.ids_of(torch.arange(len(features)))
     if ids is None:
-        raise ValueError("features: have no image_id, by which the digits are found")
+        raise ValueError("features: they have no image_id to find the digits by")
     for image_id in ids:
         if image_id not in files:
-            raise ValueError(f"features: expected a digit's file as image_id, got {image_id!r}")
+            raise ValueError(f"features: no digit has the image_id {image_id!r}")
     numbers = [files[image_id] for image_id in ids]
     return torch.tensor(digits.images[numbers] / 16, dtype=torch.float32)
 
@@ -123,7 +124,7 @@ def _split(seed: int) -> dict[str, list[int]]:
 
 
 def _file(label: int, number: int) -> str:
-    """Name a digit's file below the folder of its class; its image_id."""
+    """Return a digit's image_id: its file, in the folder of its class."""
     return f"{label}/{number:04d}.png"
 
 

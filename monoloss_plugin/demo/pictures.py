@@ -1,4 +1,4 @@
-"""Which latents of two SAEs to lay side by side."""
+"""Choose which latents of two SAEs to draw side by side."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from monoloss_plugin.metrics import MonoScoreResult
 from monoloss_plugin.report import LatentRow
 
 BAND = 5
-"""Images in each of the three bands of a latent."""
+"""Number of images in each of a latent's three bands."""
 
 _PLACES = (0.1, 0.4, 0.7)
-"""Where in the ranking by MonoScore to look."""
+"""Where to look in the ranking by MonoScore, as shares of its length."""
 
 
-class Scored(NamedTuple):
-    """An SAE on held-out images."""
+class ScoredSAE(NamedTuple):
+    """An SAE's results on held-out images."""
 
     name: str
     monoscore: MonoScoreResult
@@ -26,44 +26,47 @@ class Scored(NamedTuple):
     """(N, M)."""
 
     def row(self, latent: int, where: str) -> LatentRow:
-        """The latent, titled with its place and score."""
+        """Return a latent to draw; its title tells its place and score."""
         score = float(self.monoscore.scores[latent])
-        title = f"{self.name}: {where}, score {score:.2f}"
-        return LatentRow(title, self.activations[:, latent])
+        return LatentRow(f"{self.name}: {where}, score {score:.2f}", self.activations[:, latent])
 
     def ranking(self) -> list[int]:
-        """The defined latents by decreasing score."""
+        """Return the latents that have a score, the highest first."""
         scores = self.monoscore.scores.masked_fill(~self.monoscore.defined, -torch.inf)
         order: list[int] = scores.argsort(descending=True)[: self.monoscore.num_defined].tolist()
         return order
 
     def fills_bands(self, latent: int) -> bool:
-        """Enough images activate the latent for three bands without repeats."""
+        """Return whether enough images activate the latent for three bands without repeats."""
         return int((self.activations[:, latent] > 0).sum()) >= 3 * BAND
 
 
 Pair = tuple[LatentRow, LatentRow]
 
 
-def pairs_of_the_same_rank(a: Scored, b: Scored) -> list[Pair]:
-    """Latents of equal rank, as in figure 5 of the MonoLoss paper.
+def pairs_of_the_same_rank(a: ScoredSAE, b: ScoredSAE) -> list[Pair]:
+    """Return pairs of latents with the same rank by MonoScore.
 
-    From each place in the ranking on, the first rank whose latents fill their bands in both.
+    At each place in the ranking, this is the next rank whose latents fill their bands in both SAEs.
+
+    Source: Nasiri-Sarvi et al. 2026, figure 5.
     """
     ranks = list(enumerate(zip(a.ranking(), b.ranking(), strict=False)))
     pairs = []
     for place in _PLACES:
         onwards = ranks[int(place * len(ranks)) :]
-        shown = [r for r in onwards if a.fills_bands(r[1][0]) and b.fills_bands(r[1][1])]
-        for rank, (of_a, of_b) in (shown or onwards)[:1]:
+        filled = [r for r in onwards if a.fills_bands(r[1][0]) and b.fills_bands(r[1][1])]
+        for rank, (of_a, of_b) in (filled or onwards)[:1]:
             pairs.append((a.row(of_a, f"rank {rank}"), b.row(of_b, f"rank {rank}")))
     return pairs
 
 
-def pairs_of_the_same_latent(a: Scored, b: Scored) -> list[Pair]:
-    """The same latent in both, as in figure 3 of the MonoLoss paper: they start at equal weights.
+def pairs_of_the_same_latent(a: ScoredSAE, b: ScoredSAE) -> list[Pair]:
+    """Return pairs of the same latent in both SAEs, which start training with equal weights.
 
-    At the places of the first one's ranking, among the latents that fill their bands in both.
+    They are at places in the first SAE's ranking, among latents that fill their bands in both.
+
+    Source: Nasiri-Sarvi et al. 2026, figure 3.
     """
     shared = [
         latent

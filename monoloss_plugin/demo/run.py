@@ -1,4 +1,4 @@
-"""Train SAEs without and with the loss terms, compare them on held-out images, and draw."""
+"""Train SAEs without and with the loss terms, compare them on held-out images, and draw them."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from monoloss_plugin._places import require_folder, without
-from monoloss_plugin.demo.digits import digit_features
+from monoloss_plugin.demo.architectures import NUM_LATENTS
+from monoloss_plugin.demo.digits import DigitFeatures, digit_features
 from monoloss_plugin.demo.pictures import (
     BAND,
-    Scored,
+    ScoredSAE,
     pairs_of_the_same_latent,
     pairs_of_the_same_rank,
 )
-from monoloss_plugin.demo.saes import NUM_LATENTS, train_sae
+from monoloss_plugin.demo.saes import train_sae
 from monoloss_plugin.embeddings import unit_rows
 from monoloss_plugin.evaluation import MEASURES as EVALUATED
 from monoloss_plugin.evaluation import Evaluation, evaluate
@@ -35,7 +35,7 @@ MEASURES: dict[str, str] = {
     "dead_latents": f"dead latents of {NUM_LATENTS}",
     "seconds": "training, seconds",
 }
-"""What the demo reports, and how it calls it."""
+"""The measures that the demo reports, with their labels."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class DemoResult:
     summaries: dict[str, list[dict[str, float]]]
     """For "without" and "with", the measures of each seed."""
     files: dict[str, Path] = field(default_factory=dict)
+    """The figures and results that were written."""
 
     def mean_and_spread(self, run: str, measure: str) -> tuple[float, float]:
         """Return the mean over seeds and its standard deviation (0 for one seed)."""
@@ -62,10 +63,10 @@ def run_demo(
     """Run the demo and write its SAEs, figures and results to a folder.
 
     Args:
-        architecture: a key of :data:`monoloss_plugin.demo.saes.ARCHITECTURES`.
+        architecture: a key of :data:`~monoloss_plugin.demo.architectures.ARCHITECTURES`.
         terms: the loss terms of the "with" runs.
-        seeds: one pair of SAEs for each.
-        out: a folder, made if it is not there.
+        seeds: train one pair of SAEs for each.
+        out: the folder; it is made if it does not exist.
     """
     if out.exists():
         require_folder(out, "out")
@@ -77,68 +78,52 @@ def run_demo(
         without(sae_folder(out, seed, RUNS[0]).parent)
         for run in RUNS:
             print(f"{architecture}, seed {seed}, {run} {' + '.join(t.name for t in terms)}")
-            folder = sae_folder(out, seed, run)
-            seconds = train_sae(
-                data.train,
-                architecture,
-                terms if run == "with" else (),
-                seed=seed,
-                folder=folder,
-            )
+            folder, of_run = sae_folder(out, seed, run), terms if run == "with" else ()
+            seconds = train_sae(data.train, architecture, of_run, seed=seed, folder=folder)
             evaluation = evaluate(SAE.load_from_disk(folder), data.held_out, progress=True)
             evaluations[run].append(evaluation)
             summaries[run].append({**evaluation.summary(), "seconds": seconds})
-
     result = DemoResult(
         architecture=architecture,
         terms=[{"term": type(term).__name__, **asdict(term)} for term in terms],
         seeds=list(seeds),
         encoder_accuracy=data.accuracy,
         summaries=summaries,
-        files={
-            "curves": out / "curves.png",
-            "same rank": out / "same_rank.png",
-            "same latent": out / "same_latent.png",
-            "results": out / "results.json",
-        },
     )
-    features, _ = unit_rows(data.held_out.tensor(), torch.float32)
-    _draw(result, data.held_out_images, features, evaluations, out)
-    serialisable = {k: v for k, v in asdict(result).items() if k != "files"}
-    without(result.files["results"]).write_text(json.dumps(serialisable, indent=2) + "\n")
+    content = {name: value for name, value in asdict(result).items() if name != "files"}
+    _draw(result, data, evaluations, out)
+    result.files["results"] = without(out / "results.json")
+    result.files["results"].write_text(json.dumps(content, indent=2) + "\n")
     return result
 
 
 def sae_folder(out: Path, seed: int, run: str) -> Path:
-    """Where a run's SAE is saved, for ``SAE.load_from_disk``."""
+    """Return where a run's SAE is saved, for ``SAE.load_from_disk``."""
     return out / f"seed-{seed}" / run
 
 
 def _draw(
-    result: DemoResult,
-    images: Tensor,
-    features: Tensor,
-    evaluations: dict[str, list[Evaluation]],
-    out: Path,
+    result: DemoResult, data: DigitFeatures, evaluations: dict[str, list[Evaluation]], out: Path
 ) -> None:
-    """Write the figures; where there is nothing to draw, take the file off the result."""
+    """Write the figures, and note their files in the result."""
     name = " + ".join(str(term["name"]) for term in result.terms)
     curves = {f"{run} {name}": [e.monoscore.curve() for e in evaluations[run]] for run in RUNS}
-    figure = curves_figure(curves, title=f"{result.architecture} SAE, held-out digits")
-    figure.savefig(without(result.files["curves"]), dpi=150)
-
+    figures = {"curves": curves_figure(curves, title=f"{result.architecture} SAE, held-out digits")}
+    features, _ = unit_rows(data.held_out.tensor(), torch.float32)
     scored = []
     for run in RUNS:
         sae = SAE.load_from_disk(sae_folder(out, result.seeds[0], run))
         with torch.no_grad():
             activations = sae.encode(features)
-        scored.append(Scored(run, evaluations[run][0].monoscore, activations))
-    for file, pairs, title in (
+        scored.append(ScoredSAE(run, evaluations[run][0].monoscore, activations))
+    for what, pairs, title in (
         ("same rank", pairs_of_the_same_rank(*scored), "latents of the same rank by MonoScore"),
         ("same latent", pairs_of_the_same_latent(*scored), "the same latent in both SAEs"),
     ):
-        if not pairs:
-            result.files.pop(file)
-            continue
-        figure = activating_images_figure(pairs, images, count=BAND, title=f"{name}: {title}")
-        figure.savefig(without(result.files[file]), dpi=150)
+        if pairs:  # two SAEs may share no latent that has a score
+            figures[what] = activating_images_figure(
+                pairs, data.held_out_images, count=BAND, title=f"{name}: {title}"
+            )
+    for what, figure in figures.items():
+        result.files[what] = without(out / f"{what.replace(' ', '_')}.png")
+        figure.savefig(result.files[what], dpi=150)

@@ -1,15 +1,15 @@
-"""SAEs of the digits' features, trained by SAELens's own trainer."""
+"""Train SAEs on the digits' features with SAELens's own trainer."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import monoloss_plugin.adapters.sae_lens  # noqa: F401  # gives SAETrainer its add_loss
+from monoloss_plugin.demo.architectures import ARCHITECTURES, NUM_LATENTS
 from monoloss_plugin.features import FeatureBatches, FeatureSet
 from monoloss_plugin.losses import LossTerm
 
@@ -17,17 +17,6 @@ from monoloss_plugin.losses import LossTerm
 from sae_lens import SAETrainer  # isort: skip
 from sae_lens.config import LoggingConfig, SAETrainerConfig  # isort: skip
 from sae_lens.registry import get_sae_training_class  # isort: skip
-
-NUM_LATENTS = 256
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "batchtopk": {"k": 8},
-    "topk": {"k": 8},
-    "matryoshka_batchtopk": {"k": 8, "matryoshka_widths": [64, NUM_LATENTS]},
-    "jumprelu": {"l0_coefficient": 0.01},
-    "standard": {"l1_coefficient": 0.05},
-    "gated": {"l1_coefficient": 0.05},
-}
-"""Architectures of the demo, with the sparsity that suits its features."""
 
 _STEPS = 1500
 _BATCH = 256
@@ -41,8 +30,8 @@ def train_sae(
 
     Args:
         features: N images of width d_in.
-        architecture: a key of :data:`ARCHITECTURES`.
-        terms: what to add to the host's loss; none for the baseline.
+        architecture: a key of :data:`~monoloss_plugin.demo.architectures.ARCHITECTURES`.
+        terms: the terms to add to the host's loss; none for the baseline.
         seed: of the weights and the order of batches, the same with and without terms.
         folder: where SAELens writes the inference model, for ``SAE.load_from_disk``.
     """

@@ -1,4 +1,4 @@
-"""Batches of several processes as one, with exact gradients."""
+"""Gather the batches of several processes into one, with exact gradients."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def gather_rows(rows: Tensor) -> Tensor:
     """Return the rows of every process, in the order of ranks, differentiably.
 
-    Each process then computes the same loss over the global batch. Gradients of a process's own
-    rows are summed over what every process makes of them; where they are averaged over processes
-    afterwards, as DistributedDataParallel does, the result is the gradient of that one loss.
+    Each process can then compute the same loss over the global batch. A process's own rows get the
+    sum of the gradients from all processes. If gradients are then averaged over processes, as
+    DistributedDataParallel does, the result is the gradient of that one loss.
 
     Args:
-        rows: (B, d) of floating-point numbers; B may differ from process to process.
+        rows: (B, d), floating-point; B may differ between processes.
 
     Returns:
-        (sum of B, d); the rows themselves where there is one process.
+        (sum of B, d); with one process, the rows themselves.
 
     Raises:
-        TypeError: not a tensor or an array.
-        ValueError: on every process, where one has rows of another shape, width or dtype, or is
-            alone with or without gradients.
+        TypeError: the rows are not a tensor or an array.
+        ValueError: on every process, if the processes have rows of different widths or dtypes, or
+            if only some of them have gradients.
     """
     rows = as_tensor(rows, "rows")
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -71,6 +71,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        total = gradient.clone(memory_format=torch.contiguous_format)  # others may hold this one
+        # Autograd may use this gradient elsewhere, so it must not change in place.
+        total = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total[ctx.first : ctx.first + ctx.count], None

@@ -1,4 +1,4 @@
-"""Loads what was saved with a MonoLayer."""
+"""Load models that were saved with a MonoLayer."""
 
 from __future__ import annotations
 
@@ -25,21 +25,24 @@ _WEIGHT = ".mono.linear.weight"
 def load_with_mono_layer(
     model: Model | type[Model], checkpoint: Mapping[str, Tensor] | str | Path, **options: Any
 ) -> Model:
-    """Return a model with the MonoLayer that it was saved with, and with all its weights.
+    """Load a model together with the MonoLayer that it was saved with.
 
     Args:
-        model: for Hugging Face a class with ``from_pretrained``, an Auto class too. Otherwise the
-            model that :func:`insert_mono_layer` was given, such as
-            ``timm.create_model("resnet50", num_classes=10)``; it is changed in place.
+        model: for Hugging Face a class with ``from_pretrained``, which may be an Auto class.
+            Otherwise the model without the layer, such as
+            ``timm.create_model("resnet50", num_classes=10)``; it changes in place.
         checkpoint: for Hugging Face a folder (a ``Path``, or a string that starts with ``./``,
             ``../``, ``/`` or ``~``), or a name on the Hub. Otherwise a state dict, such as
             ``timm.models.load_state_dict(path)`` gives.
-        options: of ``from_pretrained``.
+        options: passed on to ``from_pretrained``.
+
+    Returns:
+        The model, with the layer's options and all weights of the checkpoint.
 
     Raises:
-        TypeError: a model or checkpoint of another kind.
-        ValueError: the checkpoint has no MonoLayer, or does not say which one.
-        RuntimeError: its weights are not the model's.
+        TypeError: the model or the checkpoint is of another kind.
+        ValueError: the checkpoint has no MonoLayer.
+        RuntimeError: the weights do not fit the model.
 
     Examples:
         >>> def build():
@@ -73,14 +76,14 @@ def load_with_mono_layer(
 
 
 def _from_pretrained(model: Any, checkpoint: Any, options: dict[str, Any]) -> Any:
-    """Have Hugging Face load into a class of its own that makes the layer."""
+    """Have Hugging Face load into a subclass that inserts the layer when it is made."""
     require_place(checkpoint, "checkpoint", "a folder or a name on the Hub")
     folder = local_path(checkpoint)
     if folder is None and (hint := local_hint(checkpoint)):
         raise ValueError(f"checkpoint: {checkpoint!r} is a name on the Hub{hint}")
     checkpoint = checkpoint if folder is None else str(folder)
     plain = model
-    if hasattr(model, "from_config"):  # an Auto class, which chooses by the config
+    if hasattr(model, "from_config"):  # an Auto class, which chooses the class by the config
         from transformers import AutoConfig
 
         of_hub = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder")
@@ -97,7 +100,7 @@ def _from_pretrained(model: Any, checkpoint: Any, options: dict[str, Any]) -> An
                 raise ValueError(f"checkpoint: {str(checkpoint)!r} was not saved with a MonoLayer")
             insert_mono_layer(self, **record)
 
-    WithMonoLayer.__name__ = plain.__name__  # from which the host derives the loss
+    WithMonoLayer.__name__ = plain.__name__  # the host derives the loss from it
     WithMonoLayer.__module__ = plain.__module__
     loaded, report = WithMonoLayer.from_pretrained(checkpoint, output_loading_info=True, **options)
     missing = [key for key in report["missing_keys"] if key.endswith(_WEIGHT)]

@@ -1,4 +1,4 @@
-"""A linear layer before the classification head, whose outputs are the latents."""
+"""The MonoLayer: a linear layer before a classifier, whose outputs are the latents."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from monoloss_plugin._checks import require_at_least, require_choice
+from monoloss_plugin._checks import (
+    require_at_least,
+    require_choice,
+    require_flag,
+    require_text,
+)
 from monoloss_plugin._places import kind_of
 from monoloss_plugin.kernels.batch import GradientAt
 
@@ -16,33 +21,34 @@ Selection = Literal["topk", "batchtopk"]
 
 _SELECTIONS = (None, *get_args(Selection))
 _HEADS = ("classifier", "fc", "head", "heads")
-"""Where Hugging Face's and torchvision's classifiers keep their last linear layer."""
+"""Attributes under which Hugging Face's and torchvision's models keep their classifier."""
 RECORD = "monoloss"
-"""Where a Hugging Face config says which layer its model has."""
+"""The attribute of a Hugging Face config that says which layer its model has."""
 
 
 class MonoLayer(nn.Module):
-    """Linear, then optionally a ReLU, then optionally a Top-k selection.
+    """A linear layer, with an optional ReLU and an optional Top-k selection.
 
-    Directly on a pretrained model's last features MonoLoss overfits to few images, so the paper
-    puts a linear layer before the head and takes its outputs for the latents.
+    On a pretrained model's last features themselves, MonoLoss overfits to few images. So the paper
+    puts a linear layer before the head, and its outputs are the latents.
 
     Args:
         in_features: d, width of the features.
         width: M, number of latents; by default d.
         relu: make latents non-negative.
-        selection: keep the ``k`` largest latents of each sample ("topk") or ``k`` times B of a
-            batch ("batchtopk", in evaluation too). It implies a ReLU.
-        k: how many.
+        selection: keep the ``k`` largest latents of each sample ("topk"), or the ``k`` times B
+            largest of each batch ("batchtopk", in evaluation too). It implies a ReLU.
+        k: how many latents the selection keeps.
 
     Shape:
         (..., d) to (..., M).
 
-    A state dict says which options a layer has, and does not load into a layer with other ones.
+    A state dict contains the layer's options, and does not load into a layer with other options.
 
     Raises:
-        TypeError: sizes that are not integers.
-        ValueError: sizes below 1, an unknown selection, or ``k`` without one.
+        TypeError: an option is of another kind.
+        ValueError: a size is below 1, the selection is unknown, or there is only one of selection
+            and ``k``.
 
     Source: Nasiri-Sarvi et al. 2026, section 4.2.
     """
@@ -58,22 +64,16 @@ class MonoLayer(nn.Module):
     ) -> None:
         super().__init__()
         width = in_features if width is None else width
-        for name, size in (
-            ("in_features", in_features),
-            ("width", width),
-            ("k", 0 if k is None else k),
-        ):
-            if isinstance(size, bool) or not isinstance(size, int):
-                raise TypeError(f"{name}: expected an integer, got {size!r}")
-        if not isinstance(relu, bool):
-            raise TypeError(f"relu: expected True or False, got {relu!r}")
+        require_flag(relu, "relu")
         require_at_least(1, in_features, "in_features")
         require_at_least(1, width, "width")
         if selection is not None:
             require_choice(selection, "selection", get_args(Selection))
-        if (k is None) != (selection is None) or (k is not None and not 1 <= k <= width):
+        if k is not None:
+            require_at_least(1, k, "k")
+        if (k is None) != (selection is None) or (k is not None and k > width):
             raise ValueError(
-                f"k: with a selection, 1 to {width} latents; without one none, got {k}"
+                f"k: expected 1 to {width} with a selection, and no k without one, got {k}"
             )
         self.linear = nn.Linear(in_features, width)
         self.relu = relu or selection is not None
@@ -81,31 +81,31 @@ class MonoLayer(nn.Module):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What makes such a layer again, besides the width of its input."""
+        """Everything that describes such a layer, except the width of its input."""
         width = self.linear.out_features
         return {"width": width, "relu": self.relu, "selection": self.selection, "k": self.k}
 
     def get_extra_state(self) -> Tensor:
-        """Return the options as a state dict keeps them: ReLU, selection and k, as integers."""
+        """Return the options for the state dict: ReLU, selection and k, as integers."""
         return torch.tensor([self.relu, _SELECTIONS.index(self.selection), self.k or 0])
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Check the options of a state dict.
+        """Check the options in a state dict.
 
         Raises:
-            ValueError: they are not this layer's, so it would compute something else.
+            ValueError: they are not this layer's, so the layer would compute something else.
         """
         saved = options_of(state)
         own = {name: self.options[name] for name in saved}
         if own != saved:
             raise ValueError(
-                f"state_dict: was saved from a MonoLayer with {saved}, this one has {own}; insert "
-                "the layer with those options, or use load_with_mono_layer"
+                f"state_dict: was saved from a MonoLayer with {saved}, but this one has {own}; "
+                "insert the layer with the saved options, or use load_with_mono_layer"
             )
 
     @property
     def gradient_at(self) -> GradientAt:
-        """Which latents pass a gradient on, as MonoLoss takes it."""
+        """Which latents pass a gradient on, for MonoLoss's ``gradient_at``."""
         return "active" if self.relu else "all"
 
     def forward(self, features: Tensor) -> Tensor:
@@ -123,17 +123,17 @@ class MonoLayer(nn.Module):
         return torch.zeros_like(flat).scatter(0, kept, values).view_as(latents)
 
     def extra_repr(self) -> str:
-        """What of the options the linear layer does not show."""
+        """Return the options that the linear layer does not show."""
         chosen = f", selection={self.selection!r}, k={self.k}" if self.selection else ""
         return f"relu={self.relu}{chosen}"
 
 
 class MonoHead(nn.Linear):
-    """A classifier with a :class:`MonoLayer` before it, in the classifier's own place.
+    """A :class:`MonoLayer` and a classifier after it, in the place of the old classifier.
 
-    It is a linear layer still, with ``weight`` and ``bias`` under their old names; new are the
-    layer's own tensors, ``mono.*``. Its input has the features' width, not ``in_features``, so it
-    is trained as a whole: no LoRA on it.
+    It is still a linear layer, with ``weight`` and ``bias`` under their old names. The MonoLayer's
+    tensors are ``mono.*``. The input has the features' width and not ``in_features``, so LoRA does
+    not work on it; train it as a whole.
     """
 
     def __init__(self, mono: MonoLayer, num_classes: int, bias: bool = True) -> None:
@@ -146,7 +146,7 @@ class MonoHead(nn.Linear):
 
 
 def options_of(state: Tensor) -> dict[str, Any]:
-    """Return the options that a state dict keeps of a MonoLayer, but for the width."""
+    """Return the options that a state dict contains: all except the width."""
     relu, selection, k = (int(number) for number in state)
     return {"relu": bool(relu), "selection": _SELECTIONS[selection], "k": k or None}
 
@@ -160,30 +160,31 @@ def insert_mono_layer(
     selection: Selection | None = None,
     k: int | None = None,
 ) -> MonoLayer:
-    """Put a MonoLayer before a model's classifier, so that the model computes what it did.
+    """Put a MonoLayer before a model's classifier. At first the model computes what it did.
 
-    Logits are unchanged at the start where the width allows: without ReLU from the number of
-    classes on. With one from twice the number of classes on, but for widths from d to 2 d, which
-    are exact for features that are not negative, such as a ResNet's. A selection drops what it
-    does not keep.
+    The logits stay the same if the layer is wide enough. Without a ReLU it needs at least as many
+    latents as there are classes; with one, twice as many. Widths from d to below 2 d with a ReLU
+    are exact only for features that are not negative, such as a ResNet's. A selection drops the
+    latents that it does not keep.
 
     Args:
         model: a classifier of timm, Hugging Face or torchvision, or any module whose classifier
-            you name; it is changed in place. Insert before peft wraps it.
-        classifier: path of its last linear layer, such as ``"fc"`` or ``"head.fc"``. By default
-            what timm's ``get_classifier`` gives, or else the last linear layer of ``classifier``,
-            ``fc``, ``head`` or ``heads``.
-        width: number of latents M, as for :class:`MonoLayer`; by default the features' width.
-        relu: whether latents are rectified, as there.
-        selection: a Top-k selection, as there.
-        k: how many it keeps, as there.
+            you name. It changes in place. Insert the layer before peft wraps the model.
+        classifier: path of the last linear layer, such as ``"fc"`` or ``"head.fc"``. By default
+            the one that timm's ``get_classifier`` gives, or else the last linear layer in
+            ``classifier``, ``fc``, ``head`` or ``heads``.
+        width: number of latents M; by default the features' width.
+        relu: make latents non-negative.
+        selection: "topk" or "batchtopk", as for :class:`MonoLayer`.
+        k: how many latents the selection keeps.
 
     Returns:
-        The layer, which is in the model.
+        The layer, which is now in the model.
 
     Raises:
-        TypeError: not a module, not a linear layer, or one that has a MonoLayer already.
-        ValueError: no classifier was found, or options as for :class:`MonoLayer`.
+        TypeError: the model is not a module, or the classifier is not a linear layer or has a
+            MonoLayer already.
+        ValueError: there is no classifier, or an option is as :class:`MonoLayer` refuses it.
 
     Warns:
         UserWarning: a Hugging Face model was saved with such a layer and loaded without it.
@@ -201,11 +202,8 @@ def insert_mono_layer(
         True
     """
     require_module(model)
-    path = _find_classifier(model) if classifier is None else classifier
-    if not isinstance(path, str):
-        raise TypeError(f"classifier: expected a path in the model, got {type(path).__name__}")
-    if not path:
-        raise ValueError("classifier: expected a path in the model, such as 'fc', got ''")
+    require_text(classifier, "classifier")
+    path = classifier or _find_classifier(model)
     try:
         old = model.get_submodule(path)
     except AttributeError as error:
@@ -235,26 +233,26 @@ def insert_mono_layer(
 
 
 def require_module(model: Any) -> None:
-    """Raise TypeError where a model is something else, such as a class or a path."""
+    """Raise TypeError unless a model is a module; a class or a path is not."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch module, got {kind_of(model)}")
 
 
 def warn_of_lost_layer(model: nn.Module) -> None:
-    """Warn where a Hugging Face model was saved with a layer that was not loaded."""
+    """Warn if a Hugging Face model was saved with a layer and loaded without it."""
     lost = _has_config(model) and hasattr(model.config, RECORD)
     if lost and not any(isinstance(module, MonoLayer) for module in model.modules()):
         name = type(model).__name__
         warnings.warn(
-            f"{name}: its config says that it was saved with a MonoLayer, and it has none: "
-            "from_pretrained does not load the layer's weights (mono.*), so it computes something "
-            f"else. Use load_with_mono_layer({name}, checkpoint)",
+            f"{name}: its config says that it was saved with a MonoLayer, but it has none. "
+            "from_pretrained does not load the layer's weights (mono.*), so the model computes "
+            f"something else. Use load_with_mono_layer({name}, checkpoint)",
             stacklevel=3,
         )
 
 
 def _has_config(model: nn.Module) -> bool:
-    """Say whether a model keeps a config of Hugging Face's beside its weights."""
+    """Return whether a model has a Hugging Face config."""
     return hasattr(getattr(model, "config", None), "to_diff_dict")
 
 
@@ -273,14 +271,14 @@ def _find_classifier(model: nn.Module) -> str:
         ]
     if not paths:
         raise ValueError(
-            f"classifier: {type(model).__name__} has no one linear layer that get_classifier() "
-            f"gives, and none in {', '.join(_HEADS)}; name one, such as classifier='fc'"
+            f"classifier: found no linear layer in {type(model).__name__}, neither with "
+            f"get_classifier() nor in {', '.join(_HEADS)}; name one, such as classifier='fc'"
         )
     return paths[-1]
 
 
 def _start_as(head: MonoHead, old: nn.Linear) -> None:
-    """Give a head weights with which it computes what the classifier did, where it can."""
+    """Give a head weights with which it computes what the old classifier did, if it can."""
     linear, d = head.mono.linear, old.in_features
     width, relu = linear.out_features, head.mono.relu
     classifier = old.weight.float()
@@ -288,11 +286,11 @@ def _start_as(head: MonoHead, old: nn.Linear) -> None:
     out = torch.zeros(len(classifier), width, device=classifier.device)
     if width >= d:
         directions, shares = torch.eye(d, device=classifier.device), classifier
-    else:  # those that the classifier tells its classes apart by
+    else:  # the directions by which the classifier tells its classes apart
         left, singular, directions = torch.linalg.svd(classifier, full_matrices=False)
         shares = left * singular
-    # With a ReLU, x is relu(x) less relu(-x); at the features' own width it is left at relu(x),
-    # which is x where they are not negative.
+    # With a ReLU, x = relu(x) - relu(-x). From d to 2 d latents there is room for relu(x) only,
+    # which is x if features are not negative.
     signs = (1, -1) if relu and (width < d or width >= 2 * d) else (1,)
     rank = min(len(directions), width // len(signs))
     used = 0
@@ -300,7 +298,7 @@ def _start_as(head: MonoHead, old: nn.Linear) -> None:
         into[used : used + rank] = sign * directions[:rank]
         out[:, used : used + rank] = sign * shares[:, :rank]
         used += rank
-    if width > used:  # more latents see directions of their own, and wait for the head to use them
+    if width > used:  # more latents get random directions, which the head does not use yet
         fresh = torch.randn(width - used, d, device=into.device)
         into[used:] = nn.functional.normalize(fresh, dim=1)
     linear.weight.copy_(into)

@@ -1,36 +1,37 @@
-"""Captures a layer's output while the model runs."""
+"""Record a layer's output while the model runs."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from monoloss_plugin.finetuning.mono_layer import MonoLayer, require_module
 from monoloss_plugin.kernels.batch import GradientAt
 
 _WRAPPERS = {"base_model", "model", "module"}
-"""Under which names wrappers keep the model."""
+"""Names under which wrappers, such as peft and DDP, keep the model."""
 
 _COPIES = re.compile(r"\.original_module|\.modules_to_save\.[^.]+")
-"""Where peft keeps a layer, and the copies of it that it trains."""
+"""What peft adds to the path of a layer that it copies to train."""
 
 
 class LatentRecorder:
     """Records the output of a layer at each forward pass, for a loss on it.
 
     Args:
-        model: any; it is not changed but for the hook.
-        layer: a module of it, or its path; by default its only :class:`MonoLayer`.
+        model: any module; it only gets a hook.
+        layer: a module in it, or its path; by default its only :class:`MonoLayer`.
 
     Raises:
-        TypeError: a model or layer of another kind.
-        ValueError: no module of that path; no MonoLayer, or several, and none is named; or a model
-            that is compiled already, where a new hook may never be called.
+        TypeError: the model or the layer is of another kind.
+        ValueError: there is no module of that path; you name no layer, and the model has no
+            MonoLayer or several; or the model is compiled already, so that a new hook may never be
+            called.
 
     Examples:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> with LatentRecorder(model, "1") as recorder:
         ...     logits = model(torch.randn(3, 4))
@@ -39,10 +40,16 @@ class LatentRecorder:
     """
 
     def __init__(self, model: nn.Module, layer: str | nn.Module | None = None) -> None:
-        plain = _uncompiled(model)
-        modules = _modules(plain, layer)
+        require_module(model)
+        require_layer(layer)
+        if hasattr(model, "_orig_mod"):
+            raise ValueError(
+                "model: it is compiled already, so a new hook may never be called; add the loss "
+                "first, then compile"
+            )
+        modules = _find_layer(model, layer)
         self.gradient_at: GradientAt = "all"
-        """Which of the latents pass a gradient on, where the layer tells."""
+        """Which of the latents pass a gradient on, if the layer tells."""
         if isinstance(modules[0], MonoLayer):
             self.gradient_at = modules[0].gradient_at
         self._name = layer if isinstance(layer, str) else type(modules[0]).__name__
@@ -52,37 +59,24 @@ class LatentRecorder:
     def take(self) -> Tensor:
         """Return the latents (B, M) of the last forward pass, and forget them.
 
-        So that no step takes those of the step before, nor their graph stays in memory.
+        So a step never gets the latents of the step before, and their graph is freed.
 
         Raises:
-            RuntimeError: none since they were last taken.
-            ValueError: not one vector a sample.
+            RuntimeError: there was no forward pass since the last call.
+            ValueError: the layer does not give one vector for each sample.
         """
-        latents = self.latents
-        self._recorded = None
-        return latents
-
-    @property
-    def latents(self) -> Tensor:
-        """The latents (B, M) of the last forward pass; raises as :meth:`take`."""
-        latents = self._recorded
+        latents, self._recorded = self._recorded, None
         if latents is None:
             raise RuntimeError(
                 f"{self._name}: gave no output since it was last taken; is it part of the model's "
-                "forward pass (peft trains a copy), and was the loss added before compiling?"
+                "forward pass (peft trains a copy), and did you add the loss before compiling?"
             )
         if latents.ndim != 2:
-            self._recorded = None
             raise ValueError(
                 f"{self._name}: expected one vector a sample (B, M), got "
                 f"{tuple(latents.shape)}; name a layer after the pooling"
             )
         return latents
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy of the model copies its hooks, and them the recorder: without what it has recorded,
-        # which belongs to a graph and cannot be copied.
-        return {**self.__dict__, "_recorded": None, "_handles": []}
 
     def remove(self) -> None:
         """Take the hook away."""
@@ -95,6 +89,11 @@ class LatentRecorder:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the model copies its hooks, and with them the recorder. What it has recorded
+        # belongs to a graph and cannot be copied.
+        return {**self.__dict__, "_recorded": None, "_handles": []}
+
     def _record(self, module: nn.Module, inputs: Any, output: Any) -> None:
         found = output[0] if isinstance(output, (tuple, list)) else output
         if not isinstance(found, Tensor):
@@ -102,67 +101,38 @@ class LatentRecorder:
         self._recorded = found
 
 
-def _uncompiled(model: nn.Module) -> nn.Module:
-    require_module(model)
-    if hasattr(model, "_orig_mod"):
-        raise ValueError(
-            "model: is compiled already, where a new hook may never be called; add the loss first, "
-            "and compile then"
-        )
-    return model
-
-
-def _modules(model: nn.Module, layer: str | nn.Module | None) -> list[nn.Module]:
-    """Return the layer; where peft has copied it to train, all copies, of which one runs."""
-    if isinstance(layer, nn.Module):
-        return [layer]
-    require_layer(layer)
-    named = {name: _plain(name) for name, _ in model.named_modules()}
-    if layer is None:
-        layers = [n for n, m in model.named_modules() if isinstance(m, MonoLayer)]
-        places = {named[name] for name in layers}
-        if len(places) != 1:
-            found = ", ".join(sorted(places)) or "none"
-            raise ValueError(
-                f"latents: expected one MonoLayer in the model, found {found}; name a layer, or "
-                "put one in with insert_mono_layer or load_with_mono_layer"
-            )
-        return [model.get_submodule(name) for name in layers]
-    exact = [name for name, plain in named.items() if layer in (name, plain)]
-    # Where the model is wrapped, as by peft or DDP, its own paths come after the wrapper's.
-    wrapped = [name for name, plain in named.items() if _below_wrappers(plain, layer)]
-    if not exact and not wrapped:
-        some = ", ".join(name for name, _ in list(model.named_children())[:8])
-        raise ValueError(f"latents: the model has no module {layer!r}; it has {some}, ...")
-    return [model.get_submodule(name) for name in exact or wrapped]
-
-
-def _below_wrappers(name: str, path: str) -> bool:
-    before = name.removesuffix(f".{path}")
-    return before != name and set(before.split(".")) <= _WRAPPERS
-
-
-def _plain(name: str) -> str:
-    """Return a module's path without what peft puts in it for its copies."""
-    return _COPIES.sub("", name)
-
-
 def require_layer(layer: Any) -> None:
-    """Raise TypeError unless a layer is a module, its path, or left out."""
+    """Raise TypeError unless a layer is a module, its path, or None."""
     if layer is None or isinstance(layer, nn.Module) or (isinstance(layer, str) and layer):
         return
     raise TypeError(f"latents: expected a layer of the model or its path, got {layer!r}")
 
 
-def requires_gradient(latents: Tensor, name: str) -> Tensor:
-    """Return latents that training can change.
+def _find_layer(model: nn.Module, layer: str | nn.Module | None) -> list[nn.Module]:
+    """Return the layer. If peft has copied it to train, return every copy; one of them runs."""
+    if isinstance(layer, nn.Module):
+        return [layer]
+    modules = dict(model.named_modules())
+    paths = {name: _COPIES.sub("", name) for name in modules}  # as they were before peft
+    if layer is None:
+        names = [name for name, module in modules.items() if isinstance(module, MonoLayer)]
+        places = {paths[name] for name in names}
+        if len(places) != 1:
+            raise ValueError(
+                "latents: expected one MonoLayer in the model, found "
+                f"{', '.join(sorted(places)) or 'none'}; name a layer, or put one in with "
+                "insert_mono_layer or load_with_mono_layer"
+            )
+        return [modules[name] for name in names]
+    exact = [name for name, path in paths.items() if layer in (name, path)]
+    wrapped = [name for name, path in paths.items() if _is_below_wrappers(path, layer)]
+    if not exact and not wrapped:
+        some = ", ".join(name for name, _ in list(model.named_children())[:8])
+        raise ValueError(f"latents: the model has no module {layer!r}; it has {some}, ...")
+    return [modules[name] for name in exact or wrapped]
 
-    Raises:
-        ValueError: nothing would come of a loss on them.
-    """
-    if torch.is_grad_enabled() and not latents.requires_grad:
-        raise ValueError(
-            f"{name}: its latents carry no gradient: the layer is frozen, with all before it, or "
-            "inside a checkpointed block"
-        )
-    return latents
+
+def _is_below_wrappers(path: str, layer: str) -> bool:
+    """Return whether only wrappers' names stand before the layer's own path."""
+    before = path.removesuffix(f".{layer}")
+    return before != path and set(before.split(".")) <= _WRAPPERS

@@ -11,9 +11,10 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from monoloss_plugin import MonoLoss, functional
+from monoloss_plugin import MonoLoss
 from monoloss_plugin.adapters.lightning import MonoLossCallback
-from monoloss_plugin.finetuning import LatentRecorder, WithEmbeddings, insert_mono_layer
+from monoloss_plugin.finetuning import WithEmbeddings, insert_mono_layer
+from tests.adapters.by_hand import step_by_hand
 
 LOSS = MonoLoss(lam=0.5, lam_units="raw")
 ROWS = 32
@@ -79,19 +80,13 @@ def test_a_step_is_the_mean_over_its_micro_batches(micro, returns, tmp_path) -> 
     trainer = fit(module, [callback], tmp_path, micro)
     found = {k: before[k] - v.detach() for k, v in module.named_parameters()}
 
-    other = Classifier()
-    recorder = LatentRecorder(other)
     x, y, h = tensors()
-    entropy = nn.functional.cross_entropy(other.model(x), y)
-    latents = recorder.take()
-    parts = zip(latents.split(micro), h.split(micro), strict=True)
-    score = torch.stack([functional.monoloss(a, e) for a, e in parts])
-    (entropy + 0.5 * score.mean()).backward()
-    for name, p in other.named_parameters():
-        assert torch.allclose(found[name], p.grad, atol=1e-5), name
+    by_hand = step_by_hand(Classifier(), lambda other: other.model(x), y, h, micro=micro)
+    for name, gradient in by_hand.gradients.items():
+        assert torch.allclose(found[name], gradient, atol=1e-5), name
     logged = trainer.callback_metrics
-    assert logged["monoloss"].item() == pytest.approx(0.5 * score[-1].item(), rel=1e-4)
-    assert logged["monoscore"].item() == pytest.approx(1 - score[-1].item(), rel=1e-4)
+    assert logged["monoloss"].item() == pytest.approx(0.5 * by_hand.scores[-1].item(), rel=1e-4)
+    assert logged["monoscore"].item() == pytest.approx(1 - by_hand.scores[-1].item(), rel=1e-4)
 
 
 def test_the_module_is_given_back_as_it_was(tmp_path) -> None:
@@ -103,6 +98,24 @@ def test_the_module_is_given_back_as_it_was(tmp_path) -> None:
     trainer.validate(module, loader(), verbose=False)
     assert "monoscore" not in trainer.callback_metrics
     fit(module, [callback], tmp_path)
+
+
+def test_several_callbacks_add_their_terms_and_give_the_module_back(tmp_path) -> None:
+    other = MonoLoss(lam=0.1, lam_units="raw", name="of_logits")
+    callbacks = [
+        MonoLossCallback(LOSS, embeddings=embeddings_of),
+        MonoLossCallback(other, embeddings=embeddings_of, latents="model.2"),
+    ]
+    module = Classifier()
+    logged = fit(module, callbacks, tmp_path).callback_metrics
+    assert logged["monoloss"].item() == pytest.approx(0.5 * (1 - logged["monoscore"].item()))
+    assert logged["of_logits"] > 0
+    assert "training_step" not in module.__dict__
+    assert not any(m._forward_hooks for m in module.modules())
+    same = MonoLossCallback(LOSS, embeddings=embeddings_of)
+    with pytest.raises(ValueError, match="monoloss: a term of this name is attached already"):
+        fit(module, [callbacks[0], same], tmp_path)
+    assert "training_step" not in module.__dict__
 
 
 class OnlyBatch(Classifier):
@@ -144,7 +157,7 @@ def test_batches_that_are_dicts(tmp_path) -> None:
     weighted, score = (trainer.callback_metrics[name].item() for name in ("monoloss", "monoscore"))
     assert weighted == pytest.approx(0.5 * (1 - score), rel=1e-5)
     missing = MonoLossCallback(LOSS, embeddings="siglip")
-    with pytest.raises(ValueError, match="the batch has no 'siglip'; it is or has x, y, clip"):
+    with pytest.raises(ValueError, match="the batch has no column 'siglip'; it has x, y, clip"):
         trainer_of([missing], tmp_path).fit(Classifier(), DataLoader(rows, batch_size=8))
 
 
@@ -175,7 +188,7 @@ def test_a_term_that_can_do_nothing_is_warned_of(tmp_path) -> None:
         def on_train_start(self, trainer, pl_module):
             trainer.callbacks.append(MonoLossCallback(LOSS, embeddings=embeddings_of))
 
-    with pytest.warns(UserWarning, match="the callback was added after fit"):
+    with pytest.warns(UserWarning, match="you added the callback after fit"):
         fit(Classifier(), [Add()], tmp_path)
 
 
@@ -192,7 +205,7 @@ def test_what_is_wrong_is_named(tmp_path) -> None:
     with pytest.raises(TypeError, match="latents: expected a layer"):
         MonoLossCallback(LOSS, embeddings="h", latents=3)
     callback = MonoLossCallback(LOSS, embeddings=lambda batch: batch[2])
-    with pytest.raises(ValueError, match="optimizes by itself"):
+    with pytest.raises(ValueError, match="it optimizes manually"):
         fit(Classifier(manual=True), [callback], tmp_path)
     with pytest.raises(TypeError, match="expected a loss or a dict with one, got str"):
         fit(Classifier(returns="text"), [callback], tmp_path)
@@ -204,7 +217,7 @@ def test_what_is_wrong_is_named(tmp_path) -> None:
         )
     short = MonoLossCallback(LOSS, embeddings=lambda batch: batch[2][1:])
     module = Classifier()
-    with pytest.raises(ValueError, match="expected 32 rows, one a sample, got 31"):
+    with pytest.raises(ValueError, match="expected 32 rows, one for each sample, got 31"):
         fit(module, [short], tmp_path)
     assert "training_step" not in module.__dict__
     assert not any(m._forward_hooks for m in module.modules())

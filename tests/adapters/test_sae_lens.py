@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from sae_lens import SAE, SAETrainer, TrainingSAE
+from sae_lens.config import LoggingConfig
 from sae_lens.saes.sae import TrainStepInput
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from torch import Tensor
@@ -63,6 +64,13 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         assert torch.equal(a[name], b[name]), name
 
 
+def attached_output(sae: TrainingSAE[Any], x: Tensor, *terms: Any) -> Any:
+    """What the host's forward pass returns with these terms attached."""
+    for term in terms:
+        add_loss(sae, term)
+    return sae.training_forward_pass(step_input(x, sae))
+
+
 def mean_score(sae: TrainingSAE[Any], images: Tensor) -> float:
     metric = MonoScore()
     with torch.no_grad():
@@ -78,7 +86,7 @@ def test_training_with_monoloss_raises_the_score_of_every_architecture(architect
     scores = {}
     for lam in (0.0, 0.02):
         sae = make_sae(architecture)
-        trainer = make_trainer(sae, stream(images), steps=200)
+        trainer = make_trainer(sae, stream(images), steps=100)
         trainer.add_loss(MonoLoss(lam=lam))
         trainer.fit()
         scores[lam] = mean_score(sae, images)
@@ -338,13 +346,11 @@ def test_a_new_run_of_the_same_sae_measures_its_own_inputs(images):
 def test_proportional_terms_and_nested_widths_have_their_own_factor(images):
     x = images[:BATCH] * 10
     topk, nested = make_sae("topk"), make_sae("matryoshka_batchtopk")
-    for sae in (topk, nested):
-        add_loss(sae, OffSupportL1(lam=1.0))
-        add_loss(sae, L1L2Ratio(lam=1.0))
-    metrics = topk.training_forward_pass(step_input(x, topk)).metrics
+    terms = (OffSupportL1(lam=1.0), L1L2Ratio(lam=1.0))
+    metrics = attached_output(topk, x, *terms).metrics
     assert metrics["off_support_l1_weight"] == pytest.approx(10, rel=1e-5)
     assert metrics["l1_l2_ratio_weight"] == pytest.approx(100, rel=1e-5)
-    metrics = nested.training_forward_pass(step_input(x, nested)).metrics
+    metrics = attached_output(nested, x, *terms).metrics
     assert metrics["l1_l2_ratio_weight"] == pytest.approx(200, rel=1e-5)  # two widths
 
 
@@ -353,8 +359,7 @@ def test_the_trade_off_does_not_depend_on_the_scale_of_the_inputs(images):
     ratios = []
     for scale in (1.0, 20.0):
         sae = make_sae("topk")  # scale-equivariant: its biases start at zero
-        add_loss(sae, MonoLoss(lam=3e-4))
-        losses = sae.training_forward_pass(step_input(images[:BATCH] * scale, sae)).losses
+        losses = attached_output(sae, images[:BATCH] * scale, MonoLoss(lam=3e-4)).losses
         ratios.append((losses["monoloss"] / losses["mse_loss"]).item())
     assert ratios[1] == pytest.approx(ratios[0], rel=1e-4)
 
@@ -384,9 +389,11 @@ def test_regularizers_see_the_architecture_s_pre_activations_and_selection(archi
         selected.scatter_(1, z.topk(k).indices, True)
     selected &= z > 0
 
-    add_loss(sae, OffSupportL1(lam=1.0, lam_units="raw"))
-    add_loss(sae, L1L2Ratio(lam=1.0, lam_units="raw", units="all"))
-    losses = sae.training_forward_pass(step_input(x, sae)).losses
+    terms = (
+        OffSupportL1(lam=1.0, lam_units="raw"),
+        L1L2Ratio(lam=1.0, lam_units="raw", units="all"),
+    )
+    losses = attached_output(sae, x, *terms).losses
     l1 = oracle.off_support_l1_by_loops(z, selected, every_unit=False)
     ratio = oracle.l1_l2_ratio_by_loops(z, selected, every_unit=True)
     assert losses["off_support_l1"].item() == pytest.approx(l1, rel=1e-4)
@@ -422,8 +429,8 @@ def test_signed_activations_are_refused_where_zero_means_inactive(images):
         add_loss(sae, MonoLoss(lam=0.1))
     with pytest.raises(ValueError, match="use rectify=False"):
         add_loss(sae, OffSupportL1(lam=0.1))
-    add_loss(sae, OffSupportL1(lam=1.0, rectify=False, lam_units="raw"))
-    output = sae.training_forward_pass(step_input(images[:24], sae))
+    signed = OffSupportL1(lam=1.0, rectify=False, lam_units="raw")
+    output = attached_output(sae, images[:24], signed)
     expected = oracle.off_support_l1_by_loops(
         output.hidden_pre.detach(), output.feature_acts.detach() != 0, every_unit=False
     )
@@ -550,21 +557,12 @@ def test_several_terms_stack(images):
 # Mistakes
 
 
-def test_attaching_twice_is_an_error_that_names_the_way_out(images):
-    trainer = make_trainer(make_sae("topk"), stream(images))
-    trainer.add_loss(MonoLoss(lam=0.1))
-    with pytest.raises(ValueError, match=r"monoloss: a term of this name is attached already"):
-        trainer.add_loss(MonoLoss(lam=0.2))
-    with pytest.raises(ValueError, match="attached already"):
-        add_loss(trainer.sae, MonoLoss(lam=0.1))
-
-
 def test_names_of_the_host_are_refused(images):
-    with pytest.raises(ValueError, match="l1: the name of one of SAELens's own coefficients"):
+    with pytest.raises(ValueError, match="l1: SAELens has a coefficient of this name"):
         add_loss(make_sae("standard"), MonoLoss(lam=0.1, name="l1"))
     sae = make_sae("topk")
     add_loss(sae, MonoLoss(lam=0.1, name="mse_loss"))
-    with pytest.raises(ValueError, match="mse_loss: the name of one of SAELens's own losses"):
+    with pytest.raises(ValueError, match="mse_loss: SAELens has a loss of this name"):
         sae.training_forward_pass(step_input(images[:8], sae))
 
 
@@ -574,10 +572,6 @@ def test_wrong_targets_losses_and_options_are_named(images):
         add_loss(torch.nn.Linear(2, 2), MonoLoss(lam=0.1))
     with pytest.raises(TypeError, match=r"loss: expected a loss term such as MonoLoss.*got float"):
         trainer.add_loss(3e-4)
-    with pytest.raises(TypeError, match="got the class MonoLoss"):
-        trainer.add_loss(MonoLoss)
-    with pytest.raises(ValueError, match="warm_up_steps: expected an integer of at least 0"):
-        trainer.add_loss(MonoLoss(lam=0.1), warm_up_steps=-1)
     with pytest.raises(ValueError, match="saes: only for a target with several SAEs"):
         trainer.add_loss(MonoLoss(lam=0.1), saes=["a"])
     with pytest.raises(TypeError, match="saes: expected a list of names, got 'a'"):
@@ -662,7 +656,6 @@ def test_multi_sae_trainer_takes_all_or_some(chosen, images, tmp_path: Path, cap
 
 def test_synthetic_runner_trains_with_the_term(tmp_path):
     from sae_lens import BatchTopKTrainingSAEConfig
-    from sae_lens.config import LoggingConfig
     from sae_lens.synthetic import (
         SyntheticModelConfig,
         SyntheticSAERunner,
@@ -687,6 +680,15 @@ def test_synthetic_runner_trains_with_the_term(tmp_path):
     assert record["terms"]["monoloss"]["lam"] == 0.01
 
 
+RUNNER: dict[str, Any] = {
+    "context_size": 16,
+    "train_batch_size_tokens": 64,
+    "store_batch_size_prompts": 4,
+    "n_batches_in_buffer": 4,
+    "logger": LoggingConfig(log_to_wandb=False),
+}
+
+
 @pytest.fixture
 def language_model():
     """A tiny transformer and a tokenized dataset for it."""
@@ -705,7 +707,6 @@ def language_model():
 
 def test_multi_sae_runner_trains_the_chosen_saes(language_model, tmp_path):
     from sae_lens import JumpReLUTrainingSAEConfig, TopKTrainingSAEConfig
-    from sae_lens.config import LoggingConfig
     from sae_lens.multi_sae_training_runner import (
         MultiSAETrainingRunner,
         MultiSAETrainingRunnerConfig,
@@ -719,14 +720,10 @@ def test_multi_sae_runner_trains_the_chosen_saes(language_model, tmp_path):
                 "b": JumpReLUTrainingSAEConfig(d_in=16, d_sae=32),
             },
             hook_names="blocks.0.hook_resid_post",
-            context_size=16,
             training_tokens=6 * 64,
-            train_batch_size_tokens=64,
-            store_batch_size_prompts=4,
-            n_batches_in_buffer=4,
             checkpoint_path=None,
             output_path=str(tmp_path),
-            logger=LoggingConfig(log_to_wandb=False),
+            **RUNNER,
         ),
         override_model=model,
         override_dataset=dataset,
@@ -747,7 +744,6 @@ def test_language_model_runner_trains_resumes_and_whitens(
         LanguageModelSAETrainingRunner,
         TopKTrainingSAEConfig,
     )
-    from sae_lens.config import LoggingConfig
 
     model, dataset = language_model
 
@@ -758,16 +754,12 @@ def test_language_model_runner_trains_resumes_and_whitens(
                 hook_name="blocks.0.hook_resid_post",
                 dataset_path="unused",
                 is_dataset_tokenized=True,
-                context_size=16,
                 training_tokens=12 * 64,
-                train_batch_size_tokens=64,
-                store_batch_size_prompts=4,
-                n_batches_in_buffer=4,
                 n_batches_for_norm_estimate=8,
                 device="cpu",
                 checkpoint_path=str(tmp_path / "checkpoints"),
                 output_path=str(tmp_path / "out"),
-                logger=LoggingConfig(log_to_wandb=False),
+                **RUNNER,
                 **options,
             ),
             override_model=model,

@@ -107,7 +107,7 @@ def test_a_config_that_does_not_fit_is_named(config, said, tmp_path) -> None:
 def test_a_whole_module_is_not_unpickled(tmp_path) -> None:
     dictionary, folder = saved(tmp_path / "topk", "AutoEncoderTopK")
     torch.save(dictionary, folder / "ae.pt")
-    with pytest.raises(ValueError, match="save its state_dict"):
+    with pytest.raises(ValueError, match="save only its state_dict"):
         from_dictionary_learning(folder)
 
 

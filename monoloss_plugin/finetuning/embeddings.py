@@ -1,12 +1,13 @@
-"""Embeddings beside the samples that they belong to."""
+"""Embeddings of the samples that a model is trained on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from monoloss_plugin._checks import as_tensor
@@ -22,17 +23,17 @@ def aligned_embeddings(
 
     Args:
         features: a set with ``image_id``, such as ``extract`` makes with the frozen encoder.
-        ids: one for each sample of the data to train on.
-        split: the split that the samples are of. Images of another may have the same ids, such as
-            ``cat/001.png``; features of another are refused.
+        ids: one id for each sample of your training data.
+        split: the split of your training data. Images of different splits may have the same ids,
+            such as ``cat/001.png``, so features of another split are refused.
 
     Returns:
         (N, d) in float32.
 
     Raises:
-        TypeError: not a feature set, or ids that are not a list.
-        ValueError: features of another split, a set without ids, an id that it does not have, or
-            one that it has twice.
+        TypeError: ``features`` is not a feature set, or ``ids`` is not a list.
+        ValueError: the features are of another split or have no ids, or an id is missing or occurs
+            twice.
     """
     if isinstance(features, type) or not (hasattr(features, "ids") and hasattr(features, "take")):
         raise TypeError(
@@ -66,18 +67,18 @@ def aligned_embeddings(
 
 
 class WithEmbeddings(Dataset[Any]):
-    """A map-style dataset whose samples bring their embeddings along.
+    """A map-style dataset that adds its embedding to each sample.
 
-    Whatever shuffles, splits or drops samples, an embedding stays with its image.
+    The embedding stays with its image, whatever shuffles, splits or drops samples.
 
     Args:
-        dataset: with ``__len__`` and ``__getitem__``, of tuples or dicts.
-        embeddings: (N, d), one row a sample, of floating-point numbers.
-        key: name of the embeddings in samples that are dicts; to tuples they are appended.
+        dataset: an object with ``__len__`` and ``__getitem__``; its samples are tuples or dicts.
+        embeddings: (N, d), floating-point, one row for each sample.
+        key: the embedding's key in samples that are dicts. To a tuple it is appended.
 
     Raises:
-        TypeError: another kind of dataset, or embeddings that are not floating.
-        ValueError: another number of rows than samples.
+        TypeError: the dataset is of another kind, or the embeddings are not floating-point.
+        ValueError: the embeddings do not have one row for each sample.
 
     Examples:
         >>> from torch.utils.data import TensorDataset
@@ -90,11 +91,8 @@ class WithEmbeddings(Dataset[Any]):
 
     def __init__(self, dataset: Any, embeddings: Any, key: str = "embeddings") -> None:
         sized = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-        if (
-            not sized
-            or isinstance(dataset, (str, bytes, type))
-            or getattr(dataset, "shape", 1) == ()
-        ):
+        scalar = getattr(dataset, "shape", None) == ()
+        if not sized or scalar or isinstance(dataset, (str, bytes, type)):
             raise TypeError(
                 f"dataset: expected one with __len__ and __getitem__, got {type(dataset).__name__}"
             )
@@ -107,10 +105,10 @@ class WithEmbeddings(Dataset[Any]):
             )
         if embeddings.ndim != 2 or len(embeddings) != len(dataset):
             raise ValueError(
-                f"embeddings: expected ({len(dataset)}, d), one row a sample, got "
+                f"embeddings: expected ({len(dataset)}, d), one row for each sample, got "
                 f"{tuple(embeddings.shape)}"
             )
-        self.dataset, self.embeddings, self.key = dataset, embeddings.detach(), key
+        self.dataset, self.embeddings, self.key = dataset, embeddings, key
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -119,7 +117,7 @@ class WithEmbeddings(Dataset[Any]):
         sample = self.dataset[index]
         if isinstance(sample, Mapping):
             if self.key in sample:
-                raise ValueError(f"key: samples have {self.key!r} already; give another name")
+                raise ValueError(f"key: samples already have {self.key!r}; give another key")
             return {**sample, self.key: self.embeddings[index]}
         if isinstance(sample, (tuple, list)):
             return (*sample, self.embeddings[index])
@@ -128,20 +126,43 @@ class WithEmbeddings(Dataset[Any]):
         )
 
 
+@dataclass(frozen=True)
+class Column:
+    """Takes the embeddings, or a frozen encoder's input, out of a batch that is a dict."""
+
+    key: str
+    hint: str = ""
+    """What to do if the batch lacks it, for the error."""
+
+    def __call__(self, batch: Any) -> Any:
+        """Return what the batch has under the key, or raise ValueError."""
+        if isinstance(batch, Mapping) and self.key in batch:
+            return batch[self.key]
+        named = isinstance(batch, Mapping)
+        got = f"has {', '.join(map(str, batch))}" if named else f"is a {type(batch).__name__}"
+        raise ValueError(f"embeddings: the batch has no column {self.key!r}; it {got}{self.hint}")
+
+
 class Frozen:
-    """Gives embeddings without gradients; a module is never trained.
+    """Calls an encoder without gradients. A module is put in eval mode and never trained.
 
     Args:
-        encoder: from what it is given to (B, d).
-        model: what is trained, which must not be the encoder too.
+        encoder: maps its input to (B, d).
+        model: the model in training, which must not be the encoder too.
+        takes: finds the encoder's input in a batch; by default the encoder gets the batch itself.
 
     Raises:
         ValueError: encoder and model share parameters.
     """
 
-    def __init__(self, encoder: Callable[[Any], Any], model: torch.nn.Module | None) -> None:
-        self.encoder = encoder
-        if isinstance(encoder, torch.nn.Module):
+    def __init__(
+        self,
+        encoder: Callable[[Any], Any],
+        model: nn.Module | None = None,
+        takes: Column | None = None,
+    ) -> None:
+        self.encoder, self.takes = encoder, takes
+        if isinstance(encoder, nn.Module):
             trained = set() if model is None else {id(p) for p in model.parameters()}
             if any(id(parameter) in trained for parameter in encoder.parameters()):
                 raise ValueError(
@@ -150,11 +171,16 @@ class Frozen:
                 )
             encoder.eval().requires_grad_(False)
 
+    def __deepcopy__(self, _: Any) -> Frozen:
+        # A copy of a host's object shares the encoder: it may be large, and it never changes.
+        return self
+
     @torch.no_grad()
-    def __call__(self, inputs: Any) -> Any:
+    def __call__(self, batch: Any) -> Any:
         """Return the embeddings (B, d), as the encoder gives them."""
-        if isinstance(self.encoder, torch.nn.Module):
-            self.encoder.eval()  # a host's model.train() may have reached it
+        inputs = batch if self.takes is None else self.takes(batch)
+        if isinstance(self.encoder, nn.Module):
+            self.encoder.eval()  # the host's model.train() may have reached it
             if isinstance(inputs, Tensor):
                 self.encoder.to(inputs.device)
         return self.encoder(inputs)

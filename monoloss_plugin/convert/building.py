@@ -1,4 +1,4 @@
-"""A SAELens SAE from tensors."""
+"""Build a SAELens SAE from tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ except ModuleNotFoundError as error:
     raise missing_extra(error, "sae-lens") from error
 
 
-def sae_of(
+def build_sae(
     architecture: str,
     tensors: dict[str, Tensor],
     *,
@@ -25,30 +25,29 @@ def sae_of(
     terms: dict[str, Any] | None = None,
     **settings: Any,
 ) -> SAE[Any]:
-    """Return an inference SAE of SAELens with these tensors.
+    """Return a SAELens SAE for inference.
 
     Args:
         architecture: ``standard``, ``topk``, ``jumprelu`` or ``gated``.
         tensors: by SAELens's names, such as ``W_enc`` (d_in, d_sae) and ``W_dec`` (d_sae, d_in).
+            ``threshold`` may be one number for all latents.
         converted_from: the library that they come from, for the SAE's metadata.
-        terms: loss terms it was trained with, for the SAE's metadata.
-        settings: of the architecture's configuration, such as ``k``.
+        terms: the loss terms that the SAE was trained with, for its metadata.
+        settings: more settings of the architecture, such as ``k``.
 
     Raises:
-        ValueError: a tensor that is not finite.
+        ValueError: a tensor is not finite.
     """
-    for key, tensor in tensors.items():
-        require_finite(tensor, f"source: {key}")
-    sae_class, config_class = get_sae_class(architecture)
+    for name, tensor in tensors.items():
+        require_finite(tensor, f"source: {name}")
     d_sae, d_in = tensors["W_dec"].shape
+    if "threshold" in tensors:
+        tensors = {**tensors, "threshold": tensors["threshold"].expand(d_sae)}
+    sae_class, config_class = get_sae_class(architecture)
     config = config_class(d_in=d_in, d_sae=d_sae, device="meta", **settings)
     config.metadata["monoloss"] = {"converted_from": converted_from, "terms": terms or {}}
     sae: SAE[Any] = sae_class(config)
     sae.cfg.device = "cpu"
-    sae.load_state_dict({k: t.clone() for k, t in tensors.items()}, strict=True, assign=True)
+    own = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+    sae.load_state_dict(own, strict=True, assign=True)
     return sae.to(torch.device("cpu")).eval()
-
-
-def just_below(threshold: Tensor) -> Tensor:
-    """Return the next smaller numbers: SAELens's ``>`` lets pass what ``>=`` of the given does."""
-    return torch.nextafter(threshold, torch.full_like(threshold, -torch.inf))

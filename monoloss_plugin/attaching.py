@@ -1,0 +1,290 @@
+"""How every adapter attaches loss terms to a host's object, records them and undoes it.
+
+An adapter subclasses :class:`Attachment`. It names the host's methods that it replaces, and has a
+method of the same name for each::
+
+    class _Attachment(Attachment[AttachedTerm]):
+        replaces = ("loss",)
+
+        def loss(self, host, inner, x):
+            value = inner(x)  # the host's own method
+            for attached in self.terms.values():
+                value = value + ...
+            return value
+
+    attached = AttachedTerm(MonoLoss(lam=0.1))
+    handle = _Attachment.of(host).add(attached)
+    handle.remove()
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import wraps
+from types import MethodType
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+
+from torch import Tensor
+
+from monoloss_plugin._checks import require_at_least
+from monoloss_plugin._places import kind_of
+from monoloss_plugin.losses import LossHandle, LossTerm, lam_factor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_KEY = "_monoloss_attachment"
+"""The attribute of the host's object that holds its attachment."""
+
+
+@dataclass
+class AttachedTerm:
+    """A loss term and the options it was attached with.
+
+    Raises:
+        TypeError: the term is not a loss term, or the warm-up is not an integer.
+        ValueError: the warm-up is negative.
+    """
+
+    term: LossTerm
+    warm_up_steps: int = 0
+    embeddings: Callable[[Any], Any] | None = None
+    """Maps what the host offers to the similarity space (B, d)."""
+    conversion_shown: bool = False
+    """The log has shown the user what lam became."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.term, LossTerm):
+            raise TypeError(
+                f"loss: expected a loss term such as MonoLoss(lam=0.1), got {kind_of(self.term)}"
+            )
+        require_at_least(0, self.warm_up_steps, "warm_up_steps")
+
+    def weight_at(self, step: int) -> float:
+        """Return lam after this many steps: it grows linearly from 0 over the warm-up."""
+        warm = min(1.0, step / self.warm_up_steps) if self.warm_up_steps else 1.0
+        return self.term.lam * warm
+
+    def warn_of_long_warm_up(self, steps: float) -> None:
+        """Warn if training ends before the term has its full weight."""
+        if self.warm_up_steps > steps >= 0:  # a host that does not know may say -1
+            warnings.warn(
+                f"{self.term.name}: warm_up_steps={self.warm_up_steps} is longer than the {steps} "
+                "steps of training that are left, so the term never gets its full weight lam",
+                stacklevel=4,
+            )
+
+
+Attached = TypeVar("Attached", bound=AttachedTerm)
+
+
+@dataclass(frozen=True)
+class _Replaced:
+    """A method of one object that ours replaces."""
+
+    ours: Callable[..., Any]
+    before: Any
+    """The object's own attribute, such as a compiled method; None if it used its class's method."""
+
+
+class Attachment(Generic[Attached]):
+    """The terms that one object of a host carries, and the methods that ours replace on it.
+
+    Everything goes into the object's ``__dict__``. So an ``nn.Module`` does not register it, and
+    no state dict contains it. A deep copy of the object carries a copy of the attachment.
+    """
+
+    replaces: ClassVar[tuple[str, ...]]
+    """Names of the host's methods. A subclass has a method ``name(inner, ...)`` for each, where
+    ``inner`` is the host's own."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+        self.terms: dict[str, Attached] = {}
+        self._replaced: dict[str, _Replaced] = {}
+
+    @staticmethod
+    def require_free(target: Any, name: str) -> None:
+        """Raise ValueError if the object already carries a term of this name."""
+        attachment = target.__dict__.get(_KEY)
+        if attachment is not None and name in attachment.terms:
+            raise ValueError(
+                f"{name}: a term of this name is attached already; remove it with its handle, or "
+                "give the new term another name, such as MonoLoss(..., name='monoloss_2')"
+            )
+
+    @classmethod
+    def of(cls, target: Any) -> Self:
+        """Return an object's attachment, with our methods in place; make it if there is none."""
+        attachment: Self | None = target.__dict__.get(_KEY)
+        if attachment is None:
+            attachment = target.__dict__[_KEY] = cls(target)
+        for name in cls.replaces:
+            if name not in attachment._replaced:
+                ours = _method_of_attachment(name, getattr(target, name))
+                attachment._replaced[name] = _Replaced(ours, target.__dict__.get(name))
+                target.__dict__[name] = MethodType(ours, target)
+        return attachment
+
+    def add(self, attached: Attached, undo: Callable[[], None] = lambda: None) -> LossHandle:
+        """Add a term.
+
+        Args:
+            attached: the term.
+            undo: undoes whatever else the adapter did for this term.
+
+        Returns:
+            A handle that removes this term and no other.
+        """
+        name = attached.term.name
+
+        def remove() -> None:
+            if self.terms.get(name) is attached:
+                del self.terms[name]
+                undo()
+                if not self.is_needed():
+                    self._give_back()
+
+        self.terms[name] = attached
+        return LossHandle(name, remove)
+
+    def is_needed(self) -> bool:
+        """Return whether our methods must stay in place."""
+        return bool(self.terms)
+
+    def _inner(self, target: Any, name: str) -> Callable[..., Any]:
+        """Return the host's method that ours replaces."""
+        before = self._replaced[name].before
+        return MethodType(getattr(type(target), name), target) if before is None else before
+
+    def _give_back(self) -> None:
+        """Restore the host's methods where ours are outermost.
+
+        A method that the host compiled after we attached contains ours. It stays, and passes
+        through.
+        """
+        for name, replaced in list(self._replaced.items()):
+            if getattr(self.target.__dict__.get(name), "__func__", None) is not replaced.ours:
+                continue
+            del self._replaced[name]
+            if replaced.before is None:
+                del self.target.__dict__[name]
+            else:
+                self.target.__dict__[name] = replaced.before
+        if not self._replaced:
+            del self.target.__dict__[_KEY]
+
+
+def _method_of_attachment(name: str, inner: Any) -> Callable[..., Any]:
+    """Return a method for the host's object that calls the attachment's method of the same name."""
+
+    # It finds the attachment through `self`, so the method of a deep copy calls the copy's.
+    # `wraps`, since hosts look at a method's parameters; without what torch.compile adds to it.
+    @wraps(getattr(inner, "__func__", inner), updated=())
+    def method(self: Any, *arguments: Any, **options: Any) -> Any:
+        attachment = self.__dict__[_KEY]
+        return getattr(attachment, name)(attachment._inner(self, name), *arguments, **options)
+
+    return method
+
+
+@dataclass
+class LamConversion:
+    """Converts lam to the weight in one host's loss, logs the result once, and records it."""
+
+    host: str
+    """What the log calls the host."""
+    reduction: Literal["sum", "mean"]
+    """How the host reduces its squared error over the input's width."""
+    logger: logging.Logger
+    _mean_square_norm: float | None = None
+    _announced: set[str] = field(default_factory=set)
+    _step: int = 0
+
+    def begin_step(self, step: int) -> None:
+        """Take note of the host's step. If it went back, this is another run: measure again."""
+        if step < self._step:
+            self._mean_square_norm = None
+            self._announced.clear()
+        self._step = step
+
+    def factor(
+        self, attached: AttachedTerm, inputs: Tensor, record: dict[str, Any], times: float = 1.0
+    ) -> float:
+        """Return what the host's loss multiplies lam by.
+
+        The input's scale is read from the first batch. This is the only time that a step waits for
+        the device.
+
+        Args:
+            attached: the term.
+            inputs: (B, d), what the host reconstructs.
+            record: what the host's checkpoints keep. A resumed run goes on with its scale; the
+                conversion is written into it.
+            times: how many squared errors the host adds up.
+        """
+        term, factor = attached.term, 1.0
+        if term.lam_units != "raw":
+            if self._mean_square_norm is None:
+                known = record.get("input_mean_square_norm") if self._step > 0 else None
+                measured = known or inputs.detach().float().square().sum(1).mean()
+                self._mean_square_norm = float(measured)
+            factor = times * lam_factor(
+                term.lam_units,
+                width=inputs.shape[1],
+                mean_square_norm=self._mean_square_norm,
+                reduction=self.reduction,
+                degree=term.degree,
+            )
+        if term.name not in self._announced:
+            self._announced.add(term.name)
+            self._announce(attached, factor, inputs.shape[1], record)
+        return factor
+
+    def _announce(
+        self, attached: AttachedTerm, factor: float, width: int, record: dict[str, Any]
+    ) -> None:
+        """Log what lam became, as a warning the first time, and record it."""
+        term = attached.term
+        show = not attached.conversion_shown and not math.isclose(factor, 1.0, rel_tol=1e-3)
+        attached.conversion_shown |= show
+        self.logger.log(
+            logging.WARNING if show else logging.INFO,
+            "%s: lam %g is measured against %r. %s takes the %s of the squared error over an "
+            "input's %d entries, and the inputs' mean squared norm is %s. So the weight in its "
+            "loss is %g times lam: %g",
+            term.name,
+            term.lam,
+            term.lam_units,
+            self.host,
+            self.reduction,
+            width,
+            self._mean_square_norm,
+            factor,
+            term.lam * factor,
+        )
+        record["input_mean_square_norm"] = self._mean_square_norm
+        record.setdefault("terms", {})[term.name] = {
+            "term": type(term).__name__,
+            **asdict(term),
+            "warm_up_steps": attached.warm_up_steps,
+            "factor": factor,
+        }
+
+
+def require_embeddings(given: Any, key: str = "") -> None:
+    """Raise TypeError unless embeddings are a callable or, if the host allows it, a key.
+
+    Args:
+        given: the argument.
+        key: what the host calls a key, such as "a column's name"; empty if it takes none.
+    """
+    named = bool(key) and isinstance(given, str) and given != ""
+    if not named and (isinstance(given, type) or not callable(given)):
+        wanted = f"{key}, or a frozen encoder to call" if key else "a frozen encoder to call"
+        got = repr(given) if isinstance(given, (str, type)) else type(given).__name__
+        raise TypeError(f"embeddings: expected {wanted}, got {got}")

@@ -20,9 +20,13 @@ from rich.table import Table
 from tqdm.std import tqdm
 
 from monoloss_plugin._checks import visible
+from monoloss_plugin.cli.hub_errors import explain
 
 FAILED, INTERRUPTED = 1, 130
 """Exit codes; typer ends with 2 where the command line itself is wrong."""
+
+_READABLE = (ModuleNotFoundError, OSError, ValueError)
+"""Errors whose message alone tells the caller what to do."""
 
 _BETWEEN_LINES = 30.0
 """Seconds between two lines of a progress bar where stderr is no terminal."""
@@ -120,14 +124,14 @@ def _readable_ends() -> Iterator[None]:
         yield
     except BrokenPipeError:
         raise  # whoever read the output has seen enough; typer ends quietly
-    except (ModuleNotFoundError, OSError, ValueError) as error:
-        _end(error, FAILED)
     except KeyboardInterrupt:
         _end("stopped; start it again to go on", INTERRUPTED)
-    except RuntimeError as error:
-        if not type(error).__module__.startswith("monoloss_plugin"):
+    except Exception as error:
+        ours = type(error).__module__.startswith("monoloss_plugin")
+        explained = explain(error)
+        if explained is None and not ours and not isinstance(error, _READABLE):
             raise
-        _end(error, FAILED)
+        _end(explained or error, FAILED)
 
 
 @contextmanager

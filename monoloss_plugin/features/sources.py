@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin._places import local_hint, local_path
 from monoloss_plugin.features.files import image_folder, open_images
-from monoloss_plugin.hub.errors import explained
 from monoloss_plugin.hub.names import require_hub_name
 from monoloss_plugin.hub.repository import api
 
@@ -34,6 +33,7 @@ try:
         load_from_disk,
     )
     from datasets import config as datasets_config
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
     from PIL import Image as PILImage
 except ModuleNotFoundError as error:
     raise missing_extra(error, "vision") from error
@@ -194,21 +194,20 @@ def _from_hub(
             f"'user/name', got {name!r}{hint}"
         ) from None
     try:  # first, since load_dataset asks a Hub that cannot be reached again and again
-        with explained(name):
-            api(None).repo_info(name, repo_type="dataset", revision=revision, timeout=_TIMEOUT)
-    except ConnectionError as error:
+        api(None).repo_info(name, repo_type="dataset", revision=revision, timeout=_TIMEOUT)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        error.append_to_message(hint)
+        raise
+    except Exception:  # of several HTTP libraries, as the version of the Hub's client uses them
         online = datasets_config.HF_HUB_OFFLINE
         datasets_config.HF_HUB_OFFLINE = True
         try:
             return load()
         except (OSError, ValueError):
-            raise ConnectionError(
-                f"source: {str(error).rstrip('.')}; {name} is not in the cache of datasets{hint}"
-            ) from error
+            pass
         finally:
             datasets_config.HF_HUB_OFFLINE = online
-    except (FileNotFoundError, PermissionError, ValueError) as error:
-        raise type(error)(f"{str(error).replace('repo_id:', 'source:', 1)}{hint}") from error
+        raise
     return load()
 
 

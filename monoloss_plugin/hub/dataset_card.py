@@ -2,124 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from monoloss_plugin.features import FeatureRecord
-from monoloss_plugin.hub.cards import escaped, merged, opened, settings_table, table
+from monoloss_plugin.hub.cards import escape, merge_card, parse_card, settings_table, table
+from monoloss_plugin.hub.features import DEFAULT, Split
 
 _TAGS = ["image-features", "embeddings", "sparse-autoencoder", "monoloss"]
 
 _ABOUT = """\
-Features of images from a frozen encoder, one vector an image, for training and measuring sparse
-autoencoders. Extracted and published with monoloss_plugin; any reader of Parquet reads them."""
+Features of images from a frozen encoder, one vector per image, for training and measuring sparse
+autoencoders. Published with monoloss_plugin; any reader of Parquet can read them.
 
+## Splits"""
 
-@dataclass(frozen=True)
-class PublishedSplit:
-    """What a card says of a split."""
+_COLUMNS_AND_LICENCE = """\
+## Columns
 
-    config: str
-    split: str
-    files: str
-    """Pattern of its Parquet files."""
-    record: FeatureRecord
-    """Encoder, source, and how many rows of which width and type."""
+`features`: the vectors, not normalised. `label`: if the images have labels. `image_id`.
 
+## Licence
 
-def dataset_card(
-    existing: str, repo_id: str, splits: Sequence[PublishedSplit], metadata: Mapping[str, Any]
-) -> str:
-    """Return the card of a repository with these splits.
+The images and the encoder have licences of their own. The licence in this card's metadata, if there
+is one, is the publisher's word for the features alone.
 
-    Args:
-        existing: the card that is there, or nothing.
-        repo_id: ``user/name``.
-        splits: all that the repository holds.
-        metadata: of the card, beside where the files of each split are.
-    """
-    configs: dict[str, list[dict[str, str]]] = {}
-    for one in splits:
-        files = {"split": one.split, "path": one.files}
-        configs.setdefault(one.config, []).append(files)
-    described = {
-        "configs": [
-            {"config_name": config, "data_files": files} for config, files in configs.items()
-        ],
-        "task_categories": ["image-feature-extraction"],
-        **{key: value for key, value in metadata.items() if value},
-        "tags": [*_TAGS, *metadata.get("tags", ())],
-    }
-    rows = [
-        (
-            f"`{one.config}`",
-            f"`{one.split}`",
-            escaped(f"{one.record.rows or '?'} x {one.record.width or '?'}"),
-            escaped(one.record.dtype or ""),
-            escaped(one.record.encoder.get("name", "not said")),
-            escaped(one.record.source.get("name", "not said")),
-        )
-        for one in splits
-    ]
-    parts = [
-        _ABOUT,
-        "## Splits",
-        table(("configuration", "split", "size", "type", "encoder", "images"), rows),
-        *(_encoder(one) for one in _first_of_each_config(splits)),
-        "## Columns",
-        "`features`, the vectors, not normalised; `label` where the images have one; `image_id`.",
-        "## Licence",
-        "Features are made from images and with an encoder that have licences of their own. The "
-        "licence in this card's metadata, where there is one, is the publisher's word for the "
-        "features alone.",
-        "## Load",
-        _loading(repo_id, splits[0]),
-    ]
-    existing = _without_info(existing, set(configs))
-    return merged(existing, repo_id.partition("/")[2], "\n\n".join(parts), described)
+## Load
+"""
 
-
-def _without_info(existing: str, configs: set[str]) -> str:
-    """Return a card without its sizes of these splits, which ``datasets`` would insist on."""
-    if not existing:
-        return existing
-    card = opened(existing)
-    info = card.data.get("dataset_info")
-    entries = info if isinstance(info, list) else [info] if isinstance(info, dict) else []
-    kept = [e for e in entries if e.get("config_name", "default") not in configs]
-    if len(kept) == len(entries):
-        return existing
-    if kept:
-        card.data["dataset_info"] = kept
-    else:
-        card.data.pop("dataset_info")
-    return str(card.content)
-
-
-def _first_of_each_config(splits: Sequence[PublishedSplit]) -> list[PublishedSplit]:
-    return list({one.config: one for one in reversed(splits)}.values())[::-1]
-
-
-def _encoder(one: PublishedSplit) -> str:
-    encoder = dict(one.record.encoder)
-    preprocessing = encoder.pop("preprocessing", {})
-    parts = [f"## Encoder of `{one.config}`", settings_table(encoder)]
-    if isinstance(preprocessing, Mapping) and preprocessing:
-        steps = {k: v for k, v in preprocessing.items() if v is not None}
-        rows = [(escaped(key.replace("_", " ")), escaped(value)) for key, value in steps.items()]
-        parts += ["Preprocessing, as its library names it:", table(("", ""), rows)]
-    return "\n\n".join(parts)
-
-
-def _loading(repo_id: str, one: PublishedSplit) -> str:
-    config = "" if one.config == "default" else f', "{one.config}"'
-    ours = "" if one.config == "default" else f', config="{one.config}"'
-    return f"""\
+_LOAD = """\
 ```python
 from datasets import load_dataset
 
-dataset = load_dataset("{repo_id}"{config}, split="{one.split}")
+dataset = load_dataset("{repo_id}"{config}, split="{split}")
 ```
 
 For training, as shuffled batches of unit norm:
@@ -128,6 +43,73 @@ For training, as shuffled batches of unit norm:
 from monoloss_plugin import load_features
 from monoloss_plugin.features import FeatureBatches
 
-features = load_features("{repo_id}", "{one.split}"{ours})
+features = load_features("{repo_id}", "{split}"{config_argument})
 batches = FeatureBatches(features, batch_size=2048)
 ```"""
+
+
+def dataset_card(
+    existing: str,
+    repo_id: str,
+    records: Mapping[Split, FeatureRecord],
+    metadata: Mapping[str, Any],
+) -> str:
+    """Return the card of a repository of features.
+
+    Args:
+        existing: the text of the card that is there; empty if there is none.
+        repo_id: ``user/name``.
+        records: the record of every split that the repository will hold.
+        metadata: license, tags and images for the card's metadata.
+    """
+    splits = sorted(records)
+    first_of_config = {split.config: split for split in reversed(splits)}
+    rows = [_row(split, records[split]) for split in splits]
+    parts = [
+        _ABOUT,
+        table(("configuration", "split", "size", "type", "encoder", "images"), rows),
+        *(_encoder(first_of_config[c], records) for c in sorted(first_of_config)),
+        _COLUMNS_AND_LICENCE,
+        _LOAD.format(
+            repo_id=repo_id,
+            split=splits[0].split,
+            config="" if splits[0].config == DEFAULT else f', "{splits[0].config}"',
+            config_argument="" if splits[0].config == DEFAULT else f', config="{splits[0].config}"',
+        ),
+    ]
+    files: dict[str, list[dict[str, str]]] = {}
+    for split in splits:
+        files.setdefault(split.config, []).append({"split": split.split, "path": split.pattern})
+    described = {
+        "configs": [{"config_name": name, "data_files": paths} for name, paths in files.items()],
+        "task_categories": ["image-feature-extraction"],
+        **{key: value for key, value in metadata.items() if value},
+        "tags": [*_TAGS, *metadata["tags"]],
+    }
+    if existing:
+        card = parse_card(existing)
+        # push_to_hub writes the splits' sizes there, and load_dataset fails when they are old.
+        card.data.pop("dataset_info", None)
+        existing = str(card.content)
+    return merge_card(existing, repo_id.partition("/")[2], "\n\n".join(parts), described)
+
+
+def _row(split: Split, record: FeatureRecord) -> list[str]:
+    return [
+        f"`{split.config}`",
+        f"`{split.split}`",
+        escape(f"{record.rows or '?'} x {record.width or '?'}"),
+        escape(record.dtype or ""),
+        escape(record.encoder.get("name", "not said")),
+        escape(record.source.get("name", "not said")),
+    ]
+
+
+def _encoder(split: Split, records: Mapping[Split, FeatureRecord]) -> str:
+    encoder = records[split].encoder
+    parts = [f"## Encoder of `{split.config}`", settings_table(encoder)]
+    preprocessing = encoder.get("preprocessing")
+    if isinstance(preprocessing, Mapping) and preprocessing:
+        steps = {name: str(step) for name, step in preprocessing.items() if step is not None}
+        parts += ["Preprocessing, in the words of its library:", settings_table(steps)]
+    return "\n\n".join(parts)

@@ -1,4 +1,4 @@
-"""Load SAEs that others have published."""
+"""Load published SAEs, and list the SAEs of a repository."""
 
 from __future__ import annotations
 
@@ -7,60 +7,62 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from sae_lens import SAE
 from torch import Tensor
 
 from monoloss_plugin._checks import as_device, require_text
-from monoloss_plugin._optional import missing_extra
-from monoloss_plugin.hub import sae_folder
-from monoloss_plugin.hub.bundled import BUNDLED, open_named
-from monoloss_plugin.hub.names import is_inside, is_pickle, require_inside
-from monoloss_plugin.hub.record import RECORD, SAERecord, record_from
-from monoloss_plugin.hub.repository import Repository
-from monoloss_plugin.hub.sae_folder import CONFIG, SPARSITY, WEIGHTS, refused
-
-try:
-    from sae_lens import SAE
-except ModuleNotFoundError as error:
-    raise missing_extra(error, "sae-lens") from error
+from monoloss_plugin.hub.names import is_inside, require_inside
+from monoloss_plugin.hub.record import RECORD, SAERecord, read_record
+from monoloss_plugin.hub.repository import BUNDLED, Place, Repository, open_repository, read_json
+from monoloss_plugin.hub.sae_folder import (
+    CONFIG,
+    SPARSITY,
+    WEIGHTS,
+    load_sae,
+    pickle_hint,
+    read_sparsity,
+    size_in,
+    trained_as,
+)
 
 logger = logging.getLogger(__name__)
 
 ROOT = "."
-"""The ``sae_id`` of an SAE that lies at the root of its repository."""
+"""The ``sae_id`` of an SAE at the root of its repository."""
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """An SAE, loaded."""
+    """A loaded SAE, and what is known about it."""
 
     sae: SAE[Any]
     """SAELens's own SAE, for inference."""
     record: SAERecord
-    """What it was trained with, on what, and what it scored; empty where nothing was published."""
+    """What it was trained with, on which data, and what it scored; empty if nobody published it."""
     repo_id: str
     sae_id: str
     revision: str | None
-    """The commit it comes from; None where it does not come from the Hub."""
+    """The commit that it comes from; None if it does not come from the Hub."""
     sparsity: Tensor | None
-    """(M,) log10 of the share of samples on which each latent is active, where published."""
+    """(M,) log10 of the share of samples on which each latent is active, if it was published."""
 
 
 @dataclass(frozen=True)
 class Listed:
-    """An SAE of a repository, not loaded."""
+    """An SAE of a repository, without its weights."""
 
     sae_id: str
     architecture: str
-    """What it was trained as; a ``batchtopk`` is a ``jumprelu`` when it is loaded."""
+    """What it was trained as. SAELens loads a ``batchtopk`` as a ``jumprelu``."""
     d_in: int
     d_sae: int
     record: SAERecord
     size: int
-    """Bytes to download."""
+    """Number of bytes to download."""
 
 
 def load_pretrained(
@@ -76,28 +78,29 @@ def load_pretrained(
 ) -> Pretrained:
     """Load a published SAE.
 
-    Only JSON and safetensors are read, and its settings are compared with the weights before memory
-    is taken. What was loaded once is loaded from the cache where the Hub cannot be reached.
+    This function reads only JSON and safetensors. It compares the SAE's settings with its weights
+    before it takes memory for them. What you have loaded once comes from the cache where the Hub
+    cannot be reached.
 
     Args:
         repo_id: ``user/name`` on the Hub; ``"digits"``, which is bundled; or a folder laid out like
             a repository, as a ``Path`` or a string such as ``"./folder"``.
-        sae_id: which of its SAEs; may be left out where there is only one, and of
-            ``"digits"``, which then gives the one with MonoLoss.
+        sae_id: which of the repository's SAEs. You can leave it out if there is only one; for
+            ``"digits"`` you then get the one with MonoLoss.
         revision: a branch, tag or commit of the repository.
-        device: where to load it.
-        dtype: of the parameters, such as ``"float32"``; as stored by default.
-        token: to read a private repository; by default the one the machine is logged in with.
-        cache_dir: by default the Hub's own cache.
-        local_files_only: do not ask the Hub.
+        device: where to load the SAE.
+        dtype: the type of the parameters, such as ``"float32"``; as stored by default.
+        token: to read a private repository; by default the one you are logged in with.
+        cache_dir: a folder instead of the Hub's own cache.
+        local_files_only: do not ask the Hub; read its cache.
 
     Raises:
-        TypeError: an argument of another kind.
-        FileNotFoundError: no such repository, SAE or bundled name.
-        ValueError: several SAEs and no ``sae_id``, no such revision, a device that is not there,
-            or an SAE that is not what it says, or whose weights are not finite.
-        PermissionError: the Hub asks for a token, or for its conditions to be accepted.
-        ConnectionError: the Hub cannot be reached, and the SAE is not in the cache.
+        TypeError: an argument has the wrong type.
+        FileNotFoundError: there is no such folder, SAE or bundled name.
+        ValueError: there are several SAEs and no ``sae_id``; the device cannot be used; or the
+            SAE's files do not fit together, or its weights are not finite.
+        Exception: what ``huggingface_hub`` raises, such as its ``RepositoryNotFoundError`` and
+            ``GatedRepoError``.
 
     Examples:
         >>> loaded = load_pretrained("digits")
@@ -105,30 +108,20 @@ def load_pretrained(
         (0.003, 256)
     """
     dtype, device = _dtype_name(dtype), as_device(device)
-    repository = open_named(
-        repo_id,
-        "model",
-        revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
+    repository = open_repository(
+        Place(repo_id, "model", revision, token, cache_dir, local_files_only)
     )
-    sae_id = _chosen(repository, repo_id, sae_id)
-    folder = repository.fetch(p for p in _paths(sae_id) if p in repository) / sae_id
+    default = BUNDLED.get(repo_id) if isinstance(repo_id, str) else None
+    sae_id = _choose(repository, default if sae_id is None else sae_id)
+    folder = repository.download(p for p in _paths(sae_id) if p in repository.sizes) / sae_id
     name = repository.name if sae_id == ROOT else f"{repository.name}/{sae_id}"
-    record = _record(repository, sae_id)
-    sae = sae_folder.load(folder, name, device=str(device), dtype=dtype)
+    record = read_record(folder, name)
+    sae = load_sae(folder, name, device=str(device), dtype=dtype)
     own = sae.cfg.metadata["monoloss"] or {}
-    if record.inputs and isinstance(own, dict):  # published before the SAE itself said so
+    if record.inputs and isinstance(own, dict):  # the metadata of older SAEs does not say it
         sae.cfg.metadata["monoloss"] = {"inputs": record.inputs, **own}
-    return Pretrained(
-        sae=sae,
-        record=record,
-        repo_id=str(repo_id),
-        sae_id=sae_id,
-        revision=repository.commit,
-        sparsity=sae_folder.sparsity_of(folder, name, sae.cfg.d_sae),
-    )
+    sparsity = read_sparsity(folder, name, sae.cfg.d_sae)
+    return Pretrained(sae, record, str(repo_id), sae_id, repository.commit, sparsity)
 
 
 def list_pretrained(
@@ -139,17 +132,10 @@ def list_pretrained(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> list[Listed]:
-    """List the SAEs of a repository, by name, without their weights.
+    """List the SAEs of a repository by name, without downloading their weights.
 
-    Args:
-        repo_id: as for :func:`load_pretrained`.
-        revision: as there.
-        token: as there.
-        cache_dir: as there.
-        local_files_only: as there.
-
-    Raises:
-        TypeError, FileNotFoundError, ValueError, PermissionError, ConnectionError: as there.
+    An SAE whose settings cannot be read is left out, with a warning in the log. The arguments and
+    errors are those of :func:`load_pretrained`.
 
     Examples:
         >>> for one in list_pretrained("digits"):
@@ -157,117 +143,95 @@ def list_pretrained(
         batchtopk-256 0.0
         batchtopk-256-monoloss-0.003 0.003
     """
-    repository = open_named(
-        repo_id,
-        "model",
-        revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
+    return list_saes(
+        open_repository(Place(repo_id, "model", revision, token, cache_dir, local_files_only))
     )
-    return listed(repository)
 
 
-def listed(repository: Repository) -> list[Listed]:
-    """List the SAEs of a repository that is open; one that cannot be read is only said."""
+def list_saes(repository: Repository) -> list[Listed]:
+    """List the SAEs of a repository; one that cannot be read is left out, with a warning."""
+    ids = _sae_ids(repository)
+    settings = [p for i in ids for p in (file_of(i, CONFIG), file_of(i, RECORD))]
+    there = [path for path in settings if path in repository.sizes and repository.is_short(path)]
+    folder = repository.download(there) if there else Path()
     found = []
-    ids = sae_ids(repository)
-    files = [path for i in ids for path in (at(i, CONFIG), at(i, RECORD)) if path in repository]
-    short = [path for path in files if repository.is_short(path)]
-    if short:
-        repository.fetch(short)
     for sae_id in ids:
-        with _said(f"{repository.name}/{sae_id}"):
-            config = repository.json(at(sae_id, CONFIG))
+        name = f"{repository.name}/{sae_id}"
+        with _warning_instead_of_error(name):
+            repository.require_short(file_of(sae_id, CONFIG))
+            config = read_json(folder / file_of(sae_id, CONFIG))
             record = SAERecord()
-            with _said(f"the record of {repository.name}/{sae_id}"):
-                record = _record(repository, sae_id)
-            size = sum(repository.sizes.get(path, 0) for path in _paths(sae_id))
-            found.append(
-                Listed(
-                    sae_id=sae_id,
-                    architecture=sae_folder.trained_as(config),
-                    d_in=sae_folder.size_in(config, "d_in", sae_id),
-                    d_sae=sae_folder.size_in(config, "d_sae", sae_id),
-                    record=record,
-                    size=size,
-                )
+            with _warning_instead_of_error(f"the record of {name}"):
+                if file_of(sae_id, RECORD) in repository.sizes:
+                    repository.require_short(file_of(sae_id, RECORD))
+                record = read_record(folder / sae_id, name)
+            one = Listed(
+                sae_id=sae_id,
+                architecture=trained_as(config),
+                d_in=size_in(config, "d_in", sae_id),
+                d_sae=size_in(config, "d_sae", sae_id),
+                record=record,
+                size=sum(repository.sizes.get(path, 0) for path in _paths(sae_id)),
             )
+            found.append(one)
     return found
 
 
+def file_of(sae_id: str, file: str) -> str:
+    """Return the path of an SAE's file in its repository."""
+    return file if sae_id == ROOT else f"{sae_id}/{file}"
+
+
 @contextmanager
-def _said(name: str) -> Iterator[None]:
-    """Leave out what of a repository is not what it should be, and say so."""
+def _warning_instead_of_error(name: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
         logger.warning("%s is left out: %s", name, error)
 
 
-def sae_ids(repository: Repository) -> list[str]:
-    """Return the names of the SAEs of a repository: folders with settings and weights."""
-    files = (PurePosixPath(path) for path in repository.sizes)
-    ids = (str(file.parent) for file in files if file.name == CONFIG)
-    whole = (i for i in ids if all(at(i, file) in repository for file in (CONFIG, WEIGHTS)))
-    return sorted(sae_id for sae_id in whole if sae_id == ROOT or is_inside(sae_id))
+def _paths(sae_id: str) -> list[str]:
+    """Return the files that are read of an SAE; no other file is."""
+    return [file_of(sae_id, file) for file in (CONFIG, WEIGHTS, SPARSITY, RECORD)]
 
 
-def _dtype_name(dtype: Any) -> str | None:
-    """Return a dtype's name, as SAELens takes it."""
-    name = str(dtype).removeprefix("torch.")
-    found = getattr(torch, name, None)
-    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise ValueError(f"dtype: expected one such as 'float32', got {dtype!r}")
-    return None if dtype is None else name
+def _sae_ids(repository: Repository) -> list[str]:
+    """Return the folders that hold both settings and weights."""
+    configs = (path for path in map(PurePosixPath, repository.sizes) if path.name == CONFIG)
+    ids = (str(config.parent) for config in configs)
+    complete = (i for i in ids if file_of(i, WEIGHTS) in repository.sizes)
+    return sorted(sae_id for sae_id in complete if sae_id == ROOT or is_inside(sae_id))
 
 
-def _chosen(repository: Repository, repo_id: str | os.PathLike[str], sae_id: str | None) -> str:
-    """Return the name of the SAE to load, which is there."""
+def _choose(repository: Repository, sae_id: str | None) -> str:
+    """Return the name of the SAE to load; the repository has it."""
     require_text(sae_id, "sae_id")
-    there = sae_ids(repository)
-    has = f"it has {_some(there)}" if there else "it has none"
+    there = _sae_ids(repository)
+    shown = ", ".join(there[:10]) + (f" and {len(there) - 10} more" if len(there) > 10 else "")
     if sae_id is None:
-        sae_id = BUNDLED.get(repo_id) if isinstance(repo_id, str) else None
-        if sae_id is None and len(there) == 1:
-            return there[0]
-        if sae_id is None and there:
-            raise ValueError(f"sae_id: {repository.name} has several SAEs: {_some(there)}")
-        if sae_id is None:
-            raise FileNotFoundError(
-                f"repo_id: {repository.name} holds no SAE{_pickles(repository, '')}"
-            )
+        if not there:
+            hint = pickle_hint(repository.sizes)
+            raise FileNotFoundError(f"repo_id: {repository.name} holds no SAE{hint}")
+        if len(there) > 1:
+            raise ValueError(f"sae_id: {repository.name} has several SAEs: {shown}")
+        return there[0]
     if sae_id != ROOT:
         require_inside(sae_id, "sae_id")
     if sae_id not in there:
+        below = (path for path in repository.sizes if path.startswith(f"{sae_id}/"))
         raise FileNotFoundError(
-            f"sae_id: {repository.name} has no SAE {sae_id!r}; {has}"
-            f"{_pickles(repository, sae_id + '/')}"
+            f"sae_id: {repository.name} has no SAE {sae_id!r}; it has {shown or 'none'}"
+            f"{pickle_hint(below)}"
         )
     return sae_id
 
 
-def _pickles(repository: Repository, prefix: str) -> str:
-    return refused(sorted(p for p in repository.sizes if p.startswith(prefix) and is_pickle(p)))
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return ", ".join(names[:10]) + more
-
-
-def at(sae_id: str, file: str) -> str:
-    """Return the path of an SAE's file."""
-    return file if sae_id == ROOT else f"{sae_id}/{file}"
-
-
-def _paths(sae_id: str) -> list[str]:
-    """Return what is read of an SAE, and nothing else is."""
-    return [at(sae_id, file) for file in (CONFIG, WEIGHTS, SPARSITY, RECORD)]
-
-
-def _record(repository: Repository, sae_id: str) -> SAERecord:
-    path = at(sae_id, RECORD)
-    if path not in repository:
-        return SAERecord()
-    return record_from(repository.json(path), f"{repository.name}/{path}")
+def _dtype_name(dtype: Any) -> str | None:
+    """Return the name of a dtype, as SAELens takes it."""
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype: expected one such as 'float32', got {dtype!r}")
+    return name

@@ -1,123 +1,74 @@
-"""An SAE as a folder: SAELens's own format, checked before it is loaded or published."""
+"""An SAE as a folder in SAELens's own format, checked before it is loaded or published."""
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from sae_lens import SAE, TrainingSAE
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
+from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY, get_sae_class
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from monoloss_plugin._checks import require_finite, visible
-from monoloss_plugin._optional import missing_extra
-from monoloss_plugin.hub.names import is_pickle
 from monoloss_plugin.hub.repository import read_json
-
-try:
-    from sae_lens import SAE, TrainingSAE
-    from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
-    from sae_lens.registry import (
-        SAE_CLASS_REGISTRY,
-        SAE_TRAINING_CLASS_REGISTRY,
-        get_sae_class,
-    )
-    from safetensors import SafetensorError, safe_open
-except ModuleNotFoundError as error:
-    raise missing_extra(error, "sae-lens") from error
 
 CONFIG, WEIGHTS, SPARSITY = SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 
+_PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
+"""Endings of files that may hold pickled objects, which can run any code when they are read."""
+
 _WIDEST = 1 << 31
 _SPARSITY = "sparsity"
-"""SAELens's name of the tensor."""
+"""SAELens's name of the tensor in ``sparsity.safetensors``."""
 
 logger = logging.getLogger(__name__)
 
 
-def check(folder: Path, name: str) -> None:
-    """See that a folder holds an SAE whose settings fit its weights.
-
-    Reads the settings and the weights' header; no memory is taken for weights.
-
-    Args:
-        folder: with ``cfg.json`` and ``sae_weights.safetensors``.
-        name: of the SAE, for the error.
-
-    Raises:
-        FileNotFoundError: one of the two is missing.
-        ValueError: not SAELens's format, an architecture that SAELens cannot load, or sizes that
-            do not fit the weights.
-    """
-    for file in (CONFIG, WEIGHTS):
-        if not (folder / file).is_file():
-            pickles = sorted(path.name for path in folder.iterdir() if is_pickle(path.name))
-            raise FileNotFoundError(f"{name}: no {file} in it{refused(pickles)}")
-    config = read_json(folder / CONFIG)
-    shapes = _shapes(folder / WEIGHTS, name)
-    architecture = _architecture(config, name)
-    d_in, d_sae = size_in(config, "d_in", name), size_in(config, "d_sae", name)
-    d_out = size_in(config, "d_out", name) if "d_out" in config else d_in  # a transcoder's own
-    if shapes.get("W_dec", (d_sae, d_out)) != (d_sae, d_out):
-        raise ValueError(
-            f"{name}: {CONFIG} says d_sae = {d_sae} and d_in = {d_in}, but {WEIGHTS} holds a W_dec "
-            f"of {shapes['W_dec']}"
-        )
-    if _is_of_version_6(config):
-        expected = _expected_shapes(architecture, config, name)
-        if expected != shapes:
-            wrong = sorted(k for k in expected.keys() | shapes if expected.get(k) != shapes.get(k))
-            k = wrong[0]
-            raise ValueError(
-                f"{name}: {CONFIG} asks for {visible(k)} of {expected.get(k, 'no shape')}, "
-                f"but {WEIGHTS} holds {shapes.get(k, 'none')}{_hint(architecture, wrong)}"
-            )
-
-
-def refused(pickles: list[str]) -> str:
-    """Return what to say of pickles that lie where weights should be; nothing for none."""
-    if not pickles:
-        return ""
-    return (
-        f"; {visible(', '.join(pickles[:3]))} would have to be unpickled, which can run any "
-        "code, and is not read: convert a checkpoint that you trust with `monoloss convert`"
-    )
-
-
-def load(folder: Path, name: str, *, device: str = "cpu", dtype: str | None = None) -> SAE[Any]:
+def load_sae(folder: Path, name: str, *, device: str = "cpu", dtype: str | None = None) -> SAE[Any]:
     """Check a folder, and load its SAE with SAELens.
 
+    Args:
+        folder: it holds ``cfg.json`` and ``sae_weights.safetensors``.
+        name: what an error calls the SAE.
+        device: where to load it.
+        dtype: the type of the parameters; as stored by default.
+
     Raises:
-        FileNotFoundError, ValueError: as :func:`check`, or weights that are not finite.
+        FileNotFoundError, ValueError: as :func:`check_sae`, or the weights are not finite.
     """
-    check(folder, name)
+    check_sae(folder, name)
     try:
         sae: SAE[Any] = SAE.load_from_disk(folder, device=device, dtype=dtype)
-    except Exception as error:  # of settings before SAELens 6, only the sizes are compared above
+    except Exception as error:  # before SAELens 6, settings say too little to be checked in full
         raise ValueError(f"{name}: SAELens cannot load it: {error!r}") from error
     for key, tensor in sae.state_dict().items():
         require_finite(tensor, f"{name}/{WEIGHTS}: {key}")
     if sae.cfg.normalize_activations == "expected_average_only_in":
         logger.warning(
-            "%s: its inputs' scale was never folded into the weights; it takes inputs that are "
-            "scaled as in its training",
+            "%s: the scale of its inputs was never folded into the weights; scale the inputs as "
+            "in its training",
             name,
         )
     return sae
 
 
-def write(sae: SAE[Any], folder: Path) -> None:
-    """Write an SAE for inference: what ``SAE.from_pretrained`` of plain SAELens loads.
+def write_sae_folder(sae: SAE[Any], folder: Path) -> None:
+    """Write an SAE for inference, so that plain SAELens can load it.
 
     Raises:
-        ValueError: the scale of its inputs is not folded in yet.
+        ValueError: the scale of its inputs is not folded into the weights yet.
     """
     if sae.cfg.normalize_activations in ("expected_average_only_in", "covariance_whitening"):
         raise ValueError(
-            f"sae: its normalize_activations is still {sae.cfg.normalize_activations!r}: who loads "
-            "it would have to scale the inputs in the same way. SAETrainer.fit folds this into the "
-            "weights when it ends"
+            f"sae: its normalize_activations is still {sae.cfg.normalize_activations!r}, so "
+            "everyone who loads it would have to scale the inputs in the same way. "
+            "SAETrainer.fit folds the scale into the weights when it ends"
         )
     if isinstance(sae, TrainingSAE):
         sae.save_inference_model(folder)
@@ -125,25 +76,62 @@ def write(sae: SAE[Any], folder: Path) -> None:
         sae.save_model(folder)
 
 
-def sparsity_of(folder: Path, name: str, d_sae: int) -> Tensor | None:
-    """Return log10 of the share of samples on which each latent is active (M,), where known.
+def check_sae(folder: Path, name: str) -> None:
+    """Compare an SAE's settings with its weights.
+
+    Reads the settings and the header of the weights; takes no memory for weights.
 
     Raises:
-        ValueError: not a safetensors file, or one that holds something else.
+        FileNotFoundError: one of the two files is missing.
+        ValueError: the format is not SAELens's, SAELens cannot load the architecture, or the sizes
+            do not fit the weights.
+    """
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
+            there = (path.name for path in folder.iterdir())
+            raise FileNotFoundError(f"{name}: no {file} in it{pickle_hint(there)}")
+    config = read_json(folder / CONFIG)
+    shapes = _shapes(folder / WEIGHTS, name)
+    architecture = _architecture(config, name)
+    d_in, d_sae = size_in(config, "d_in", name), size_in(config, "d_sae", name)
+    d_out = size_in(config, "d_out", name) if "d_out" in config else d_in  # only transcoders say it
+    if shapes.get("W_dec", (d_sae, d_out)) != (d_sae, d_out):
+        raise ValueError(
+            f"{name}: {CONFIG} says d_sae = {d_sae} and d_in = {d_in}, but {WEIGHTS} holds a W_dec "
+            f"of {shapes['W_dec']}"
+        )
+    metadata = config.get("metadata")
+    if not isinstance(metadata, dict) or "sae_lens_version" not in metadata:
+        return  # before SAELens 6, settings do not say all that its classes need
+    expected = _expected_shapes(architecture, config, name)
+    wrong = sorted(k for k in expected.keys() | shapes if expected.get(k) != shapes.get(k))
+    if wrong:
+        key, thresholds = wrong[0], {"topk_threshold", "log_threshold"}
+        hint = f"; is this a training checkpoint of {architecture!r}?"
+        raise ValueError(
+            f"{name}: {CONFIG} asks for {visible(key)} of {expected.get(key, 'no shape')}, but "
+            f"{WEIGHTS} holds {shapes.get(key, 'none')}{hint if thresholds & set(wrong) else ''}"
+        )
+
+
+def read_sparsity(folder: Path, name: str, d_sae: int) -> Tensor | None:
+    """Return log10 of the share of samples on which each latent is active (M,), if it was saved.
+
+    Raises:
+        ValueError: the file is not safetensors, or holds something else.
     """
     path = folder / SPARSITY
     if not path.is_file():
         return None
-    shapes = _shapes(path, name)
-    if shapes.get(_SPARSITY) != (d_sae,):
-        found = shapes.get(_SPARSITY, "nothing of that name")
+    found = _shapes(path, name).get(_SPARSITY, "nothing of that name")
+    if found != (d_sae,):
         raise ValueError(f"{name}/{SPARSITY}: expected {_SPARSITY} of ({d_sae},), found {found}")
-    with _opened(path, path.name) as tensors:
+    with safe_open(path, framework="pt") as tensors:
         return torch.as_tensor(tensors.get_tensor(_SPARSITY))
 
 
-def note_inputs(folder: Path, inputs: str) -> None:
-    """Write into an SAE's own metadata what it takes, for those who load it with SAELens alone."""
+def write_inputs(folder: Path, inputs: str) -> None:
+    """Write what an SAE takes into its own metadata, for people who use SAELens alone."""
     config = read_json(folder / CONFIG)
     metadata = config["metadata"]
     metadata["monoloss"] = {**(metadata.get("monoloss") or {}), "inputs": inputs}
@@ -151,43 +139,17 @@ def note_inputs(folder: Path, inputs: str) -> None:
 
 
 def trained_as(config: dict[str, Any]) -> str:
-    """Return the architecture that an SAE's settings say it was trained as."""
+    """Return the architecture that an SAE was trained as, by its settings."""
     metadata = config.get("metadata")
     trained = metadata.get("training_architecture") if isinstance(metadata, dict) else None
     return str(trained or config.get("architecture", "standard"))
 
 
-def _opened(path: Path, name: str) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{name}: not a safetensors file: {error}") from error
-
-
-def _shapes(path: Path, name: str) -> dict[str, tuple[int, ...]]:
-    with _opened(path, f"{name}/{path.name}") as tensors:
-        return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
-
-
-def _architecture(config: dict[str, Any], name: str) -> str:
-    architecture = config.get("architecture", "standard")
-    if architecture in SAE_CLASS_REGISTRY:
-        return str(architecture)
-    if architecture in SAE_TRAINING_CLASS_REGISTRY:
-        raise ValueError(
-            f"{name}: a training checkpoint of {architecture!r}, which SAELens cannot load for "
-            "inference; take the folder that save_inference_model writes, or the SAE itself"
-        )
-    raise ValueError(
-        f"{name}: architecture {architecture!r}; SAELens knows {', '.join(SAE_CLASS_REGISTRY)}"
-    )
-
-
 def size_in(config: dict[str, Any], key: str, name: str) -> int:
-    """Return a size that an SAE's settings say.
+    """Return a size from an SAE's settings.
 
     Raises:
-        ValueError: not a positive integer.
+        ValueError: it is not a positive integer.
     """
     size = config.get(key)
     if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < _WIDEST:
@@ -195,24 +157,47 @@ def size_in(config: dict[str, Any], key: str, name: str) -> int:
     return size
 
 
-def _is_of_version_6(config: dict[str, Any]) -> bool:
-    metadata = config.get("metadata")
-    return isinstance(metadata, dict) and "sae_lens_version" in metadata
+def pickle_hint(paths: Iterable[str]) -> str:
+    """Return what an error adds where pickles are found instead of weights; else nothing."""
+    pickles = sorted(path for path in paths if path.lower().endswith(_PICKLES))
+    if not pickles:
+        return ""
+    return (
+        f"; {visible(', '.join(pickles[:3]))} would have to be unpickled, which can run any "
+        "code, so it is not read: convert a checkpoint that you trust with `monoloss convert`"
+    )
+
+
+def _shapes(path: Path, name: str) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            keys = tensors.keys()
+            return {key: tuple(tensors.get_slice(key).get_shape()) for key in keys}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{name}/{path.name}: not a safetensors file: {error}") from error
+
+
+def _architecture(config: dict[str, Any], name: str) -> str:
+    architecture = str(config.get("architecture", "standard"))
+    if architecture in SAE_CLASS_REGISTRY:
+        return architecture
+    if architecture in SAE_TRAINING_CLASS_REGISTRY:
+        raise ValueError(
+            f"{name}: a training checkpoint of {architecture!r}, which SAELens cannot load for "
+            "inference; give the SAE itself, or the folder that save_inference_model writes"
+        )
+    raise ValueError(
+        f"{name}: architecture {architecture!r}; SAELens knows {', '.join(SAE_CLASS_REGISTRY)}"
+    )
 
 
 def _expected_shapes(
     architecture: str, config: dict[str, Any], name: str
 ) -> dict[str, tuple[int, ...]]:
-    """Return the tensors that SAELens will look for, from an SAE without memory."""
+    """Return the tensors that SAELens will look for, from an SAE that takes no memory."""
     sae_class, config_class = get_sae_class(architecture)
     try:
         empty = sae_class(config_class.from_dict({**config, "device": "meta"}))
-    except Exception as error:  # whatever settings of a stranger make SAELens trip over
+    except Exception as error:  # a stranger's settings can make SAELens fail in many ways
         raise ValueError(f"{name}: SAELens cannot make this {architecture} SAE: {error}") from error
     return {key: tuple(tensor.shape) for key, tensor in empty.state_dict().items()}
-
-
-def _hint(architecture: str, wrong: list[str]) -> str:
-    if any(key in ("topk_threshold", "log_threshold") for key in wrong):
-        return f"; is this a training checkpoint of {architecture!r}?"
-    return ""

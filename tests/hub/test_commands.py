@@ -12,12 +12,12 @@ from typer.testing import CliRunner
 
 from monoloss_plugin import cli, load_features, load_pretrained
 from monoloss_plugin.cli import output
-from monoloss_plugin.hub.bundled import folder_of
+from monoloss_plugin.hub.repository import bundled_folder
 from tests.convert.test_monoloss import K, save, untied
 from tests.hub.server import OWNER_TOKEN, Fault
 
 REPO = "alice/vision-saes"
-MODELS = folder_of("digits") / "models"
+MODELS = bundled_folder("digits") / "models"
 WITH, WITHOUT = MODELS / "batchtopk-256-monoloss-0.003", MODELS / "batchtopk-256"
 
 
@@ -31,7 +31,7 @@ def held_out(tmp_path):
     folder = tmp_path / "held-out"
     features = load_features("digits", "held_out")
     described = features.dataset.cast(features.dataset.features)
-    described.info.description = json.dumps(features.record)
+    described.info.description = json.dumps(features.record.to_dict())
     described.save_to_disk(folder)
     return folder
 
@@ -85,7 +85,7 @@ def test_features(held_out, hub, tmp_path) -> None:
         (["publish", "sae", WITH, "digits"], "repo_id: expected 'user/name'"),
         (["publish", "sae", WITH, REPO, "--name", "../x"], "sae_id: expected names"),
         (["publish", "sae", WITH, REPO, "--features", "none"], "no feature dataset in none"),
-        (["publish", "sae", WITH, "bob/saes"], "may not write to bob/saes"),
+        (["publish", "sae", WITH, "bob/saes"], "don't have the rights to write to bob/saes"),
         (["publish", "features", "none", REPO], "no feature dataset in none"),
         (["pretrained", "digit"], "one of digits, which are bundled"),
         (["pretrained", "alice/none"], "knows no repository alice/none"),

@@ -16,6 +16,7 @@ import pytest
 import sae_lens
 import torch
 from huggingface_hub import ModelCard, RepoCard
+from huggingface_hub.errors import RepositoryNotFoundError
 from sae_lens import SAE
 from safetensors.torch import load_file, save_file
 
@@ -31,12 +32,12 @@ from monoloss_plugin import (
 from monoloss_plugin.convert import from_dictionary_learning, from_monoloss, from_overcomplete
 from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.features import FeatureBatches, FeatureSet
-from monoloss_plugin.hub.bundled import folder_of
+from monoloss_plugin.hub.repository import bundled_folder
 from tests.adapters.conftest import ARCHITECTURES, make_sae, make_trainer, stream
 from tests.hub.server import OWNER_TOKEN, Fault
 
 REPO = "alice/vision-saes"
-DIGITS = folder_of("digits") / "models"
+DIGITS = bundled_folder("digits") / "models"
 WITH, WITHOUT = "batchtopk-256-monoloss-0.003", "batchtopk-256"
 
 
@@ -255,7 +256,7 @@ def test_a_dry_run_needs_no_hub(hub, caplog) -> None:
     with caplog.at_level(logging.WARNING):
         planned = publish_sae(DIGITS / WITH, REPO, dry_run=True)
     assert {file.change for file in planned.files} == {"new"}
-    assert "could not be reached" in caplog.text
+    assert f"this is what a new repository {REPO} would get" in caplog.text
 
 
 def test_private_repositories(hub, monkeypatch) -> None:
@@ -263,7 +264,7 @@ def test_private_repositories(hub, monkeypatch) -> None:
     assert hub.repos["model", REPO].private
     assert load_pretrained(REPO).record.lam == 0.003
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(FileNotFoundError, match="for a private one log in with `hf auth login`"):
+    with pytest.raises(RepositoryNotFoundError):
         load_pretrained(REPO)
     hub.put("alice/public", {"README.md": b""})
     with pytest.raises(PermissionError, match="is there already, and public"):
@@ -373,7 +374,7 @@ def test_a_string_is_a_folder_by_its_beginning_alone(tmp_path, monkeypatch, hub)
     with pytest.raises(FileNotFoundError, match=r"for the local 'models', write '\./models'"):
         load_pretrained("models")
     monkeypatch.chdir(DIGITS.parent.parent)
-    with pytest.raises(FileNotFoundError, match="for the local 'digits/models', write"):
+    with pytest.raises(RepositoryNotFoundError, match="for the local 'digits/models', write"):
         list_pretrained("digits/models")
     with pytest.raises(NotADirectoryError, match=r"repo_id: .*cfg.json is a file; give a folder"):
         load_pretrained(DIGITS / WITH / "cfg.json")

@@ -24,11 +24,11 @@ from monoloss_plugin import (
     publish_sae,
 )
 from monoloss_plugin.features import FeatureSet
-from monoloss_plugin.hub.bundled import folder_of
-from monoloss_plugin.hub.cards import escaped
+from monoloss_plugin.hub.cards import escape
+from monoloss_plugin.hub.repository import bundled_folder
 
 REPO = "mallory/saes"
-DIGITS = folder_of("digits") / "models" / "batchtopk-256-monoloss-0.003"
+DIGITS = bundled_folder("digits") / "models" / "batchtopk-256-monoloss-0.003"
 FILES = {path.name: path.read_bytes() for path in DIGITS.iterdir()}
 CONFIG = json.loads(FILES["cfg.json"])
 
@@ -262,7 +262,7 @@ def test_names_are_shown_in_a_card_as_they_are(text, hub) -> None:
     render = MarkdownIt("commonmark", {"html": True}).enable("table").render
     (row,) = (
         line
-        for line in render(f"| a | b |\n|---|---|\n| {escaped(text)} | end |").splitlines()
+        for line in render(f"| a | b |\n|---|---|\n| {escape(text)} | end |").splitlines()
         if line.startswith("<td>") and "end" not in line
     )
     shown = row.removeprefix("<td>").removesuffix("</td>")
@@ -325,4 +325,4 @@ def test_bundled_names_are_no_paths() -> None:
     for name in ("../digits", "digits/models", "bundled_data"):
         with pytest.raises((FileNotFoundError, ValueError, ConnectionError)):
             load_pretrained(name)
-    assert Path(folder_of("digits")).is_dir()
+    assert Path(bundled_folder("digits")).is_dir()

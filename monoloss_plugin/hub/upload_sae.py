@@ -1,0 +1,330 @@
+"""Publish a trained SAE."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from numbers import Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sae_lens import SAE
+from safetensors.torch import save_file
+from torch import Tensor
+
+from monoloss_plugin import __version__
+from monoloss_plugin._checks import require_flag, require_text
+from monoloss_plugin._places import as_path, require_folder
+from monoloss_plugin.evaluation import Evaluation
+from monoloss_plugin.hub.cards import CARD, encoder_on_hub, images_on_hub
+from monoloss_plugin.hub.model_card import CURVES, model_card
+from monoloss_plugin.hub.names import require_hub_name, require_inside, require_texts
+from monoloss_plugin.hub.record import RECORD, Inputs, SAERecord, finite, read_record, record_in
+from monoloss_plugin.hub.repository import Repository, read_json, repository_in
+from monoloss_plugin.hub.sae_folder import (
+    CONFIG,
+    SPARSITY,
+    WEIGHTS,
+    load_sae,
+    read_sparsity,
+    trained_as,
+    write_inputs,
+    write_sae_folder,
+)
+from monoloss_plugin.hub.upload import Destination, Publication, upload
+
+if TYPE_CHECKING:
+    from monoloss_plugin.features import FeatureSet
+
+Metrics = Evaluation | Mapping[str, float]
+
+_FILES = (CONFIG, WEIGHTS, SPARSITY, RECORD, CURVES)
+"""The files that are published of an SAE. Other files in its folder are left alone."""
+
+_SCALABLE = ("standard", "topk", "abstopk", "jumprelu", "gated", "matching_pursuit")
+"""Architectures whose outputs have the scale of their inputs."""
+
+_NEVER = 1e-10
+"""SAELens adds this to the share of samples before it takes the logarithm."""
+
+
+@dataclass(frozen=True)
+class SAEContent:
+    """What to publish of an SAE. The fields are the arguments of :func:`publish_sae`."""
+
+    sae: SAE[Any] | str | Path
+    evaluation: Metrics | None = None
+    baseline: Metrics | None = None
+    features: FeatureSet | None = None
+    unit_norm: bool | None = None
+    take_any_norm: bool = False
+
+    def __post_init__(self) -> None:
+        from monoloss_plugin.features import FeatureSet
+
+        require_flag(self.take_any_norm, "take_any_norm")
+        if self.unit_norm is not None:
+            require_flag(self.unit_norm, "unit_norm")
+        if self.features is not None and not isinstance(self.features, FeatureSet):
+            raise TypeError(f"features: expected a FeatureSet, got {self.features!r}")
+        if self.baseline is not None and self.evaluation is None:
+            raise ValueError("baseline: needs an evaluation to compare it with")
+
+
+def publish_sae(
+    sae: SAE[Any] | str | Path,
+    repo_id: str,
+    *,
+    sae_id: str | None = None,
+    evaluation: Metrics | None = None,
+    baseline: Metrics | None = None,
+    features: FeatureSet | None = None,
+    unit_norm: bool | None = None,
+    take_any_norm: bool = False,
+    license: str | None = None,
+    base_model: str | None = None,
+    dataset: str | None = None,
+    tags: Sequence[str] = (),
+    private: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    token: str | bool | None = None,
+) -> Publication:
+    """Publish an SAE to a repository of the Hub, beside the SAEs that are there.
+
+    Plain SAELens loads it with ``SAE.from_pretrained(repo_id, sae_id)``. This function makes the
+    repository if there is none. All files arrive in one commit, and nothing is overwritten unless
+    you ask for it. After an interruption, run it again; it sends only what is missing.
+
+    Args:
+        sae: a SAELens SAE, in training or for inference; or the folder where you saved one. Its
+            loss terms are read from its metadata, where the adapter has written them.
+        repo_id: ``user/name``.
+        sae_id: its folder in the repository; by default made of architecture, size and losses, such
+            as ``batchtopk-8192-monoloss-0.0003``.
+        evaluation: the result of :func:`~monoloss_plugin.evaluation.evaluate`, or numbers by name.
+            Evaluate a BatchTopK SAE after you have saved and loaded it. Without an evaluation, the
+            measurements in a folder's record are published.
+        baseline: the same of an SAE trained without the losses, to compare with.
+        features: the :class:`~monoloss_plugin.features.FeatureSet` that you evaluated on. Its
+            record names the encoder and the images.
+        unit_norm: whether you trained the SAE on features of unit norm, as ``FeatureBatches`` gives
+            them. By default as the SAE's own record says; yes if it does not say.
+        take_any_norm: fold the scaling into the SAE, so that it takes features as the encoder gives
+            them. Reconstructions then have the scale of the input. The same latents are active in
+            the same ratios; where SAELens rescales latents by decoder norms, they are larger by the
+            square root of d_in.
+        license: for the card, such as ``"mit"``.
+        base_model: the encoder's repository on the Hub, for the card; by default from the features'
+            record.
+        dataset: the images' repository on the Hub, for the card; by default from the same record.
+        tags: more tags for the card.
+        private: make a new repository private.
+        overwrite: replace an SAE of the same name.
+        dry_run: upload nothing, and return what would be uploaded. The token's rights are not
+            checked. Where the Hub cannot be reached, you get what a new repository would get.
+        token: by default the one you are logged in with.
+
+    Returns:
+        The files with their sizes, and the commit.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: a name cannot be one; the Hub rejects the card's metadata; or the SAE cannot be
+            published as it is, such as the folder of a training checkpoint.
+        FileExistsError: the repository has another SAE of this name.
+        FileNotFoundError: there is no such folder, or no SAE in it.
+        PermissionError: ``private`` is asked for, but the repository is there and public.
+        Exception: what ``huggingface_hub`` raises, such as its ``HfHubHTTPError`` with status 412
+            if somebody else commits at the same moment; run it again.
+    """
+    content = SAEContent(sae, evaluation, baseline, features, unit_norm, take_any_norm)
+    to = Destination(repo_id, "model", private, overwrite, dry_run, token)
+    if sae_id is not None:
+        _require_sae_id(sae_id)
+    tags = require_texts(tags, "tags")
+    require_text(license, "license")
+    for argument, name in (("base_model", base_model), ("dataset", dataset)):
+        if name is not None:
+            require_hub_name(name, argument)
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        sae_id = write_sae(content, root, sae_id)
+        record = read_record(root / sae_id, sae_id)
+        base_model = base_model or encoder_on_hub(record.encoder)
+        dataset = dataset or images_on_hub(record.dataset)
+        metadata = {
+            "license": license,
+            "tags": tags,
+            "base_model": [base_model] if base_model else [],
+            "datasets": [dataset] if dataset else [],
+        }
+
+        def write_card(existing: str, there: Repository | None) -> str:
+            added = repository_in(root, sae_id)
+            return model_card(existing, repo_id, [there, added], metadata)
+
+        files = {f"{sae_id}/{file}" for file in _FILES}
+        return upload(root, to, sae_id, owns=files.__contains__, write_card=write_card)
+
+
+def write_sae(content: SAEContent, root: Path, sae_id: str | None = None) -> str:
+    """Write all files of an SAE into ``root/sae_id``, and return the ``sae_id``.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: as :func:`publish_sae`.
+    """
+    with tempfile.TemporaryDirectory(dir=root, prefix=".") as scratch:
+        folder = Path(scratch) / "sae"
+        given = _read(content.sae)
+        # Write it and load it again, so that what is published is what others will load.
+        write_sae_folder(given.sae, folder)
+        sae = load_sae(folder, "sae")
+        record = _complete(given.record, sae, content)
+        if content.take_any_norm:
+            sae = _taking_any_norm(sae, record.inputs)
+            record = replace(record, inputs="as they are")
+            write_sae_folder(sae, folder)
+        record.write(folder)
+        write_inputs(folder, str(record.inputs))
+        sparsity = given.sparsity
+        if isinstance(content.evaluation, Evaluation):
+            sparsity = torch.log10(content.evaluation.frequency.float() + _NEVER)
+            _draw_curves(folder / CURVES, record, content.evaluation, content.baseline)
+        elif content.evaluation is None and given.curves is not None:
+            _copy_picture(given.curves, folder / CURVES)
+        if sparsity is not None:
+            if sparsity.shape != (sae.cfg.d_sae,):
+                raise ValueError(
+                    f"evaluation: of {len(sparsity)} latents, but this SAE has {sae.cfg.d_sae}"
+                )
+            save_file({"sparsity": sparsity.float().contiguous()}, folder / SPARSITY)
+        sae_id = _require_sae_id(sae_id or _name(folder, sae, record))
+        (root / sae_id).parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(root / sae_id)
+    return sae_id
+
+
+@dataclass(frozen=True)
+class _GivenSAE:
+    """An SAE to publish, and what its folder holds beside it, if it comes from one."""
+
+    sae: SAE[Any]
+    record: SAERecord = field(default_factory=SAERecord)
+    sparsity: Tensor | None = None
+    curves: Path | None = None
+
+
+def _read(sae: SAE[Any] | str | Path) -> _GivenSAE:
+    if isinstance(sae, SAE):
+        return _GivenSAE(sae)
+    folder = as_path(sae, "sae", "a SAELens SAE or a folder")
+    require_folder(folder, "sae")
+    loaded = load_sae(folder, str(folder))
+    sparsity = read_sparsity(folder, str(folder), loaded.cfg.d_sae)
+    curves = folder / CURVES
+    record = read_record(folder, str(folder))
+    return _GivenSAE(loaded, record, sparsity, curves if curves.is_file() else None)
+
+
+def _complete(known: SAERecord, sae: SAE[Any], content: SAEContent) -> SAERecord:
+    """Add to a record what the SAE itself, the features and the measurements say."""
+    own = record_in(sae)
+    record = replace(
+        known,
+        losses=own.losses or known.losses,
+        inputs=_inputs(known.inputs or own.inputs, content.unit_norm),
+        converted_from=own.converted_from or known.converted_from,
+        versions={
+            "monoloss_plugin": __version__,
+            "sae_lens": version("sae-lens"),
+            "torch": torch.__version__,
+        },
+    )
+    samples: dict[str, Any] = {}
+    if content.features is not None:
+        source = content.features.record.source
+        record = replace(record, encoder=content.features.record.encoder, dataset=source)
+        split = str(source.get("split") or source.get("name") or "not named")
+        samples = {"samples": len(content.features), "split": split}
+    if content.evaluation is None:
+        return record
+    return replace(
+        record,
+        metrics=_numbers(content.evaluation, "evaluation"),
+        baseline={} if content.baseline is None else _numbers(content.baseline, "baseline"),
+        evaluated_on=samples,
+    )
+
+
+def _inputs(known: Inputs | None, unit_norm: bool | None) -> Inputs:
+    """Return what the SAE takes, from the caller's word and what is known."""
+    if unit_norm is None:
+        return known or "unit norm"
+    said: Inputs = "unit norm" if unit_norm else "as they are"
+    if known not in (None, said):
+        raise ValueError(f"unit_norm: the SAE's own record says that it takes {known!r}")
+    return said
+
+
+def _numbers(metrics: Metrics, argument: str) -> dict[str, float]:
+    if isinstance(metrics, Evaluation):
+        return finite(metrics.summary())
+    if not isinstance(metrics, Mapping) or not all(isinstance(v, Real) for v in metrics.values()):
+        raise TypeError(f"{argument}: expected an Evaluation or numbers by name, got {metrics!r}")
+    return finite({str(name): float(value) for name, value in metrics.items()})
+
+
+def _taking_any_norm(sae: SAE[Any], inputs: Inputs | None) -> SAE[Any]:
+    """Make an SAE of unit-norm inputs scale its inputs itself."""
+    architecture = sae.cfg.architecture()
+    if architecture not in _SCALABLE:
+        raise ValueError(f"take_any_norm: not for {architecture}, only for {', '.join(_SCALABLE)}")
+    if inputs != "unit norm" or sae.cfg.normalize_activations != "none":
+        raise ValueError(
+            "take_any_norm: only for an SAE that was trained on features of unit norm and does not "
+            f"scale them itself (normalize_activations={sae.cfg.normalize_activations!r})"
+        )
+    # SAELens scales inputs to the square root of d_in; folding its inverse brings them back to 1.
+    sae.fold_activation_norm_scaling_factor(sae.cfg.d_in**-0.5)
+    sae.cfg.normalize_activations = "constant_norm_rescale"
+    return sae
+
+
+def _draw_curves(
+    path: Path, record: SAERecord, evaluation: Evaluation, baseline: Metrics | None
+) -> None:
+    from monoloss_plugin.report import curves_figure
+
+    added = " + ".join(str(term["name"]) for term in record.losses)
+    curves = {f"with {added}" if added else "MonoScore": [evaluation.monoscore.curve()]}
+    if isinstance(baseline, Evaluation):
+        curves = {f"without {added or 'the losses'}": [baseline.monoscore.curve()], **curves}
+    # Without a time or version, so that the same curves make the same file.
+    curves_figure(curves).savefig(path, dpi=110, metadata={"Software": None})
+
+
+def _copy_picture(source: Path, target: Path) -> None:
+    # The file may be a link to something that nobody means to publish.
+    if source.read_bytes()[:8] != b"\x89PNG\r\n\x1a\n":
+        raise ValueError(f"{source}: not a PNG picture")
+    shutil.copyfile(source, target)
+
+
+def _name(folder: Path, sae: SAE[Any], record: SAERecord) -> str:
+    architecture = trained_as(read_json(folder / CONFIG))
+    losses = "".join(f"-{term['name']}-{term['lam']:g}" for term in record.losses)
+    name = f"{architecture}-{sae.cfg.d_sae}{losses}"
+    return re.sub(r"[^\w.+=-]", "-", name, flags=re.ASCII)
+
+
+def _require_sae_id(sae_id: str) -> str:
+    """Return the name of an SAE's folder, which must not be the card's."""
+    if require_inside(sae_id, "sae_id").partition("/")[0] == CARD:
+        raise ValueError(f"sae_id: {CARD} is the card's name")
+    return sae_id

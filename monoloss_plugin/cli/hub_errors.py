@@ -53,7 +53,7 @@ def explain(error: BaseException) -> str | None:
 
 
 def _repository(error: BaseException) -> str:
-    """Return the name of the repository that a request was about."""
-    request = getattr(error, "request", None)
-    match = re.search(r"/api/(?:models|datasets)/([^/?]+/[^/?]+)", str(getattr(request, "url", "")))
+    """Return the name of the repository that the Hub's answer is about."""
+    url = getattr(getattr(error, "response", None), "url", "")
+    match = re.search(r"/(?:models|datasets)/([^/?]+/[^/?]+)", str(url))
     return match[1] if match else "this repository"

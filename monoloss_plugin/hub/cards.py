@@ -49,11 +49,7 @@ def settings_table(settings: Mapping[str, Any]) -> str:
 
 
 def parse_card(text: str, title: str = "") -> RepoCard:
-    """Read a card, or start one with a title if the text is empty.
-
-    Raises:
-        ValueError: the metadata is not YAML.
-    """
+    """Read a card, or start one with a title if the text is empty."""
     content = text or f"# {escape(title)}\n"
     if not content.lstrip().startswith("---"):
         content = f"---\n{{}}\n---\n\n{content}"
@@ -65,28 +61,29 @@ def parse_card(text: str, title: str = "") -> RepoCard:
         ) from error
 
 
-def merge_card(existing: str, title: str, ours: str, metadata: Mapping[str, Any]) -> str:
+def merge_card(
+    existing: str, repo_id: str, parts: Sequence[str], metadata: Mapping[str, Any]
+) -> str:
     """Put this package's part into a card, and keep what the owner has written around it.
 
     Args:
         existing: the card's text; empty if there is none.
-        title: the title of a new card.
-        ours: what to write between the two marks.
+        repo_id: ``user/name``.
+        parts: what to write between the two marks.
         metadata: what to add to the card's metadata. An entry of ``configs`` or ``model-index``
             replaces the entry of the same name. Other lists are extended. A value that the owner
             has set stays.
-
-    Raises:
-        ValueError: the existing card's metadata is not YAML.
     """
-    card = parse_card(existing, title)
-    part = f"{_BEGIN}\n\n{ours.strip()}\n\n{_END}"
+    card = parse_card(existing, repo_id.partition("/")[2])
+    ours = "\n\n".join((_BEGIN, *parts, _END))
     text = card.text
     if _OUR_PART.search(text):
-        text = _OUR_PART.sub(lambda _: part, text, count=1)
+        text = _OUR_PART.sub(lambda _: ours, text, count=1)
     else:
-        text = f"{text.rstrip()}\n\n{part}\n"
+        text = f"{text.rstrip()}\n\n{ours}\n"
     for key, value in metadata.items():
+        if not value:
+            continue
         there = card.data.get(key)
         before = there if isinstance(there, list) else [] if there is None else [there]
         if key in _NAME_KEYS:
@@ -101,19 +98,11 @@ def merge_card(existing: str, title: str, ours: str, metadata: Mapping[str, Any]
     return f"---\n{card.data.to_yaml()}\n---\n{text}"
 
 
-def encoder_on_hub(encoder: Mapping[str, Any]) -> str | None:
-    """Return the Hub repository of an encoder, if its name tells it."""
-    name = str(encoder.get("name", ""))
-    prefixed = name.startswith(("hf-hub:", "hf_hub:"))  # as open_clip and timm write it
-    if not prefixed and encoder.get("library") != "transformers":
+def hub_id(origin: Mapping[str, Any]) -> str | None:
+    """Return the Hub repository of an encoder or of images, if their record tells it."""
+    name = str(origin.get("name", ""))
+    if name.startswith(("hf-hub:", "hf_hub:")):  # as open_clip and timm write it
+        name = name[len("hf-hub:") :].partition("@")[0]
+    elif origin.get("library") != "transformers" and origin.get("kind") != "hub":
         return None  # open_clip's ViT-L-14/openai only looks like a repository
-    return _hub_id(name[len("hf-hub:") :].partition("@")[0] if prefixed else name)
-
-
-def images_on_hub(source: Mapping[str, Any]) -> str | None:
-    """Return the Hub repository of a feature set's images, if they come from one."""
-    return _hub_id(str(source.get("name", ""))) if source.get("kind") == "hub" else None
-
-
-def _hub_id(name: str) -> str | None:
     return name if _HUB_ID.fullmatch(name) else None

@@ -60,7 +60,7 @@ def load_features(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> FeatureSet:
-    """Load a published split of features.
+    """Load a published split of features, memory-mapped.
 
     This function reads only JSON and Parquet. What you have loaded once comes from the cache where
     the Hub cannot be reached.
@@ -75,12 +75,7 @@ def load_features(
         cache_dir: a folder instead of the Hub's own cache and that of ``datasets``.
         local_files_only: do not ask the Hub; read its cache.
 
-    Returns:
-        The features, memory-mapped, for :class:`~monoloss_plugin.features.FeatureBatches` and
-        :func:`~monoloss_plugin.evaluation.evaluate`.
-
     Raises:
-        TypeError: an argument has the wrong type.
         FileNotFoundError: there is no such folder, split or configuration.
         ValueError: there are several splits and you chose none; or the Parquet files hold no
             features, or labels beyond the classes that they name.
@@ -97,16 +92,15 @@ def load_features(
     )
     chosen = _choose(repository, config, split)
     paths = splits_in(repository)[chosen]
-    has_record = chosen.record_path in repository.sizes
-    folder = repository.download([*paths, chosen.record_path] if has_record else paths)
+    wanted = [path for path in (*paths, chosen.record_path) if path in repository.sizes]
+    folder = repository.download(wanted)
     try:
         dataset = Dataset.from_parquet(
             [str(folder / path) for path in paths],
             split=NamedSplit(chosen.split),
             cache_dir=None if cache_dir is None else str(cache_dir),
         )
-        record = _read_record(folder / chosen.record_path) if has_record else None
-        return FeatureSet(dataset, record)
+        return FeatureSet(dataset, _read_record(folder / chosen.record_path))
     except (TypeError, ValueError, DatasetGenerationError) as error:
         reason = error.__cause__ or error
         raise ValueError(f"{repository.name}: {paths[0]}: {reason}") from error
@@ -134,18 +128,14 @@ def split_of(path: str) -> tuple[Split | None, int]:
 def read_records(repository: Repository) -> dict[Split, FeatureRecord]:
     """Return what each split of a repository says of its encoder and images."""
     paths = {split: split.record_path for split in splits_in(repository)}
-    there = [p for p in paths.values() if p in repository.sizes and repository.is_short(p)]
-    folder = repository.download(there) if there else Path()
-    return {
-        split: _read_record(folder / path) if path in there else FeatureRecord()
-        for split, path in paths.items()
-    }
+    folder = repository.download(path for path in paths.values() if path in repository.sizes)
+    return {split: _read_record(folder / path) for split, path in paths.items()}
 
 
 def _read_record(path: Path) -> FeatureRecord:
-    """Read a record; an empty one, with a warning, where the file holds something else."""
+    """Read a record; an empty one where there is none, or, with a warning, something else."""
     try:
-        return FeatureRecord.of(read_json(path))
+        return FeatureRecord.of(read_json(path)) if path.is_file() else FeatureRecord()
     except ValueError as error:
         logger.warning("a record of features is left out: %s", error)
         return FeatureRecord()

@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from monoloss_plugin.evaluation import MEASURES
-from monoloss_plugin.hub.cards import escape, images_on_hub, merge_card, settings_table, table
+from monoloss_plugin.hub.cards import escape, hub_id, merge_card, settings_table, table
 from monoloss_plugin.hub.pretrained import Listed, file_of, list_saes
 from monoloss_plugin.hub.record import RECORD, SAERecord
 from monoloss_plugin.hub.repository import Repository
@@ -72,13 +72,9 @@ def model_card(
         if (results := _results(one.record))
         for entry in eval_results_to_model_index(one.sae_id, results)
     ]
-    described = {
-        "library_name": "saelens",
-        **{key: value for key, value in metadata.items() if value},
-        "tags": [*_TAGS, *metadata["tags"]],
-        **({"model-index": index} if index else {}),
-    }
-    return merge_card(existing, repo_id.partition("/")[2], "\n\n".join(parts), described)
+    tags = [*_TAGS, *metadata["tags"]]
+    ours = {"library_name": "saelens", **metadata, "tags": tags, "model-index": index}
+    return merge_card(existing, repo_id, parts, ours)
 
 
 def _overview(saes: Sequence[Listed]) -> str:
@@ -135,7 +131,7 @@ def _results(record: SAERecord) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="feature-extraction",
-            dataset_type=images_on_hub(record.dataset) or "features",
+            dataset_type=hub_id(record.dataset) or "features",
             dataset_name=str(record.dataset.get("name") or "not named"),
             metric_type=f"{measure}{suffix}",
             metric_name=f"{MEASURES.get(measure, measure)}{remark}",

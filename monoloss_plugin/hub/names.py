@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -25,12 +24,7 @@ def is_inside(path: str) -> bool:
 
 
 def require_inside(path: str, argument: str) -> str:
-    """Return a path below a repository's root.
-
-    Raises:
-        TypeError: it is not a string.
-        ValueError: it could leave its folder, or has a sign that a path should not have.
-    """
+    """Return a path; raise an error if it could leave its folder, or has unusual signs."""
     if not isinstance(path, str):
         raise TypeError(f"{argument}: expected a string, got {kind_of(path)}")
     if not is_inside(path):
@@ -42,11 +36,7 @@ def require_inside(path: str, argument: str) -> str:
 
 
 def require_hub_name(name: str, argument: str) -> str:
-    """Return a name that a repository on the Hub can have, with or without its user.
-
-    Raises:
-        ValueError: the Hub has no such names.
-    """
+    """Return the name of a repository, with or without its user; raise ValueError for another."""
     try:
         validate_repo_id(name)
     except HFValidationError as error:
@@ -55,12 +45,7 @@ def require_hub_name(name: str, argument: str) -> str:
 
 
 def require_repo_id(repo_id: str) -> str:
-    """Return a repository's full name, ``user/name``.
-
-    Raises:
-        TypeError: it is not a string.
-        ValueError: it is not such a name.
-    """
+    """Return a repository's full name, ``user/name``; raise an error for something else."""
     if not isinstance(repo_id, str):
         raise TypeError(f"repo_id: expected 'user/name', got {kind_of(repo_id)}")
     if repo_id.count("/") != 1:
@@ -69,11 +54,7 @@ def require_repo_id(repo_id: str) -> str:
 
 
 def require_split(split: str) -> str:
-    """Return the name of a split that ``datasets`` accepts.
-
-    Raises:
-        ValueError: it has other signs than letters, digits and underscores, or means all splits.
-    """
+    """Return the name of a split; raise ValueError for one that ``datasets`` does not accept."""
     plain = isinstance(split, str) and _SPLIT.fullmatch(split) and len(split) <= _LONGEST_SPLIT
     if not plain or split == "all":
         raise ValueError(
@@ -84,41 +65,20 @@ def require_split(split: str) -> str:
 
 
 def require_config(config: str) -> str:
-    """Return the name of a configuration; its folder has the same name.
-
-    Raises:
-        ValueError: it is more than one name, or the folder of the default configuration.
-    """
+    """Return the name of a configuration; raise ValueError if its folder cannot have that name."""
     if "/" in require_inside(config, "config") or config == DATA:
         raise ValueError(f"config: expected one name without /, and not {DATA!r}; got {config!r}")
     return config
 
 
-def require_texts(texts: Any, argument: str) -> list[str]:
-    """Return a list of strings.
-
-    Raises:
-        TypeError: it is something else, such as one string.
-    """
-    if not isinstance(texts, (list, tuple)) or not all(isinstance(one, str) for one in texts):
-        raise TypeError(f"{argument}: expected a list of strings, got {texts!r}")
-    return list(texts)
-
-
 def require_token(token: str | bool | None) -> str | bool | None:
-    """Return a token without the blanks that files and environments leave around it.
+    """Return a token without the blanks that files leave around it; raise an error for no token.
 
-    The Hub's client would print a malformed token in its error. This function does not.
-
-    Raises:
-        TypeError: it is not a string, True, False or None.
-        ValueError: it has signs that no token has.
+    The HTTP client would show a malformed token in its own error. This one does not.
     """
     if token is None or isinstance(token, bool):
         return token
-    if not isinstance(token, str):
-        raise TypeError(f"token: expected a string, got {kind_of(token)}")
-    token = token.strip()
+    token = token.strip() if isinstance(token, str) else ""
     if not re.fullmatch(r"[\w.-]+", token, re.ASCII):
         raise ValueError("token: expected letters, digits and underscores; it is not shown here")
     return token

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import torch
@@ -15,19 +13,11 @@ from sae_lens import SAE
 from torch import Tensor
 
 from monoloss_plugin._checks import as_device, require_text
+from monoloss_plugin.hub import sae_folder
 from monoloss_plugin.hub.names import is_inside, require_inside
 from monoloss_plugin.hub.record import RECORD, SAERecord, read_record
 from monoloss_plugin.hub.repository import BUNDLED, Place, Repository, open_repository, read_json
-from monoloss_plugin.hub.sae_folder import (
-    CONFIG,
-    SPARSITY,
-    WEIGHTS,
-    load_sae,
-    pickle_hint,
-    read_sparsity,
-    size_in,
-    trained_as,
-)
+from monoloss_plugin.hub.sae_folder import CONFIG, SPARSITY, WEIGHTS
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +85,6 @@ def load_pretrained(
         local_files_only: do not ask the Hub; read its cache.
 
     Raises:
-        TypeError: an argument has the wrong type.
         FileNotFoundError: there is no such folder, SAE or bundled name.
         ValueError: there are several SAEs and no ``sae_id``; the device cannot be used; or the
             SAE's files do not fit together, or its weights are not finite.
@@ -116,11 +105,8 @@ def load_pretrained(
     folder = repository.download(p for p in _paths(sae_id) if p in repository.sizes) / sae_id
     name = repository.name if sae_id == ROOT else f"{repository.name}/{sae_id}"
     record = read_record(folder, name)
-    sae = load_sae(folder, name, device=str(device), dtype=dtype)
-    own = sae.cfg.metadata["monoloss"] or {}
-    if record.inputs and isinstance(own, dict):  # the metadata of older SAEs does not say it
-        sae.cfg.metadata["monoloss"] = {"inputs": record.inputs, **own}
-    sparsity = read_sparsity(folder, name, sae.cfg.d_sae)
+    sae = sae_folder.load(folder, name, device=str(device), dtype=dtype)
+    sparsity = sae_folder.read_sparsity(folder, name, sae.cfg.d_sae)
     return Pretrained(sae, record, str(repo_id), sae_id, repository.commit, sparsity)
 
 
@@ -151,28 +137,23 @@ def list_pretrained(
 def list_saes(repository: Repository) -> list[Listed]:
     """List the SAEs of a repository; one that cannot be read is left out, with a warning."""
     ids = _sae_ids(repository)
-    settings = [p for i in ids for p in (file_of(i, CONFIG), file_of(i, RECORD))]
-    there = [path for path in settings if path in repository.sizes and repository.is_short(path)]
-    folder = repository.download(there) if there else Path()
+    settings = [file_of(sae_id, file) for sae_id in ids for file in (CONFIG, RECORD)]
+    folder = repository.download(path for path in settings if path in repository.sizes)
     found = []
     for sae_id in ids:
-        name = f"{repository.name}/{sae_id}"
-        with _warning_instead_of_error(name):
-            repository.require_short(file_of(sae_id, CONFIG))
+        try:
             config = read_json(folder / file_of(sae_id, CONFIG))
-            record = SAERecord()
-            with _warning_instead_of_error(f"the record of {name}"):
-                if file_of(sae_id, RECORD) in repository.sizes:
-                    repository.require_short(file_of(sae_id, RECORD))
-                record = read_record(folder / sae_id, name)
             one = Listed(
                 sae_id=sae_id,
-                architecture=trained_as(config),
-                d_in=size_in(config, "d_in", sae_id),
-                d_sae=size_in(config, "d_sae", sae_id),
-                record=record,
+                architecture=sae_folder.trained_as(config),
+                d_in=sae_folder.size_in(config, "d_in", sae_id),
+                d_sae=sae_folder.size_in(config, "d_sae", sae_id),
+                record=read_record(folder / sae_id, sae_id),
                 size=sum(repository.sizes.get(path, 0) for path in _paths(sae_id)),
             )
+        except (FileNotFoundError, ValueError) as error:
+            logger.warning("%s/%s is left out: %s", repository.name, sae_id, error)
+        else:
             found.append(one)
     return found
 
@@ -180,14 +161,6 @@ def list_saes(repository: Repository) -> list[Listed]:
 def file_of(sae_id: str, file: str) -> str:
     """Return the path of an SAE's file in its repository."""
     return file if sae_id == ROOT else f"{sae_id}/{file}"
-
-
-@contextmanager
-def _warning_instead_of_error(name: str) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        logger.warning("%s is left out: %s", name, error)
 
 
 def _paths(sae_id: str) -> list[str]:
@@ -210,7 +183,7 @@ def _choose(repository: Repository, sae_id: str | None) -> str:
     shown = ", ".join(there[:10]) + (f" and {len(there) - 10} more" if len(there) > 10 else "")
     if sae_id is None:
         if not there:
-            hint = pickle_hint(repository.sizes)
+            hint = sae_folder.pickle_hint(repository.sizes)
             raise FileNotFoundError(f"repo_id: {repository.name} holds no SAE{hint}")
         if len(there) > 1:
             raise ValueError(f"sae_id: {repository.name} has several SAEs: {shown}")
@@ -221,7 +194,7 @@ def _choose(repository: Repository, sae_id: str | None) -> str:
         below = (path for path in repository.sizes if path.startswith(f"{sae_id}/"))
         raise FileNotFoundError(
             f"sae_id: {repository.name} has no SAE {sae_id!r}; it has {shown or 'none'}"
-            f"{pickle_hint(below)}"
+            f"{sae_folder.pickle_hint(below)}"
         )
     return sae_id
 

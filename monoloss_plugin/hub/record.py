@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -56,15 +55,7 @@ class SAERecord:
 
 
 def read_record(folder: Path, name: str) -> SAERecord:
-    """Read the record of an SAE's folder; an empty one where the folder has none.
-
-    Args:
-        folder: the SAE's folder.
-        name: what an error calls the SAE.
-
-    Raises:
-        ValueError: the file is not a record, or has a later format.
-    """
+    """Read the record of an SAE's folder; an empty one if there is none."""
     path = folder / RECORD
     return parse_record(read_json(path), f"{name}/{RECORD}") if path.is_file() else SAERecord()
 
@@ -93,11 +84,7 @@ def parse_record(content: Mapping[str, Any], name: str) -> SAERecord:
 
 
 def record_in(sae: Any) -> SAERecord:
-    """Return what a SAELens SAE's own metadata says: its loss terms, inputs and origin.
-
-    Raises:
-        ValueError: the metadata has something else under this package's name.
-    """
+    """Return what a SAELens SAE's own metadata says: its loss terms, inputs and origin."""
     own = sae.cfg.metadata["monoloss"] or {}
     terms = own.get("terms", {}) if isinstance(own, Mapping) else None
     try:
@@ -111,21 +98,17 @@ def record_in(sae: Any) -> SAERecord:
         ) from error
 
 
-def finite(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Return the metrics that are finite, since JSON and YAML can hold no others."""
-    return {name: value for name, value in metrics.items() if math.isfinite(value)}
-
-
 def _fits(part: str, value: Any) -> bool:
     if part == "losses":
-        return all(isinstance(term, dict) and _is_term(term) for term in value)
+        return all(
+            isinstance(term, dict)
+            and isinstance(term.get("name"), str)
+            and _is_number(term.get("lam"))
+            for term in value
+        )
     if part in ("metrics", "baseline"):
         return all(_is_number(number) for number in value.values())
     return part != "inputs" or value in get_args(Inputs)
-
-
-def _is_term(term: Mapping[str, Any]) -> bool:
-    return isinstance(term.get("name"), str) and _is_number(term.get("lam"))
 
 
 def _is_number(value: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,11 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import errors as hub_errors
 
 from monoloss_plugin import __version__
 from monoloss_plugin._checks import require_text
@@ -27,9 +24,10 @@ Kind = Literal["model", "dataset"]
 BUNDLED = {"digits": "batchtopk-256-monoloss-0.003"}
 """The names that come with the package, each with the SAE that it loads by default."""
 
-_BUNDLED_FOLDER = Path(__file__).parent / "bundled_data"
 _LARGEST_JSON = 16 << 20  # bytes; no settings and no record are longer
 _NO_FILE = "no file has this name/"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,45 +72,29 @@ class Repository:
     """Where to download them from."""
 
     def download(self, paths: Iterable[str]) -> Path:
-        """Return a folder that holds these files under their paths.
-
-        Raises:
-            ValueError: a JSON file is longer than any settings.
-        """
-        wanted = list(paths)
-        for path in wanted:
-            if path.endswith(".json"):
-                self.require_short(path)
+        """Return a folder with these files. JSON that is longer than settings is left out."""
         if self.folder is not None:
             return self.folder
         assert self.place is not None
+        wanted = []
+        for path in paths:
+            if path.endswith(".json") and self.sizes[path] > _LARGEST_JSON:
+                size = self.sizes[path]
+                logger.warning("%s/%s is left out: %s bytes of settings", self.name, path, size)
+            else:
+                wanted.append(path)
         # By its branch first, so that the cache knows the branch when the Hub cannot be reached.
-        folder = self.place.snapshot(self.place.revision, wanted)
+        folder = self.place.snapshot(self.place.revision, wanted or [_NO_FILE])
         if folder.name != self.commit:  # somebody has committed since this object was made
-            folder = self.place.snapshot(self.commit, wanted)
+            folder = self.place.snapshot(self.commit, wanted or [_NO_FILE])
         return folder
-
-    def is_short(self, path: str) -> bool:
-        """Say whether a file is no longer than settings can be."""
-        return self.sizes[path] <= _LARGEST_JSON
-
-    def require_short(self, path: str) -> None:
-        """Raise ValueError where a file is longer than any settings."""
-        if not self.is_short(path):
-            raise ValueError(
-                f"{self.name}/{path}: {self.sizes[path]} bytes, more than any settings take"
-            )
 
 
 def open_repository(place: Place) -> Repository:
     """List the files of a repository: a local folder, a bundled name, or one of the Hub.
 
-    Where the Hub cannot be reached, or fails, the files in the cache are listed.
-
-    Raises:
-        TypeError: an argument has the wrong type.
-        FileNotFoundError: there is no such folder, or the name can be no repository.
-        Exception: what ``huggingface_hub`` raises, where the cache has no such repository either.
+    Where the Hub cannot be reached, or fails, the files in the cache are listed. If there are none,
+    the client's own error is raised.
     """
     require_place(place.repo_id, "repo_id")
     require_text(place.revision, "revision")
@@ -130,19 +112,28 @@ def open_repository(place: Place) -> Repository:
             f"bundled; got {name!r}{local_hint(name)}"
         )
     require_repo_id(name)
+    if place.local_files_only:
+        return _in_cache(place)
     try:
-        return _on_hub_or_in_cache(place)
-    except RepositoryNotFoundError as error:
+        info = api(place.token).repo_info(
+            name, repo_type=place.kind, revision=place.revision, files_metadata=True
+        )
+        return repository_of(info, place)
+    except hub_errors.RepositoryNotFoundError as error:
         error.append_to_message(local_hint(name))
+        raise
+    except hub_errors.RevisionNotFoundError:
+        raise
+    except Exception:  # of several HTTP libraries, as the version of the Hub's client uses them
+        try:
+            return _in_cache(place)
+        except hub_errors.LocalEntryNotFoundError:
+            pass
         raise
 
 
 def repository_in(folder: Path, name: str) -> Repository:
-    """List the files of a local folder.
-
-    Raises:
-        FileNotFoundError, NotADirectoryError: there is no such folder.
-    """
+    """List the files of a local folder."""
     require_folder(folder, "repo_id")
     return Repository(name, _sizes(folder), folder)
 
@@ -155,7 +146,7 @@ def repository_of(info: Any, place: Place) -> Repository:
 
 def bundled_folder(name: str) -> Path:
     """Return the folder of a bundled name; it holds ``models`` and ``datasets``."""
-    return _BUNDLED_FOLDER / name
+    return Path(__file__).parent / "bundled_data" / name
 
 
 def api(token: str | bool | None) -> HfApi:
@@ -166,11 +157,7 @@ def api(token: str | bool | None) -> HfApi:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-        ValueError: the file holds something else, or is longer than any settings.
-    """
+    """Read a JSON object; raise ValueError for a file that holds something else, or too much."""
     size = path.stat().st_size
     if size > _LARGEST_JSON:
         raise ValueError(f"{path}: {size} bytes, more than any settings take")
@@ -181,24 +168,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
-
-
-def _on_hub_or_in_cache(place: Place) -> Repository:
-    if place.local_files_only:
-        return _in_cache(place)
-    try:
-        info = api(place.token).repo_info(
-            str(place.repo_id), repo_type=place.kind, revision=place.revision, files_metadata=True
-        )
-    except (RepositoryNotFoundError, RevisionNotFoundError):
-        raise  # the Hub has answered
-    except Exception:  # of several HTTP libraries, as the version of the Hub's client uses them
-        try:
-            return _in_cache(place)
-        except LocalEntryNotFoundError:
-            pass
-        raise
-    return repository_of(info, place)
 
 
 def _in_cache(place: Place) -> Repository:

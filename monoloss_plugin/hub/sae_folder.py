@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from sae_lens import SAE, TrainingSAE
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY, get_sae_class
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from monoloss_plugin._checks import require_finite, visible
@@ -24,25 +23,17 @@ _PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy"
 """Endings of files that may hold pickled objects, which can run any code when they are read."""
 
 _WIDEST = 1 << 31
-_SPARSITY = "sparsity"
-"""SAELens's name of the tensor in ``sparsity.safetensors``."""
 
 logger = logging.getLogger(__name__)
 
 
-def load_sae(folder: Path, name: str, *, device: str = "cpu", dtype: str | None = None) -> SAE[Any]:
-    """Check a folder, and load its SAE with SAELens.
-
-    Args:
-        folder: it holds ``cfg.json`` and ``sae_weights.safetensors``.
-        name: what an error calls the SAE.
-        device: where to load it.
-        dtype: the type of the parameters; as stored by default.
+def load(folder: Path, name: str, *, device: str = "cpu", dtype: str | None = None) -> SAE[Any]:
+    """Check a folder with :func:`check`, and load its SAE. Errors call it by ``name``.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`check_sae`, or the weights are not finite.
+        FileNotFoundError, ValueError: the check fails, or the weights are not finite.
     """
-    check_sae(folder, name)
+    check(folder, name)
     try:
         sae: SAE[Any] = SAE.load_from_disk(folder, device=device, dtype=dtype)
     except Exception as error:  # before SAELens 6, settings say too little to be checked in full
@@ -58,12 +49,8 @@ def load_sae(folder: Path, name: str, *, device: str = "cpu", dtype: str | None 
     return sae
 
 
-def write_sae_folder(sae: SAE[Any], folder: Path) -> None:
-    """Write an SAE for inference, so that plain SAELens can load it.
-
-    Raises:
-        ValueError: the scale of its inputs is not folded into the weights yet.
-    """
+def write(sae: SAE[Any], folder: Path) -> None:
+    """Write an SAE for inference, so that plain SAELens can load it."""
     if sae.cfg.normalize_activations in ("expected_average_only_in", "covariance_whitening"):
         raise ValueError(
             f"sae: its normalize_activations is still {sae.cfg.normalize_activations!r}, so "
@@ -76,23 +63,20 @@ def write_sae_folder(sae: SAE[Any], folder: Path) -> None:
         sae.save_model(folder)
 
 
-def check_sae(folder: Path, name: str) -> None:
-    """Compare an SAE's settings with its weights.
-
-    Reads the settings and the header of the weights; takes no memory for weights.
-
-    Raises:
-        FileNotFoundError: one of the two files is missing.
-        ValueError: the format is not SAELens's, SAELens cannot load the architecture, or the sizes
-            do not fit the weights.
-    """
+def check(folder: Path, name: str) -> None:
+    """Raise an error unless an SAE's settings fit its weights. Reads only the weights' header."""
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
             there = (path.name for path in folder.iterdir())
             raise FileNotFoundError(f"{name}: no {file} in it{pickle_hint(there)}")
     config = read_json(folder / CONFIG)
     shapes = _shapes(folder / WEIGHTS, name)
-    architecture = _architecture(config, name)
+    architecture = str(config.get("architecture", "standard"))
+    if architecture not in SAE_CLASS_REGISTRY:
+        known = f"SAELens knows {', '.join(SAE_CLASS_REGISTRY)}"
+        if architecture in SAE_TRAINING_CLASS_REGISTRY:
+            known = "this is a training checkpoint; give what save_inference_model writes"
+        raise ValueError(f"{name}: architecture {architecture!r}; {known}")
     d_in, d_sae = size_in(config, "d_in", name), size_in(config, "d_sae", name)
     d_out = size_in(config, "d_out", name) if "d_out" in config else d_in  # only transcoders say it
     if shapes.get("W_dec", (d_sae, d_out)) != (d_sae, d_out):
@@ -115,27 +99,14 @@ def check_sae(folder: Path, name: str) -> None:
 
 
 def read_sparsity(folder: Path, name: str, d_sae: int) -> Tensor | None:
-    """Return log10 of the share of samples on which each latent is active (M,), if it was saved.
-
-    Raises:
-        ValueError: the file is not safetensors, or holds something else.
-    """
+    """Return log10 of the share of samples on which each latent is active (M,), if it was saved."""
     path = folder / SPARSITY
     if not path.is_file():
         return None
-    found = _shapes(path, name).get(_SPARSITY, "nothing of that name")
+    found = _shapes(path, name).get("sparsity", "nothing of that name")
     if found != (d_sae,):
-        raise ValueError(f"{name}/{SPARSITY}: expected {_SPARSITY} of ({d_sae},), found {found}")
-    with safe_open(path, framework="pt") as tensors:
-        return torch.as_tensor(tensors.get_tensor(_SPARSITY))
-
-
-def write_inputs(folder: Path, inputs: str) -> None:
-    """Write what an SAE takes into its own metadata, for people who use SAELens alone."""
-    config = read_json(folder / CONFIG)
-    metadata = config["metadata"]
-    metadata["monoloss"] = {**(metadata.get("monoloss") or {}), "inputs": inputs}
-    (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+        raise ValueError(f"{name}/{SPARSITY}: expected sparsity of ({d_sae},), found {found}")
+    return load_file(path)["sparsity"]
 
 
 def trained_as(config: dict[str, Any]) -> str:
@@ -146,11 +117,7 @@ def trained_as(config: dict[str, Any]) -> str:
 
 
 def size_in(config: dict[str, Any], key: str, name: str) -> int:
-    """Return a size from an SAE's settings.
-
-    Raises:
-        ValueError: it is not a positive integer.
-    """
+    """Return a size from an SAE's settings; raise ValueError unless it is a positive integer."""
     size = config.get(key)
     if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < _WIDEST:
         raise ValueError(f"{name}: {CONFIG} says {key} = {size!r}; expected a positive integer")
@@ -175,20 +142,6 @@ def _shapes(path: Path, name: str) -> dict[str, tuple[int, ...]]:
             return {key: tuple(tensors.get_slice(key).get_shape()) for key in keys}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{name}/{path.name}: not a safetensors file: {error}") from error
-
-
-def _architecture(config: dict[str, Any], name: str) -> str:
-    architecture = str(config.get("architecture", "standard"))
-    if architecture in SAE_CLASS_REGISTRY:
-        return architecture
-    if architecture in SAE_TRAINING_CLASS_REGISTRY:
-        raise ValueError(
-            f"{name}: a training checkpoint of {architecture!r}, which SAELens cannot load for "
-            "inference; give the SAE itself, or the folder that save_inference_model writes"
-        )
-    raise ValueError(
-        f"{name}: architecture {architecture!r}; SAELens knows {', '.join(SAE_CLASS_REGISTRY)}"
-    )
 
 
 def _expected_shapes(

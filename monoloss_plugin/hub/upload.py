@@ -90,15 +90,9 @@ def upload(
         folder: its files have the paths that they get in the repository.
         to: where to upload them.
         name: the name of the SAE or split, for the commit and the result.
-        owns: says whether a path in the repository belongs to this SAE or split. Such a file is
-            deleted if the folder does not have it.
+        owns: says whether a path belongs to this SAE or split. Such a file is deleted from the
+            repository if the folder does not have it.
         write_card: makes the new card from the card's text and the repository, if there is one.
-
-    Raises:
-        FileExistsError: the repository has other files under the same names.
-        PermissionError: ``private`` is asked for, but the repository is there and public.
-        ValueError: the Hub rejects the card's metadata.
-        Exception: what ``huggingface_hub`` raises.
     """
     info = _look_at(to)
     if to.private and info is not None and info.private is False:
@@ -133,11 +127,8 @@ def _look_at(to: Destination) -> Any:
     except Exception as error:  # of several HTTP libraries, as the client's version uses them
         if not to.dry_run:
             raise
-        logger.warning(
-            "the Hub did not answer (%s); this is what a new repository %s would get",
-            error,
-            to.repo_id,
-        )
+        said = "the Hub did not answer (%s); this is what a new repository %s would get"
+        logger.warning(said, error, to.repo_id)
         return None
 
 
@@ -194,10 +185,6 @@ def _commit(
         for file in changes
     ]
     done = client.create_commit(
-        to.repo_id,
-        operations,
-        commit_message=message,
-        repo_type=to.kind,
-        parent_commit=parent,
+        to.repo_id, operations, commit_message=message, repo_type=to.kind, parent_commit=parent
     )
     return str(done.oid)

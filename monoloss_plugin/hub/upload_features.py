@@ -5,29 +5,68 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 
-from monoloss_plugin._checks import require_text, visible
+from monoloss_plugin._checks import as_list, require_text, visible
 from monoloss_plugin._places import as_path, kind_of
 from monoloss_plugin.features import FeatureRecord, FeatureSet
-from monoloss_plugin.hub.cards import images_on_hub, parse_card
-from monoloss_plugin.hub.dataset_card import dataset_card
-from monoloss_plugin.hub.features import DEFAULT, Split, read_records, split_of
-from monoloss_plugin.hub.names import (
-    require_config,
-    require_hub_name,
-    require_split,
-    require_texts,
+from monoloss_plugin.hub.cards import (
+    escape,
+    hub_id,
+    merge_card,
+    parse_card,
+    settings_table,
+    table,
 )
+from monoloss_plugin.hub.features import DEFAULT, Split, read_records, split_of
+from monoloss_plugin.hub.names import require_config, require_hub_name, require_split
 from monoloss_plugin.hub.repository import Repository, repository_in
 from monoloss_plugin.hub.upload import Destination, Publication, upload
 
 _SHARD = 500 << 20  # bytes
 _COLUMNS = ("features", "label", "image_id")
 """The columns that are published. Other columns may hold anything."""
+
+_TAGS = ["image-features", "embeddings", "sparse-autoencoder", "monoloss"]
+
+_ABOUT = """\
+Features of images from a frozen encoder, one vector per image, for training and measuring sparse
+autoencoders. Published with monoloss_plugin; any reader of Parquet can read them.
+
+## Splits"""
+
+_COLUMNS_AND_LICENCE = """\
+## Columns
+
+`features`: the vectors, not normalised. `label`: if the images have labels. `image_id`.
+
+## Licence
+
+The images and the encoder have licences of their own. The licence in this card's metadata, if there
+is one, is the publisher's word for the features alone.
+
+## Load
+"""
+
+_LOAD = """\
+```python
+from datasets import load_dataset
+
+dataset = load_dataset("{repo_id}"{config}, split="{split}")
+```
+
+For training and measuring SAEs:
+
+```python
+from monoloss_plugin import load_features
+
+features = load_features("{repo_id}", "{split}"{config_argument})
+```"""
+
 
 _DATA_FILES = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".txt", ".zip", ".tar")
 
@@ -68,27 +107,23 @@ def publish_features(
         dry_run: upload nothing, and return what would be uploaded.
         token: by default the one you are logged in with.
 
-    Returns:
-        The files with their sizes, and the commit.
-
     Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: a name cannot be one; there are no features; or the repository holds other data.
         FileExistsError: the repository has other features under this name.
         FileNotFoundError: there is no such folder, or no feature dataset in it.
+        TypeError, ValueError: an argument is wrong, or the repository holds other data.
         PermissionError, Exception: as :func:`publish_sae`.
     """
     to = Destination(repo_id, "dataset", private, overwrite, dry_run, token)
-    tags = require_texts(tags, "tags")
-    texts = {"split": split, "license": license, "source_dataset": source_dataset}
-    for argument, given in texts.items():
-        require_text(given, argument)
+    tags = as_list(tags, "tags")
+    require_text(split, "split")
+    require_text(license, "license")
+    require_text(source_dataset, "source_dataset")
     require_config(config)
     features = _open(features)
     if not len(features):
         raise ValueError("features: expected at least one row, got none")
     name = Split(config, require_split(split or features.record.source.get("split") or "train"))
-    source = source_dataset or images_on_hub(features.record.source)
+    source = source_dataset or hub_id(features.record.source)
     metadata = {
         "license": license,
         "tags": tags,
@@ -105,7 +140,7 @@ def publish_features(
                 records = read_records(there)
             records |= read_records(repository_in(root, repo_id))
             _require_same_columns(records, name)
-            return dataset_card(existing, repo_id, records, metadata)
+            return _card(existing, repo_id, records, metadata)
 
         def owns(path: str) -> bool:
             return path == name.record_path or split_of(path)[0] == name
@@ -154,16 +189,11 @@ def _require_room(there: Repository, card: str) -> None:
         if path.endswith(_DATA_FILES) and path not in records and not split_of(path)[0]
     ]
     foreign = [path for path in others if not path.endswith(".parquet")]
-    if foreign:
+    if foreign or (others and "configs" not in parse_card(card).data):
         raise ValueError(
-            f"repo_id: {there.name} holds {visible(foreign[0])}, and datasets reads files of one "
-            "kind from a repository; choose another repository"
-        )
-    if others and "configs" not in parse_card(card).data:
-        raise ValueError(
-            f"repo_id: {there.name} holds {visible(others[0])}, which datasets finds as long as "
-            "the card names no files; name it in the card's configs first, or choose another "
-            "repository"
+            f"repo_id: {there.name} holds {visible((foreign or others)[0])}, which datasets could "
+            "not read any more beside these files; choose another repository, or, if all its files "
+            "are Parquet, name them in the card's configs first"
         )
 
 
@@ -176,3 +206,68 @@ def _require_same_columns(records: dict[Split, FeatureRecord], new: Split) -> No
                 f"features: their columns are not those of {split.split}, which is in the same "
                 f"configuration ({columns} and {record.columns}); choose another config"
             )
+
+
+def _card(
+    existing: str,
+    repo_id: str,
+    records: Mapping[Split, FeatureRecord],
+    metadata: Mapping[str, Any],
+) -> str:
+    """Return the card of a repository that will hold these splits."""
+    splits = sorted(records)
+    first = splits[0]
+    rows = [_row(split, records[split]) for split in splits]
+    configs: dict[str, list[Split]] = {}
+    for split in splits:
+        configs.setdefault(split.config, []).append(split)
+    parts = [
+        _ABOUT,
+        table(("configuration", "split", "size", "type", "encoder", "images"), rows),
+        *(_encoder(config, records[of_config[0]]) for config, of_config in configs.items()),
+        _COLUMNS_AND_LICENCE,
+        _LOAD.format(
+            repo_id=repo_id,
+            split=first.split,
+            config="" if first.config == DEFAULT else f', "{first.config}"',
+            config_argument="" if first.config == DEFAULT else f', config="{first.config}"',
+        ),
+    ]
+    ours = {
+        **metadata,
+        "tags": [*_TAGS, *metadata["tags"]],
+        "task_categories": ["image-feature-extraction"],
+        "configs": [
+            {
+                "config_name": config,
+                "data_files": [{"split": one.split, "path": one.pattern} for one in of_config],
+            }
+            for config, of_config in configs.items()
+        ],
+    }
+    if existing:
+        card = parse_card(existing)
+        # push_to_hub writes the splits' sizes there, and load_dataset fails when they are old.
+        card.data.pop("dataset_info", None)
+        existing = str(card.content)
+    return merge_card(existing, repo_id, parts, ours)
+
+
+def _row(split: Split, record: FeatureRecord) -> list[str]:
+    return [
+        f"`{split.config}`",
+        f"`{split.split}`",
+        escape(f"{record.rows or '?'} x {record.width or '?'}"),
+        escape(record.dtype or ""),
+        escape(record.encoder.get("name", "not said")),
+        escape(record.source.get("name", "not said")),
+    ]
+
+
+def _encoder(config: str, record: FeatureRecord) -> str:
+    parts = [f"## Encoder of `{config}`", settings_table(record.encoder)]
+    preprocessing = record.encoder.get("preprocessing")
+    if isinstance(preprocessing, Mapping) and preprocessing:
+        steps = {name: str(step) for name, step in preprocessing.items() if step is not None}
+        parts += ["Preprocessing, in the words of its library:", settings_table(steps)]
+    return "\n\n".join(parts)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from numbers import Real
 from pathlib import Path
@@ -15,27 +16,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sae_lens import SAE
 from safetensors.torch import save_file
-from torch import Tensor
 
 from monoloss_plugin import __version__
-from monoloss_plugin._checks import require_flag, require_text
+from monoloss_plugin._checks import as_list, require_flag, require_text
 from monoloss_plugin._places import as_path, require_folder
 from monoloss_plugin.evaluation import Evaluation
-from monoloss_plugin.hub.cards import CARD, encoder_on_hub, images_on_hub
+from monoloss_plugin.hub import sae_folder
+from monoloss_plugin.hub.cards import CARD, hub_id
 from monoloss_plugin.hub.model_card import CURVES, model_card
-from monoloss_plugin.hub.names import require_hub_name, require_inside, require_texts
-from monoloss_plugin.hub.record import RECORD, Inputs, SAERecord, finite, read_record, record_in
+from monoloss_plugin.hub.names import require_hub_name, require_inside
+from monoloss_plugin.hub.record import RECORD, Inputs, SAERecord, read_record, record_in
 from monoloss_plugin.hub.repository import Repository, read_json, repository_in
-from monoloss_plugin.hub.sae_folder import (
-    CONFIG,
-    SPARSITY,
-    WEIGHTS,
-    load_sae,
-    read_sparsity,
-    trained_as,
-    write_inputs,
-    write_sae_folder,
-)
+from monoloss_plugin.hub.sae_folder import CONFIG, SPARSITY, WEIGHTS
 from monoloss_plugin.hub.upload import Destination, Publication, upload
 
 if TYPE_CHECKING:
@@ -116,9 +108,8 @@ def publish_sae(
         unit_norm: whether you trained the SAE on features of unit norm, as ``FeatureBatches`` gives
             them. By default as the SAE's own record says; yes if it does not say.
         take_any_norm: fold the scaling into the SAE, so that it takes features as the encoder gives
-            them. Reconstructions then have the scale of the input. The same latents are active in
-            the same ratios; where SAELens rescales latents by decoder norms, they are larger by the
-            square root of d_in.
+            them, and reconstructs them at their scale. The same latents are active; where SAELens
+            rescales latents by decoder norms, they are larger by the square root of d_in.
         license: for the card, such as ``"mit"``.
         base_model: the encoder's repository on the Hub, for the card; by default from the features'
             record.
@@ -130,24 +121,18 @@ def publish_sae(
             checked. Where the Hub cannot be reached, you get what a new repository would get.
         token: by default the one you are logged in with.
 
-    Returns:
-        The files with their sizes, and the commit.
-
     Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: a name cannot be one; the Hub rejects the card's metadata; or the SAE cannot be
-            published as it is, such as the folder of a training checkpoint.
         FileExistsError: the repository has another SAE of this name.
         FileNotFoundError: there is no such folder, or no SAE in it.
         PermissionError: ``private`` is asked for, but the repository is there and public.
+        TypeError, ValueError: an argument is wrong; the SAE cannot be published as it is, such as
+            the folder of a training checkpoint; or the Hub rejects the card's metadata.
         Exception: what ``huggingface_hub`` raises, such as its ``HfHubHTTPError`` with status 412
             if somebody else commits at the same moment; run it again.
     """
     content = SAEContent(sae, evaluation, baseline, features, unit_norm, take_any_norm)
     to = Destination(repo_id, "model", private, overwrite, dry_run, token)
-    if sae_id is not None:
-        _require_sae_id(sae_id)
-    tags = require_texts(tags, "tags")
+    tags = as_list(tags, "tags")
     require_text(license, "license")
     for argument, name in (("base_model", base_model), ("dataset", dataset)):
         if name is not None:
@@ -156,8 +141,8 @@ def publish_sae(
         root = Path(temporary)
         sae_id = write_sae(content, root, sae_id)
         record = read_record(root / sae_id, sae_id)
-        base_model = base_model or encoder_on_hub(record.encoder)
-        dataset = dataset or images_on_hub(record.dataset)
+        base_model = base_model or hub_id(record.encoder)
+        dataset = dataset or hub_id(record.dataset)
         metadata = {
             "license": license,
             "tags": tags,
@@ -174,62 +159,45 @@ def publish_sae(
 
 
 def write_sae(content: SAEContent, root: Path, sae_id: str | None = None) -> str:
-    """Write all files of an SAE into ``root/sae_id``, and return the ``sae_id``.
-
-    Raises:
-        TypeError, ValueError, FileNotFoundError: as :func:`publish_sae`.
-    """
+    """Write all files of an SAE into ``root/sae_id``, and return the ``sae_id``."""
     with tempfile.TemporaryDirectory(dir=root, prefix=".") as scratch:
         folder = Path(scratch) / "sae"
-        given = _read(content.sae)
+        given, source, known, sparsity = content.sae, None, SAERecord(), None
+        if not isinstance(given, SAE):
+            source = as_path(given, "sae", "a SAELens SAE or a folder")
+            require_folder(source, "sae")
+            given = sae_folder.load(source, str(source))
+            known = read_record(source, str(source))
+            sparsity = sae_folder.read_sparsity(source, str(source), given.cfg.d_sae)
         # Write it and load it again, so that what is published is what others will load.
-        write_sae_folder(given.sae, folder)
-        sae = load_sae(folder, "sae")
-        record = _complete(given.record, sae, content)
+        sae_folder.write(given, folder)
+        sae = sae_folder.load(folder, "sae")
+        record = _complete(known, sae, content)
         if content.take_any_norm:
             sae = _taking_any_norm(sae, record.inputs)
             record = replace(record, inputs="as they are")
-            write_sae_folder(sae, folder)
+        # For people who load it with SAELens alone.
+        own = sae.cfg.metadata["monoloss"] or {}
+        sae.cfg.metadata["monoloss"] = {**own, "inputs": record.inputs}
+        sae_folder.write(sae, folder)
         record.write(folder)
-        write_inputs(folder, str(record.inputs))
-        sparsity = given.sparsity
         if isinstance(content.evaluation, Evaluation):
             sparsity = torch.log10(content.evaluation.frequency.float() + _NEVER)
             _draw_curves(folder / CURVES, record, content.evaluation, content.baseline)
-        elif content.evaluation is None and given.curves is not None:
-            _copy_picture(given.curves, folder / CURVES)
+        elif content.evaluation is None and source and (source / CURVES).is_file():
+            _copy_picture(source / CURVES, folder / CURVES)
         if sparsity is not None:
-            if sparsity.shape != (sae.cfg.d_sae,):
+            if len(sparsity) != sae.cfg.d_sae:
                 raise ValueError(
                     f"evaluation: of {len(sparsity)} latents, but this SAE has {sae.cfg.d_sae}"
                 )
             save_file({"sparsity": sparsity.float().contiguous()}, folder / SPARSITY)
-        sae_id = _require_sae_id(sae_id or _name(folder, sae, record))
+        sae_id = _name(folder, sae, record) if sae_id is None else sae_id
+        if require_inside(sae_id, "sae_id").partition("/")[0] == CARD:
+            raise ValueError(f"sae_id: {CARD} is the card's name")
         (root / sae_id).parent.mkdir(parents=True, exist_ok=True)
         folder.rename(root / sae_id)
     return sae_id
-
-
-@dataclass(frozen=True)
-class _GivenSAE:
-    """An SAE to publish, and what its folder holds beside it, if it comes from one."""
-
-    sae: SAE[Any]
-    record: SAERecord = field(default_factory=SAERecord)
-    sparsity: Tensor | None = None
-    curves: Path | None = None
-
-
-def _read(sae: SAE[Any] | str | Path) -> _GivenSAE:
-    if isinstance(sae, SAE):
-        return _GivenSAE(sae)
-    folder = as_path(sae, "sae", "a SAELens SAE or a folder")
-    require_folder(folder, "sae")
-    loaded = load_sae(folder, str(folder))
-    sparsity = read_sparsity(folder, str(folder), loaded.cfg.d_sae)
-    curves = folder / CURVES
-    record = read_record(folder, str(folder))
-    return _GivenSAE(loaded, record, sparsity, curves if curves.is_file() else None)
 
 
 def _complete(known: SAERecord, sae: SAE[Any], content: SAEContent) -> SAERecord:
@@ -274,10 +242,11 @@ def _inputs(known: Inputs | None, unit_norm: bool | None) -> Inputs:
 
 def _numbers(metrics: Metrics, argument: str) -> dict[str, float]:
     if isinstance(metrics, Evaluation):
-        return finite(metrics.summary())
+        metrics = metrics.summary()
     if not isinstance(metrics, Mapping) or not all(isinstance(v, Real) for v in metrics.values()):
         raise TypeError(f"{argument}: expected an Evaluation or numbers by name, got {metrics!r}")
-    return finite({str(name): float(value) for name, value in metrics.items()})
+    # JSON and YAML cannot hold other numbers.
+    return {str(k): float(v) for k, v in metrics.items() if math.isfinite(v)}
 
 
 def _taking_any_norm(sae: SAE[Any], inputs: Inputs | None) -> SAE[Any]:
@@ -317,14 +286,7 @@ def _copy_picture(source: Path, target: Path) -> None:
 
 
 def _name(folder: Path, sae: SAE[Any], record: SAERecord) -> str:
-    architecture = trained_as(read_json(folder / CONFIG))
+    architecture = sae_folder.trained_as(read_json(folder / CONFIG))
     losses = "".join(f"-{term['name']}-{term['lam']:g}" for term in record.losses)
     name = f"{architecture}-{sae.cfg.d_sae}{losses}"
     return re.sub(r"[^\w.+=-]", "-", name, flags=re.ASCII)
-
-
-def _require_sae_id(sae_id: str) -> str:
-    """Return the name of an SAE's folder, which must not be the card's."""
-    if require_inside(sae_id, "sae_id").partition("/")[0] == CARD:
-        raise ValueError(f"sae_id: {CARD} is the card's name")
-    return sae_id

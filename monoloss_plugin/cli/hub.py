@@ -244,11 +244,11 @@ def _measured(folder: Path, features: FeatureSet, raw: bool) -> Evaluation:
     """Score an SAE's folder on features, of the norm that it takes."""
     from monoloss_plugin.evaluation import evaluate
     from monoloss_plugin.hub.record import read_record
-    from monoloss_plugin.hub.sae_folder import load
+    from monoloss_plugin.hub.saes import load_folder
 
     require_folder(folder, "sae")
     raw = raw or read_record(folder, str(folder)).inputs == "as they are"
-    sae = load(folder, str(folder))
+    sae = load_folder(folder, str(folder))
     return evaluate(sae, features, normalize=False if raw else None, progress=True)
 
 

@@ -11,30 +11,38 @@ from monoloss_plugin._later import later
 from monoloss_plugin._optional import missing_extra
 
 if TYPE_CHECKING:
-    from monoloss_plugin.hub.features import load_features as load_features
-    from monoloss_plugin.hub.pretrained import Listed as Listed
-    from monoloss_plugin.hub.pretrained import Pretrained as Pretrained
-    from monoloss_plugin.hub.pretrained import list_pretrained as list_pretrained
-    from monoloss_plugin.hub.pretrained import load_pretrained as load_pretrained
-    from monoloss_plugin.hub.record import SAERecord as SAERecord
-    from monoloss_plugin.hub.upload import PlannedFile as PlannedFile
-    from monoloss_plugin.hub.upload import Publication as Publication
-    from monoloss_plugin.hub.upload_features import publish_features as publish_features
-    from monoloss_plugin.hub.upload_sae import publish_sae as publish_sae
+    from monoloss_plugin.hub.features import load_features, publish_features
+    from monoloss_plugin.hub.publishing import publish_sae
+    from monoloss_plugin.hub.record import SAERecord
+    from monoloss_plugin.hub.saes import Listed, Pretrained, list_pretrained, load_pretrained
+    from monoloss_plugin.hub.upload import PlannedFile, Publication
+
+__all__ = [
+    "Listed",
+    "PlannedFile",
+    "Pretrained",
+    "Publication",
+    "SAERecord",
+    "list_pretrained",
+    "load_features",
+    "load_pretrained",
+    "publish_features",
+    "publish_sae",
+]
 
 _find, __dir__ = later(
     __name__,
     {
-        "Listed": "pretrained",
+        "Listed": "saes",
         "PlannedFile": "upload",
-        "Pretrained": "pretrained",
+        "Pretrained": "saes",
         "Publication": "upload",
         "SAERecord": "record",
-        "list_pretrained": "pretrained",
+        "list_pretrained": "saes",
         "load_features": "features",
-        "load_pretrained": "pretrained",
-        "publish_features": "upload_features",
-        "publish_sae": "upload_sae",
+        "load_pretrained": "saes",
+        "publish_features": "features",
+        "publish_sae": "publishing",
     },
 )
 

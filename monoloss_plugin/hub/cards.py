@@ -11,9 +11,6 @@ from yaml import YAMLError
 
 CARD = "README.md"
 
-_NAME_KEYS = {"model-index": "name", "configs": "config_name"}
-"""Lists in the metadata whose entries have names, and the key of the name."""
-
 _BEGIN, _END = "<!-- monoloss_plugin writes from here -->", "<!-- to here -->"
 _OUR_PART = re.compile(re.escape(_BEGIN) + ".*?" + re.escape(_END), re.DOTALL)
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~>-])")
@@ -70,9 +67,8 @@ def merge_card(
         existing: the card's text; empty if there is none.
         repo_id: ``user/name``.
         parts: what to write between the two marks.
-        metadata: what to add to the card's metadata. An entry of ``configs`` or ``model-index``
-            replaces the entry of the same name. Other lists are extended. A value that the owner
-            has set stays.
+        metadata: what to add to the card's metadata. An entry of ``configs`` replaces the one of
+            the same name. Other lists are extended. A value that the owner has set stays.
     """
     card = parse_card(existing, repo_id.partition("/")[2])
     ours = "\n\n".join((_BEGIN, *parts, _END))
@@ -86,10 +82,9 @@ def merge_card(
             continue
         there = card.data.get(key)
         before = there if isinstance(there, list) else [] if there is None else [there]
-        if key in _NAME_KEYS:
-            name = _NAME_KEYS[key]
-            new = {entry[name] for entry in value}
-            kept = [e for e in before if not isinstance(e, dict) or e.get(name) not in new]
+        if key == "configs":
+            new = {config["config_name"] for config in value}
+            kept = [c for c in before if not isinstance(c, dict) or c.get("config_name") not in new]
             card.data[key] = [*kept, *value]
         elif isinstance(value, list):
             card.data[key] = [*before, *(one for one in value if one not in before)]

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from huggingface_hub import EvalResult
-from huggingface_hub.repocard_data import eval_results_to_model_index
-
 from monoloss_plugin.evaluation import MEASURES
-from monoloss_plugin.hub.cards import escape, hub_id, merge_card, settings_table, table
-from monoloss_plugin.hub.pretrained import Listed, file_of, list_saes
+from monoloss_plugin.hub.cards import escape, merge_card, settings_table, table
 from monoloss_plugin.hub.record import RECORD, SAERecord
 from monoloss_plugin.hub.repository import Repository
+from monoloss_plugin.hub.saes import Listed, file_of, list_saes
 
 CURVES = "curves.png"
 
@@ -66,14 +63,8 @@ def model_card(
     parts = [_ABOUT, "## SAEs", _overview(saes)]
     parts += [_section(one, file_of(one.sae_id, CURVES) in files) for one in saes]
     parts += ["## Load", _LOAD.format(repo_id=repo_id, sae_id=saes[0].sae_id)]
-    index = [
-        entry
-        for one in saes
-        if (results := _results(one.record))
-        for entry in eval_results_to_model_index(one.sae_id, results)
-    ]
     tags = [*_TAGS, *metadata["tags"]]
-    ours = {"library_name": "saelens", **metadata, "tags": tags, "model-index": index}
+    ours = {"library_name": "saelens", **metadata, "tags": tags}
     return merge_card(existing, repo_id, parts, ours)
 
 
@@ -119,36 +110,13 @@ def _measurements(record: SAERecord) -> str:
         names = " + ".join(str(term["name"]) for term in record.losses)
         added = escape(names or "the losses")
         columns = {f"without {added}": record.baseline, f"with {added}": record.metrics}
+    usual = [measure for measure in MEASURES if measure in record.metrics]
+    others = [measure for measure in record.metrics if measure not in MEASURES]
     rows = [
         [MEASURES.get(m) or escape(m), *(_number(column.get(m), m) for column in columns.values())]
-        for m in _ordered(record.metrics)
+        for m in (*usual, *others)
     ]
     return table(("measure", *columns), rows)
-
-
-def _results(record: SAERecord) -> list[EvalResult]:
-    """Return the measurements as the Hub shows them beside the card."""
-    return [
-        EvalResult(
-            task_type="feature-extraction",
-            dataset_type=hub_id(record.dataset) or "features",
-            dataset_name=str(record.dataset.get("name") or "not named"),
-            metric_type=f"{measure}{suffix}",
-            metric_name=f"{MEASURES.get(measure, measure)}{remark}",
-            metric_value=metrics[measure],
-        )
-        for suffix, remark, metrics in (
-            ("", "", record.metrics),
-            ("_baseline", " (without the losses)", record.baseline),
-        )
-        for measure in _ordered(metrics)
-    ]
-
-
-def _ordered(metrics: Mapping[str, float]) -> list[str]:
-    """Return the names of measures: first those of an evaluation, in their usual order."""
-    usual = [measure for measure in MEASURES if measure in metrics]
-    return [*usual, *(measure for measure in metrics if measure not in MEASURES)]
 
 
 def _number(value: float | None, measure: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -69,6 +70,13 @@ def require_config(config: str) -> str:
     if "/" in require_inside(config, "config") or config == DATA:
         raise ValueError(f"config: expected one name without /, and not {DATA!r}; got {config!r}")
     return config
+
+
+def require_texts(texts: Any, argument: str) -> list[str]:
+    """Return a list of strings; raise TypeError for something else, such as one string."""
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(one, str) for one in texts):
+        raise TypeError(f"{argument}: expected a list of strings, got {texts!r}")
+    return list(texts)
 
 
 def require_token(token: str | bool | None) -> str | bool | None:

@@ -14,7 +14,6 @@ RECORD = "monoloss.json"
 
 Inputs = Literal["unit norm", "as they are"]
 
-_FORMAT = 1
 _TYPES: dict[str, type] = {"losses": list, "inputs": str, "converted_from": str}
 """The type of each part that is not a dict."""
 
@@ -50,7 +49,7 @@ class SAERecord:
 
     def write(self, folder: Path) -> None:
         """Write the record into an SAE's folder."""
-        content = json.dumps({"format": _FORMAT, **asdict(self)}, indent=1, sort_keys=True)
+        content = json.dumps({"format": 1, **asdict(self)}, indent=1, sort_keys=True)
         (folder / RECORD).write_text(f"{content}\n", encoding="utf-8")
 
 
@@ -61,17 +60,10 @@ def read_record(folder: Path, name: str) -> SAERecord:
 
 
 def parse_record(content: Mapping[str, Any], name: str) -> SAERecord:
-    """Make a record from JSON. Parts that a later version may have added are left out.
+    """Make a record from JSON; raise ValueError if a part has the wrong type.
 
-    Raises:
-        ValueError: a part has the wrong type, or the format is a later one.
+    Parts that a later version may have added are left out.
     """
-    written = content.get("format", _FORMAT)
-    if not isinstance(written, int) or written > _FORMAT:
-        raise ValueError(
-            f"{name}: format {written!r}, but this version of monoloss_plugin reads up to "
-            f"{_FORMAT}; update it"
-        )
     known: dict[str, Any] = {}
     for part in (part.name for part in fields(SAERecord)):
         value = content.get(part)

@@ -70,6 +70,8 @@ class Repository:
     """None for a local folder."""
     place: Place | None = None
     """Where to download them from."""
+    info: Any = None
+    """The Hub's own description of the repository."""
 
     def download(self, paths: Iterable[str]) -> Path:
         """Return a folder with these files. JSON that is longer than settings is left out."""
@@ -115,10 +117,7 @@ def open_repository(place: Place) -> Repository:
     if place.local_files_only:
         return _in_cache(place)
     try:
-        info = api(place.token).repo_info(
-            name, repo_type=place.kind, revision=place.revision, files_metadata=True
-        )
-        return repository_of(info, place)
+        return ask_hub(place)
     except hub_errors.RepositoryNotFoundError as error:
         error.append_to_message(local_hint(name))
         raise
@@ -138,10 +137,13 @@ def repository_in(folder: Path, name: str) -> Repository:
     return Repository(name, _sizes(folder), folder)
 
 
-def repository_of(info: Any, place: Place) -> Repository:
-    """List the files that the Hub's own description of a repository names."""
+def ask_hub(place: Place) -> Repository:
+    """List the files of a repository on the Hub; raise the client's own error if that fails."""
+    info: Any = api(place.token).repo_info(
+        str(place.repo_id), repo_type=place.kind, revision=place.revision, files_metadata=True
+    )
     sizes = {file.rfilename: int(file.size or 0) for file in info.siblings or ()}
-    return Repository(str(place.repo_id), sizes, commit=str(info.sha), place=place)
+    return Repository(str(place.repo_id), sizes, None, str(info.sha), place, info)
 
 
 def bundled_folder(name: str) -> Path:

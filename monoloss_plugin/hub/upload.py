@@ -15,7 +15,7 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from monoloss_plugin._checks import require_flag
 from monoloss_plugin.hub.cards import CARD
 from monoloss_plugin.hub.names import require_repo_id
-from monoloss_plugin.hub.repository import Kind, Place, Repository, api, repository_of
+from monoloss_plugin.hub.repository import Kind, Place, Repository, api, ask_hub
 
 logger = logging.getLogger(__name__)
 
@@ -94,17 +94,14 @@ def upload(
             repository if the folder does not have it.
         write_card: makes the new card from the card's text and the repository, if there is one.
     """
-    info = _look_at(to)
-    if to.private and info is not None and info.private is False:
+    there = _look_at(to)
+    if to.private and there is not None and there.info.private is False:
         raise PermissionError(
             f"private: {to.repo_id} is there already, and public; make it private on its settings "
             "page first, or choose another name"
         )
-    there = None
-    if info is not None:
-        there = repository_of(info, Place(to.repo_id, to.kind, str(info.sha), to.token))
     (folder / CARD).write_text(write_card(_card_of(there), there), encoding="utf-8")
-    files = _plan(folder, info, owns)
+    files = _plan(folder, there, owns)
     clashes = [f.path for f in files if f.change in ("changed", "gone") and f.path != CARD]
     if clashes and not to.overwrite:
         raise FileExistsError(
@@ -118,10 +115,10 @@ def upload(
     return Publication(to.repo_id, to.url, files, None if to.dry_run else commit, name)
 
 
-def _look_at(to: Destination) -> Any:
-    """Return the Hub's description of a repository; None if there is no such repository."""
+def _look_at(to: Destination) -> Repository | None:
+    """Return the repository as it is now; None if there is none."""
     try:
-        return api(to.token).repo_info(to.repo_id, repo_type=to.kind, files_metadata=True)
+        return ask_hub(Place(to.repo_id, to.kind, token=to.token))
     except RepositoryNotFoundError:
         return None
     except Exception as error:  # of several HTTP libraries, as the client's version uses them
@@ -141,9 +138,12 @@ def _card_of(repository: Repository | None) -> str:
         raise ValueError(f"{CARD}: the card of {repository.name} is not UTF-8; mend it") from error
 
 
-def _plan(folder: Path, info: Any, owns: Callable[[str], bool]) -> list[PlannedFile]:
+def _plan(
+    folder: Path, repository: Repository | None, owns: Callable[[str], bool]
+) -> list[PlannedFile]:
     """Compare the folder with the repository."""
-    there = {} if info is None else {file.rfilename: file for file in info.siblings or ()}
+    siblings = [] if repository is None else repository.info.siblings or []
+    there = {file.rfilename: file for file in siblings}
     planned = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()

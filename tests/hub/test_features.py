@@ -18,7 +18,7 @@ from monoloss_plugin import load_features, load_pretrained, publish_features
 from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.features import FeatureBatches, FeatureSet, extract
 from monoloss_plugin.features.shards import features_schema
-from monoloss_plugin.hub import upload_features
+from monoloss_plugin.hub import features as hub_features
 from tests.hub.server import Fault
 
 REPO = "alice/digit-features"
@@ -139,7 +139,7 @@ def test_the_card(digits, tmp_path, hub) -> None:
 
 
 def test_large_sets_are_several_files(tmp_path, monkeypatch, hub) -> None:
-    monkeypatch.setattr(upload_features, "_SHARD", 60 * 4 * 2 // 3 + 1)
+    monkeypatch.setattr(hub_features, "_SHARD", 60 * 4 * 2 // 3 + 1)
     features = made(label=[n % 2 for n in range(60)])
     done = publish_features(features, REPO)
     parquet = [f.path for f in done.files if f.path.endswith(".parquet")]
@@ -151,7 +151,7 @@ def test_large_sets_are_several_files(tmp_path, monkeypatch, hub) -> None:
 def test_publishing_again_and_overwriting(tmp_path, monkeypatch, hub) -> None:
     features = made()
     with monkeypatch.context() as smaller:
-        smaller.setattr(upload_features, "_SHARD", 200)
+        smaller.setattr(hub_features, "_SHARD", 200)
         first = publish_features(features, REPO)
         again = publish_features(features, REPO)
     assert {file.change for file in again.files} == {"same"}

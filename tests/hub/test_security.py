@@ -212,14 +212,20 @@ def test_weights_that_do_not_fit_the_settings(hub, never_loaded) -> None:
         load_pretrained(REPO)
 
 
-def test_settings_of_many_megabytes_are_not_fetched(hub, never_loaded) -> None:
-    for name in ("cfg__json", "monoloss__json"):
-        hub.reset()
-        put(hub, **{name: b" " * (17 << 20)})
-        hub.requests.clear()
-        with pytest.raises(ValueError, match="bytes, more than any settings take"):
-            load_pretrained(REPO)
-        assert not [path for _, path in hub.requests if "/resolve/" in path]
+def test_settings_of_many_megabytes_are_not_fetched(hub, caplog) -> None:
+    put(hub, cfg__json=b" " * (17 << 20), monoloss__json=b" " * (17 << 20))
+    with pytest.raises(FileNotFoundError, match=r"no cfg.json in it"):
+        load_pretrained(REPO)
+    assert list_pretrained(REPO) == []
+    assert "one/cfg.json is left out: 17825792 bytes" in caplog.text
+    assert not [path for _, path in hub.requests if path.endswith(".json") and "/resolve/" in path]
+
+
+def test_settings_of_many_megabytes_in_a_folder_are_not_read(tmp_path) -> None:
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(b" " * (17 << 20) if name == "cfg.json" else content)
+    with pytest.raises(ValueError, match="bytes, more than any settings take"):
+        load_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +237,6 @@ def test_settings_of_many_megabytes_are_not_fetched(hub, never_loaded) -> None:
         {"metrics": {"r2": "high"}},
         {"metrics": []},
         {"encoder": "clip"},
-        {"format": "one"},
         {"inputs": 3},
         {"inputs": "any"},
     ],

@@ -18,16 +18,16 @@ from sae_lens import SAE
 from safetensors.torch import save_file
 
 from monoloss_plugin import __version__
-from monoloss_plugin._checks import as_list, require_flag, require_text
+from monoloss_plugin._checks import require_flag, require_text
 from monoloss_plugin._places import as_path, require_folder
 from monoloss_plugin.evaluation import Evaluation
-from monoloss_plugin.hub import sae_folder
+from monoloss_plugin.hub import saes
 from monoloss_plugin.hub.cards import CARD, hub_id
 from monoloss_plugin.hub.model_card import CURVES, model_card
-from monoloss_plugin.hub.names import require_hub_name, require_inside
+from monoloss_plugin.hub.names import require_hub_name, require_inside, require_texts
 from monoloss_plugin.hub.record import RECORD, Inputs, SAERecord, read_record, record_in
 from monoloss_plugin.hub.repository import Repository, read_json, repository_in
-from monoloss_plugin.hub.sae_folder import CONFIG, SPARSITY, WEIGHTS
+from monoloss_plugin.hub.saes import CONFIG, SPARSITY, WEIGHTS
 from monoloss_plugin.hub.upload import Destination, Publication, upload
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def publish_sae(
     """
     content = SAEContent(sae, evaluation, baseline, features, unit_norm, take_any_norm)
     to = Destination(repo_id, "model", private, overwrite, dry_run, token)
-    tags = as_list(tags, "tags")
+    tags = require_texts(tags, "tags")
     require_text(license, "license")
     for argument, name in (("base_model", base_model), ("dataset", dataset)):
         if name is not None:
@@ -166,12 +166,12 @@ def write_sae(content: SAEContent, root: Path, sae_id: str | None = None) -> str
         if not isinstance(given, SAE):
             source = as_path(given, "sae", "a SAELens SAE or a folder")
             require_folder(source, "sae")
-            given = sae_folder.load(source, str(source))
+            given = saes.load_folder(source, str(source))
             known = read_record(source, str(source))
-            sparsity = sae_folder.read_sparsity(source, str(source), given.cfg.d_sae)
+            sparsity = saes.read_sparsity(source, str(source), given.cfg.d_sae)
         # Write it and load it again, so that what is published is what others will load.
-        sae_folder.write(given, folder)
-        sae = sae_folder.load(folder, "sae")
+        saes.write_folder(given, folder)
+        sae = saes.load_folder(folder, "sae")
         record = _complete(known, sae, content)
         if content.take_any_norm:
             sae = _taking_any_norm(sae, record.inputs)
@@ -179,7 +179,7 @@ def write_sae(content: SAEContent, root: Path, sae_id: str | None = None) -> str
         # For people who load it with SAELens alone.
         own = sae.cfg.metadata["monoloss"] or {}
         sae.cfg.metadata["monoloss"] = {**own, "inputs": record.inputs}
-        sae_folder.write(sae, folder)
+        saes.write_folder(sae, folder)
         record.write(folder)
         if isinstance(content.evaluation, Evaluation):
             sparsity = torch.log10(content.evaluation.frequency.float() + _NEVER)
@@ -286,7 +286,7 @@ def _copy_picture(source: Path, target: Path) -> None:
 
 
 def _name(folder: Path, sae: SAE[Any], record: SAERecord) -> str:
-    architecture = sae_folder.trained_as(read_json(folder / CONFIG))
+    architecture = saes.trained_as(read_json(folder / CONFIG))
     losses = "".join(f"-{term['name']}-{term['lam']:g}" for term in record.losses)
     name = f"{architecture}-{sae.cfg.d_sae}{losses}"
     return re.sub(r"[^\w.+=-]", "-", name, flags=re.ASCII)

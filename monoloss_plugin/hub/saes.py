@@ -1,25 +1,35 @@
-"""Load published SAEs, and list the SAEs of a repository."""
+"""SAEs in a repository or folder: load them, list them, and check them before they take memory."""
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from sae_lens import SAE
+from sae_lens import SAE, TrainingSAE
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
+from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY, get_sae_class
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
-from monoloss_plugin._checks import as_device, require_text
-from monoloss_plugin.hub import sae_folder
+from monoloss_plugin._checks import as_device, require_finite, require_text, visible
 from monoloss_plugin.hub.names import is_inside, require_inside
 from monoloss_plugin.hub.record import RECORD, SAERecord, read_record
 from monoloss_plugin.hub.repository import BUNDLED, Place, Repository, open_repository, read_json
-from monoloss_plugin.hub.sae_folder import CONFIG, SPARSITY, WEIGHTS
 
 logger = logging.getLogger(__name__)
+
+CONFIG, WEIGHTS, SPARSITY = SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
+
+_PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
+"""Endings of files that may hold pickled objects, which can run any code when they are read."""
+
+_WIDEST = 1 << 31
 
 ROOT = "."
 """The ``sae_id`` of an SAE at the root of its repository."""
@@ -105,8 +115,8 @@ def load_pretrained(
     folder = repository.download(p for p in _paths(sae_id) if p in repository.sizes) / sae_id
     name = repository.name if sae_id == ROOT else f"{repository.name}/{sae_id}"
     record = read_record(folder, name)
-    sae = sae_folder.load(folder, name, device=str(device), dtype=dtype)
-    sparsity = sae_folder.read_sparsity(folder, name, sae.cfg.d_sae)
+    sae = load_folder(folder, name, device=str(device), dtype=dtype)
+    sparsity = read_sparsity(folder, name, sae.cfg.d_sae)
     return Pretrained(sae, record, str(repo_id), sae_id, repository.commit, sparsity)
 
 
@@ -145,9 +155,9 @@ def list_saes(repository: Repository) -> list[Listed]:
             config = read_json(folder / file_of(sae_id, CONFIG))
             one = Listed(
                 sae_id=sae_id,
-                architecture=sae_folder.trained_as(config),
-                d_in=sae_folder.size_in(config, "d_in", sae_id),
-                d_sae=sae_folder.size_in(config, "d_sae", sae_id),
+                architecture=trained_as(config),
+                d_in=_size_in(config, "d_in", sae_id),
+                d_sae=_size_in(config, "d_sae", sae_id),
                 record=read_record(folder / sae_id, sae_id),
                 size=sum(repository.sizes.get(path, 0) for path in _paths(sae_id)),
             )
@@ -183,7 +193,7 @@ def _choose(repository: Repository, sae_id: str | None) -> str:
     shown = ", ".join(there[:10]) + (f" and {len(there) - 10} more" if len(there) > 10 else "")
     if sae_id is None:
         if not there:
-            hint = sae_folder.pickle_hint(repository.sizes)
+            hint = _pickle_hint(repository.sizes)
             raise FileNotFoundError(f"repo_id: {repository.name} holds no SAE{hint}")
         if len(there) > 1:
             raise ValueError(f"sae_id: {repository.name} has several SAEs: {shown}")
@@ -194,7 +204,7 @@ def _choose(repository: Repository, sae_id: str | None) -> str:
         below = (path for path in repository.sizes if path.startswith(f"{sae_id}/"))
         raise FileNotFoundError(
             f"sae_id: {repository.name} has no SAE {sae_id!r}; it has {shown or 'none'}"
-            f"{sae_folder.pickle_hint(below)}"
+            f"{_pickle_hint(below)}"
         )
     return sae_id
 
@@ -208,3 +218,136 @@ def _dtype_name(dtype: Any) -> str | None:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"dtype: expected one such as 'float32', got {dtype!r}")
     return name
+
+
+def load_folder(
+    folder: Path, name: str, *, device: str = "cpu", dtype: str | None = None
+) -> SAE[Any]:
+    """Check a folder with ``_check_folder``, and load its SAE. Errors call it by ``name``.
+
+    Raises:
+        FileNotFoundError, ValueError: the check fails, or the weights are not finite.
+    """
+    _check_folder(folder, name)
+    try:
+        sae: SAE[Any] = SAE.load_from_disk(folder, device=device, dtype=dtype)
+    except Exception as error:  # before SAELens 6, settings say too little to be checked in full
+        raise ValueError(f"{name}: SAELens cannot load it: {error!r}") from error
+    for key, tensor in sae.state_dict().items():
+        require_finite(tensor, f"{name}/{WEIGHTS}: {key}")
+    if sae.cfg.normalize_activations == "expected_average_only_in":
+        logger.warning(
+            "%s: the scale of its inputs was never folded into the weights; scale the inputs as "
+            "in its training",
+            name,
+        )
+    return sae
+
+
+def write_folder(sae: SAE[Any], folder: Path) -> None:
+    """Write an SAE for inference, so that plain SAELens can load it."""
+    if sae.cfg.normalize_activations in ("expected_average_only_in", "covariance_whitening"):
+        raise ValueError(
+            f"sae: its normalize_activations is still {sae.cfg.normalize_activations!r}, so "
+            "everyone who loads it would have to scale the inputs in the same way. "
+            "SAETrainer.fit folds the scale into the weights when it ends"
+        )
+    if isinstance(sae, TrainingSAE):
+        sae.save_inference_model(folder)
+    else:
+        sae.save_model(folder)
+
+
+def _check_folder(folder: Path, name: str) -> None:
+    """Raise an error unless an SAE's settings fit its weights. Reads only the weights' header."""
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
+            there = (path.name for path in folder.iterdir())
+            raise FileNotFoundError(f"{name}: no {file} in it{_pickle_hint(there)}")
+    config = read_json(folder / CONFIG)
+    shapes = _shapes(folder / WEIGHTS, name)
+    architecture = str(config.get("architecture", "standard"))
+    if architecture not in SAE_CLASS_REGISTRY:
+        known = f"SAELens knows {', '.join(SAE_CLASS_REGISTRY)}"
+        if architecture in SAE_TRAINING_CLASS_REGISTRY:
+            known = "this is a training checkpoint; give what save_inference_model writes"
+        raise ValueError(f"{name}: architecture {architecture!r}; {known}")
+    d_in, d_sae = _size_in(config, "d_in", name), _size_in(config, "d_sae", name)
+    d_out = (
+        _size_in(config, "d_out", name) if "d_out" in config else d_in
+    )  # only transcoders say it
+    if shapes.get("W_dec", (d_sae, d_out)) != (d_sae, d_out):
+        raise ValueError(
+            f"{name}: {CONFIG} says d_sae = {d_sae} and d_in = {d_in}, but {WEIGHTS} holds a W_dec "
+            f"of {shapes['W_dec']}"
+        )
+    metadata = config.get("metadata")
+    if not isinstance(metadata, dict) or "sae_lens_version" not in metadata:
+        return  # before SAELens 6, settings do not say all that its classes need
+    expected = _expected_shapes(architecture, config, name)
+    wrong = sorted(k for k in expected.keys() | shapes if expected.get(k) != shapes.get(k))
+    if wrong:
+        key, thresholds = wrong[0], {"topk_threshold", "log_threshold"}
+        hint = f"; is this a training checkpoint of {architecture!r}?"
+        raise ValueError(
+            f"{name}: {CONFIG} asks for {visible(key)} of {expected.get(key, 'no shape')}, but "
+            f"{WEIGHTS} holds {shapes.get(key, 'none')}{hint if thresholds & set(wrong) else ''}"
+        )
+
+
+def read_sparsity(folder: Path, name: str, d_sae: int) -> Tensor | None:
+    """Return log10 of the share of samples on which each latent is active (M,), if it was saved."""
+    path = folder / SPARSITY
+    if not path.is_file():
+        return None
+    found = _shapes(path, name).get("sparsity", "nothing of that name")
+    if found != (d_sae,):
+        raise ValueError(f"{name}/{SPARSITY}: expected sparsity of ({d_sae},), found {found}")
+    return load_file(path)["sparsity"]
+
+
+def trained_as(config: dict[str, Any]) -> str:
+    """Return the architecture that an SAE was trained as, by its settings."""
+    metadata = config.get("metadata")
+    trained = metadata.get("training_architecture") if isinstance(metadata, dict) else None
+    return str(trained or config.get("architecture", "standard"))
+
+
+def _size_in(config: dict[str, Any], key: str, name: str) -> int:
+    """Return a size from an SAE's settings; raise ValueError unless it is a positive integer."""
+    size = config.get(key)
+    if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < _WIDEST:
+        raise ValueError(f"{name}: {CONFIG} says {key} = {size!r}; expected a positive integer")
+    return size
+
+
+def _pickle_hint(paths: Iterable[str]) -> str:
+    """Return what an error adds where pickles are found instead of weights; else nothing."""
+    pickles = sorted(path for path in paths if path.lower().endswith(_PICKLES))
+    if not pickles:
+        return ""
+    return (
+        f"; {visible(', '.join(pickles[:3]))} would have to be unpickled, which can run any "
+        "code, so it is not read: convert a checkpoint that you trust with `monoloss convert`"
+    )
+
+
+def _shapes(path: Path, name: str) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            keys = tensors.keys()
+            return {key: tuple(tensors.get_slice(key).get_shape()) for key in keys}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{name}/{path.name}: not a safetensors file: {error}") from error
+
+
+def _expected_shapes(
+    architecture: str, config: dict[str, Any], name: str
+) -> dict[str, tuple[int, ...]]:
+    """Return the tensors that SAELens will look for, from an SAE that takes no memory."""
+    sae_class, config_class = get_sae_class(architecture)
+    try:
+        empty = sae_class(config_class.from_dict({**config, "device": "meta"}))
+    except Exception as error:  # a stranger's settings can make SAELens fail in many ways
+        raise ValueError(f"{name}: SAELens cannot make this {architecture} SAE: {error}") from error
+    return {key: tuple(tensor.shape) for key, tensor in empty.state_dict().items()}

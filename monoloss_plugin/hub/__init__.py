@@ -12,10 +12,10 @@ from monoloss_plugin._optional import missing_extra
 
 if TYPE_CHECKING:
     from monoloss_plugin.hub.features import load_features, publish_features
-    from monoloss_plugin.hub.publishing import publish_sae
     from monoloss_plugin.hub.record import SAERecord
     from monoloss_plugin.hub.saes import Listed, Pretrained, list_pretrained, load_pretrained
     from monoloss_plugin.hub.upload import PlannedFile, Publication
+    from monoloss_plugin.hub.upload_sae import publish_sae
 
 __all__ = [
     "Listed",
@@ -42,7 +42,7 @@ _find, __dir__ = later(
         "load_features": "features",
         "load_pretrained": "saes",
         "publish_features": "features",
-        "publish_sae": "publishing",
+        "publish_sae": "upload_sae",
     },
 )
 

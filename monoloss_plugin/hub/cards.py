@@ -78,6 +78,7 @@ def merge_card(
     else:
         text = f"{text.rstrip()}\n\n{ours}\n"
     for key, value in metadata.items():
+        value = [one for one in value if one] if isinstance(value, list) else value
         if not value:
             continue
         there = card.data.get(key)

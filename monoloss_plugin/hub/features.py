@@ -263,7 +263,8 @@ def publish_features(
     tags = names.require_texts(tags, "tags")
     require_text(split, "split")
     require_text(license, "license")
-    require_text(source_dataset, "source_dataset")
+    if source_dataset is not None:
+        names.require_hub_name(source_dataset, "source_dataset")
     names.require_config(config)
     features = _open(features)
     if not len(features):
@@ -275,7 +276,7 @@ def publish_features(
     metadata = {
         "license": license,
         "tags": tags,
-        "source_datasets": [names.require_hub_name(source, "source_dataset")] if source else [],
+        "source_datasets": [source],
     }
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
@@ -364,7 +365,12 @@ def _card(
 ) -> str:
     """Return the card of a repository that will hold these splits."""
     splits = sorted(records)
-    rows = [_row(split, records[split]) for split in splits]
+    rows = []
+    for split in splits:
+        record = records[split]
+        named = (origin.get("name", "not said") for origin in (record.encoder, record.source))
+        cells = (f"{record.rows or '?'} x {record.width or '?'}", record.dtype or "", *named)
+        rows.append([f"`{split.config}`", f"`{split.split}`", *map(escape, cells)])
     configs: dict[str, list[Split]] = {}
     for split in splits:
         configs.setdefault(split.config, []).append(split)
@@ -393,17 +399,6 @@ def _card(
         card.data.pop("dataset_info", None)
         existing = str(card.content)
     return merge_card(existing, repo_id, parts, ours)
-
-
-def _row(split: Split, record: FeatureRecord) -> list[str]:
-    return [
-        f"`{split.config}`",
-        f"`{split.split}`",
-        escape(f"{record.rows or '?'} x {record.width or '?'}"),
-        escape(record.dtype or ""),
-        escape(record.encoder.get("name", "not said")),
-        escape(record.source.get("name", "not said")),
-    ]
 
 
 def _encoder(config: str, record: FeatureRecord) -> str:

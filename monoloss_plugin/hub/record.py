@@ -78,13 +78,10 @@ def parse_record(content: Mapping[str, Any], name: str) -> SAERecord:
 def record_in(sae: Any) -> SAERecord:
     """Return what a SAELens SAE's own metadata says: its loss terms, inputs and origin."""
     own = sae.cfg.metadata["monoloss"] or {}
-    terms = own.get("terms", {}) if isinstance(own, Mapping) else None
     try:
-        if not isinstance(terms, Mapping):
-            raise ValueError("no loss terms by their names")
-        origin = {part: own.get(part) for part in ("inputs", "converted_from")}
-        return parse_record({**origin, "losses": list(terms.values())}, "sae")
-    except ValueError as error:
+        losses = list(own.get("terms", {}).values())
+        return parse_record({**own, "losses": losses}, "sae")
+    except (AttributeError, TypeError, ValueError) as error:  # it may hold anything
         raise ValueError(
             f"sae: its metadata.monoloss is not what this package writes there: {error}"
         ) from error

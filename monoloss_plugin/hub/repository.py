@@ -26,6 +26,7 @@ BUNDLED = {"digits": "batchtopk-256-monoloss-0.003"}
 
 _LARGEST_JSON = 16 << 20  # bytes; no settings and no record are longer
 _NO_FILE = "no file has this name/"
+"""A pattern for no file at all; without one, the client takes every file."""
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class Place:
                 token=require_token(self.token),
                 cache_dir=None if self.cache_dir is None else str(self.cache_dir),
                 local_files_only=local,
-                allow_patterns=[glob.escape(path) for path in paths],
+                allow_patterns=[glob.escape(path) for path in paths] or [_NO_FILE],
             )
         )
 
@@ -86,9 +87,9 @@ class Repository:
             else:
                 wanted.append(path)
         # By its branch first, so that the cache knows the branch when the Hub cannot be reached.
-        folder = self.place.snapshot(self.place.revision, wanted or [_NO_FILE])
+        folder = self.place.snapshot(self.place.revision, wanted)
         if folder.name != self.commit:  # somebody has committed since this object was made
-            folder = self.place.snapshot(self.commit, wanted or [_NO_FILE])
+            folder = self.place.snapshot(self.commit, wanted)
         return folder
 
 
@@ -118,10 +119,8 @@ def open_repository(place: Place) -> Repository:
         return _in_cache(place)
     try:
         return ask_hub(place)
-    except hub_errors.RepositoryNotFoundError as error:
+    except (hub_errors.RepositoryNotFoundError, hub_errors.RevisionNotFoundError) as error:
         error.append_to_message(local_hint(name))
-        raise
-    except hub_errors.RevisionNotFoundError:
         raise
     except Exception:  # of several HTTP libraries, as the version of the Hub's client uses them
         try:
@@ -173,8 +172,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _in_cache(place: Place) -> Repository:
-    # With a pattern that no file matches, the client does not ask for a complete snapshot.
-    folder = place.snapshot(place.revision, [_NO_FILE], local=True)
+    folder = place.snapshot(place.revision, [], local=True)
     return Repository(str(place.repo_id), _sizes(folder), folder, folder.name)
 
 

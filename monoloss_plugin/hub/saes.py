@@ -98,8 +98,7 @@ def load_pretrained(
         FileNotFoundError: there is no such folder, SAE or bundled name.
         ValueError: there are several SAEs and no ``sae_id``; the device cannot be used; or the
             SAE's files do not fit together, or its weights are not finite.
-        Exception: what ``huggingface_hub`` raises, such as its ``RepositoryNotFoundError`` and
-            ``GatedRepoError``.
+        Exception: what ``huggingface_hub`` raises, such as its ``RepositoryNotFoundError``.
 
     Examples:
         >>> loaded = load_pretrained("digits")
@@ -190,7 +189,7 @@ def _choose(repository: Repository, sae_id: str | None) -> str:
     """Return the name of the SAE to load; the repository has it."""
     require_text(sae_id, "sae_id")
     there = _sae_ids(repository)
-    shown = ", ".join(there[:10]) + (f" and {len(there) - 10} more" if len(there) > 10 else "")
+    shown = ", ".join(there[:10]) + ", ..." * (len(there) > 10)
     if sae_id is None:
         if not there:
             hint = _pickle_hint(repository.sizes)
@@ -223,11 +222,7 @@ def _dtype_name(dtype: Any) -> str | None:
 def load_folder(
     folder: Path, name: str, *, device: str = "cpu", dtype: str | None = None
 ) -> SAE[Any]:
-    """Check a folder with ``_check_folder``, and load its SAE. Errors call it by ``name``.
-
-    Raises:
-        FileNotFoundError, ValueError: the check fails, or the weights are not finite.
-    """
+    """Check a folder's files, and load its SAE; errors call it by ``name``."""
     _check_folder(folder, name)
     try:
         sae: SAE[Any] = SAE.load_from_disk(folder, device=device, dtype=dtype)

@@ -66,12 +66,6 @@ class Destination:
         for name in ("private", "overwrite", "dry_run"):
             require_flag(getattr(self, name), name)
 
-    @property
-    def url(self) -> str:
-        """The address of the repository's page."""
-        prefix = "datasets/" if self.kind == "dataset" else ""
-        return f"{api(None).endpoint}/{prefix}{self.repo_id}"
-
 
 def upload(
     folder: Path,
@@ -112,7 +106,9 @@ def upload(
     changes = [file for file in files if file.change != "same"]
     if changes and not to.dry_run:
         commit = _commit(folder, changes, to, commit, f"Publish {name}")
-    return Publication(to.repo_id, to.url, files, None if to.dry_run else commit, name)
+    page = f"datasets/{to.repo_id}" if to.kind == "dataset" else to.repo_id
+    url = f"{api(None).endpoint}/{page}"
+    return Publication(to.repo_id, url, files, None if to.dry_run else commit, name)
 
 
 def _look_at(to: Destination) -> Repository | None:
@@ -142,8 +138,7 @@ def _plan(
     folder: Path, repository: Repository | None, owns: Callable[[str], bool]
 ) -> list[PlannedFile]:
     """Compare the folder with the repository."""
-    siblings = [] if repository is None else repository.info.siblings or []
-    there = {file.rfilename: file for file in siblings}
+    there = {file.rfilename: file for file in repository.info.siblings} if repository else {}
     planned = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()

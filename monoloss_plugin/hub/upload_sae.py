@@ -47,7 +47,7 @@ _NEVER = 1e-10
 
 @dataclass(frozen=True)
 class SAEContent:
-    """What to publish of an SAE. The fields are the arguments of :func:`publish_sae`."""
+    """What to publish of an SAE, as the arguments of :func:`publish_sae` say it."""
 
     sae: SAE[Any] | str | Path
     evaluation: Metrics | None = None
@@ -103,8 +103,7 @@ def publish_sae(
             Evaluate a BatchTopK SAE after you have saved and loaded it. Without an evaluation, the
             measurements in a folder's record are published.
         baseline: the same of an SAE trained without the losses, to compare with.
-        features: the :class:`~monoloss_plugin.features.FeatureSet` that you evaluated on. Its
-            record names the encoder and the images.
+        features: the ``FeatureSet`` that you evaluated on. Its record names encoder and images.
         unit_norm: whether you trained the SAE on features of unit norm, as ``FeatureBatches`` gives
             them. By default as the SAE's own record says; yes if it does not say.
         take_any_norm: fold the scaling into the SAE, so that it takes features as the encoder gives
@@ -117,8 +116,8 @@ def publish_sae(
         tags: more tags for the card.
         private: make a new repository private.
         overwrite: replace an SAE of the same name.
-        dry_run: upload nothing, and return what would be uploaded. The token's rights are not
-            checked. Where the Hub cannot be reached, you get what a new repository would get.
+        dry_run: upload nothing, and return what would be uploaded; where the Hub cannot be
+            reached, what a new repository would get.
         token: by default the one you are logged in with.
 
     Raises:
@@ -141,13 +140,11 @@ def publish_sae(
         root = Path(temporary)
         sae_id = write_sae(content, root, sae_id)
         record = read_record(root / sae_id, sae_id)
-        base_model = base_model or hub_id(record.encoder)
-        dataset = dataset or hub_id(record.dataset)
         metadata = {
             "license": license,
             "tags": tags,
-            "base_model": [base_model] if base_model else [],
-            "datasets": [dataset] if dataset else [],
+            "base_model": [base_model or hub_id(record.encoder)],
+            "datasets": [dataset or hub_id(record.dataset)],
         }
 
         def write_card(existing: str, there: Repository | None) -> str:

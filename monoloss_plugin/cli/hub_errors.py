@@ -47,8 +47,8 @@ def explain(error: BaseException) -> str | None:
         return f"the Hub rejects this: {error}"
     reason = f"it answered {status}" if status else str(error) or type(error).__name__
     return (
-        f"the Hub could not be reached ({reason.splitlines()[0]}); run it again: what has arrived "
-        "is not sent twice"
+        f"the Hub could not be reached ({reason.splitlines()[0]}); run it again: files that "
+        "have arrived are not transferred again"
     )
 
 

@@ -35,9 +35,12 @@ DEFAULT = "default"
 
 _PARQUET = re.compile(r"(.+)/(\w+(?:\.\w+)*)-\d{5}-of-(\d{5})\.parquet")
 
-_SHARD = 500 << 20  # bytes
+_SHARD = 500 << 20  # bytes of a Parquet file
 _COLUMNS = ("features", "label", "image_id")
 """The columns that are published. Other columns may hold anything."""
+
+_DATA_FILES = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".txt", ".zip", ".tar")
+"""Endings of files that ``datasets`` may read."""
 
 _TAGS = ["image-features", "embeddings", "sparse-autoencoder", "monoloss"]
 
@@ -74,9 +77,6 @@ from monoloss_plugin import load_features
 
 features = load_features("{repo_id}", "{split}", config="{config}")
 ```"""
-
-
-_DATA_FILES = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".txt", ".zip", ".tar")
 
 
 class Split(NamedTuple):

@@ -152,7 +152,7 @@ def test_progress_in_a_pipe_is_lines_without_control_signs(held_out, hub, monkey
 
 def test_a_bar_that_is_told_often_writes_seldom(monkeypatch, capsys) -> None:
     monkeypatch.setattr(output, "monotonic", iter(range(10_000)).__next__)
-    with output._speaking(quiet=False, as_json=False):
+    with output._directed_output(quiet=False, as_json=False):
         for number in (bar := tqdm(range(300), mininterval=0, leave=True)):
             bar.set_postfix(loss=number)
     lines = capsys.readouterr().err.splitlines()
@@ -204,7 +204,7 @@ def test_ctrl_c_is_one_line_and_130(hub, monkeypatch) -> None:
 def test_an_interrupted_command_says_to_run_it_again(hub) -> None:
     hub.faults.append(Fault("POST", "/commit/", "drop"))
     shown = run("publish", "sae", WITH, REPO)
-    assert "run it again: what has arrived is not sent twice" in shown.stderr
+    assert "run it again: files that have arrived are not transferred again" in shown.stderr
     assert run("publish", "sae", WITH, REPO).exit_code == 0
 
 
@@ -232,9 +232,9 @@ def test_convert_and_publish(tmp_path, hub) -> None:
 
 
 def test_a_warning_is_one_line_without_the_code_that_it_comes_from(capsys) -> None:
-    with output._speaking(quiet=False, as_json=False):
+    with output._directed_output(quiet=False, as_json=False):
         warnings.warn("features: these are \x1b[2J strange", stacklevel=1)
     assert capsys.readouterr().err == "features: these are \\x1b[2J strange\n"
-    with output._speaking(quiet=True, as_json=False):
+    with output._directed_output(quiet=True, as_json=False):
         warnings.warn("more", stacklevel=1)
     assert capsys.readouterr().err == ""

@@ -67,8 +67,8 @@ def merge_card(
         existing: the card's text; empty if there is none.
         repo_id: ``user/name``.
         parts: what to write between the two marks.
-        metadata: what to add to the card's metadata. An entry of ``configs`` replaces the one of
-            the same name. Other lists are extended. A value that the owner has set stays.
+        metadata: what to add to the card's metadata, without empty values. An entry of ``configs``
+            replaces the one of the same name. Other lists are extended. The owner's values stay.
     """
     card = parse_card(existing, repo_id.partition("/")[2])
     ours = "\n\n".join((_BEGIN, *parts, _END))

@@ -57,13 +57,14 @@ class SAEContent:
     take_any_norm: bool = False
 
     def __post_init__(self) -> None:
-        from monoloss_plugin.features import FeatureSet
-
         require_flag(self.take_any_norm, "take_any_norm")
         if self.unit_norm is not None:
             require_flag(self.unit_norm, "unit_norm")
-        if self.features is not None and not isinstance(self.features, FeatureSet):
-            raise TypeError(f"features: expected a FeatureSet, got {self.features!r}")
+        if self.features is not None:
+            from monoloss_plugin.features import FeatureSet
+
+            if not isinstance(self.features, FeatureSet):
+                raise TypeError(f"features: expected a FeatureSet, got {self.features!r}")
         if self.baseline is not None and self.evaluation is None:
             raise ValueError("baseline: needs an evaluation to compare it with")
 

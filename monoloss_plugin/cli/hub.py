@@ -267,7 +267,7 @@ def _output(done: Publication, loading: str) -> Output:
     elif done.size:
         said = [f"{size} uploaded to {done.url} (commit {done.commit[:8]})"]
     else:
-        said = [f"{done.url} has all of it already"]
+        said = [f"nothing to upload: {done.url} has all files already"]
     if done.commit is not None:
         said.append(f"load it: {loading}")
     content = {**asdict(done), "size": done.size, "loading": loading}

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Place:
-    """Where to find a repository, as the functions that load something are told."""
+    """Where to find a repository: the arguments that every loading function takes."""
 
     repo_id: str | os.PathLike[str]
     kind: Kind

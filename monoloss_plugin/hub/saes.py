@@ -231,11 +231,8 @@ def load_folder(
     for key, tensor in sae.state_dict().items():
         require_finite(tensor, f"{name}/{WEIGHTS}: {key}")
     if sae.cfg.normalize_activations == "expected_average_only_in":
-        logger.warning(
-            "%s: the scale of its inputs was never folded into the weights; scale the inputs as "
-            "in its training",
-            name,
-        )
+        said = "%s: its weights do not include the scale of its inputs; scale them as in training"
+        logger.warning(said, name)
     return sae
 
 
@@ -268,9 +265,8 @@ def _check_folder(folder: Path, name: str) -> None:
             known = "this is a training checkpoint; give what save_inference_model writes"
         raise ValueError(f"{name}: architecture {architecture!r}; {known}")
     d_in, d_sae = _size_in(config, "d_in", name), _size_in(config, "d_sae", name)
-    d_out = (
-        _size_in(config, "d_out", name) if "d_out" in config else d_in
-    )  # only transcoders say it
+    # Only a transcoder says d_out.
+    d_out = _size_in(config, "d_out" if "d_out" in config else "d_in", name)
     if shapes.get("W_dec", (d_sae, d_out)) != (d_sae, d_out):
         raise ValueError(
             f"{name}: {CONFIG} says d_sae = {d_sae} and d_in = {d_in}, but {WEIGHTS} holds a W_dec "

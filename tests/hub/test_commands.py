@@ -75,7 +75,7 @@ def test_features(held_out, hub, tmp_path) -> None:
     assert hub.repos["dataset", "alice/digits"].private
     assert len(load_features("alice/digits")) == 599
     again = run("publish", "features", held_out, "alice/digits")
-    assert "has all of it already" in again.output
+    assert "has all files already" in again.output
 
 
 @pytest.mark.parametrize(

@@ -303,7 +303,7 @@ def test_what_cannot_be_published_is_named(images, tmp_path, hub) -> None:
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled" / "ae.pt").write_bytes(b"")
     cases = [
-        (checkpoint, ValueError, "a training checkpoint of 'batchtopk'"),
+        (checkpoint, ValueError, "architecture 'batchtopk'; this is a training checkpoint"),
         (tmp_path / "none", FileNotFoundError, "no such folder"),
         (tmp_path, FileNotFoundError, "no cfg.json in it"),
         (tmp_path / "pickled", FileNotFoundError, "ae.pt would have to be unpickled"),

@@ -240,11 +240,13 @@ def _inputs(known: Inputs | None, unit_norm: bool | None) -> Inputs:
 
 def _numbers(metrics: Metrics, argument: str) -> dict[str, float]:
     if isinstance(metrics, Evaluation):
-        metrics = metrics.summary()
-    if not isinstance(metrics, Mapping) or not all(isinstance(v, Real) for v in metrics.values()):
+        numbers = metrics.summary()
+    elif isinstance(metrics, Mapping) and all(isinstance(v, Real) for v in metrics.values()):
+        numbers = {str(name): float(value) for name, value in metrics.items()}
+    else:
         raise TypeError(f"{argument}: expected an Evaluation or numbers by name, got {metrics!r}")
-    # JSON and YAML cannot hold other numbers.
-    return {str(k): float(v) for k, v in metrics.items() if math.isfinite(v)}
+    # JSON cannot hold other numbers.
+    return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 
 def _taking_any_norm(sae: SAE[Any], inputs: Inputs | None) -> SAE[Any]:

@@ -21,7 +21,7 @@ from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
 
 from monoloss_plugin import load_features
 from monoloss_plugin.demo.digits import digit_images
-from monoloss_plugin.hub.bundled import folder_of
+from monoloss_plugin.hub.repository import bundled_folder
 from tests.convert.test_monoloss import save, untied
 
 BATCH = 128
@@ -131,7 +131,7 @@ def photos_and_encoder(folder: str = "photos") -> None:
 
 def saes() -> None:
     """Make folders of SAEs, and of the features that they take."""
-    bundled = folder_of("digits") / "models"
+    bundled = bundled_folder("digits") / "models"
     shutil.copytree(bundled / "batchtopk-256-monoloss-0.003", "my-sae")
     shutil.copytree(bundled / "batchtopk-256", "my-sae-without")
     for split, folder in (("train", "features"), ("held_out", "held-out")):

@@ -105,8 +105,8 @@ MISSING = {
     ("monoloss_plugin.report", "matplotlib"): "matplotlib",
     ("monoloss_plugin.demo.digits", "timm"): "timm",
     ("monoloss_plugin.features", "datasets"): "datasets",
-    ("monoloss_plugin.hub.repository", "huggingface_hub"): "huggingface-hub",
-    ("monoloss_plugin.hub.pretrained", "sae_lens"): "sae-lens",
+    ("monoloss_plugin.hub:load_features", "huggingface_hub"): "huggingface-hub",
+    ("monoloss_plugin.hub:load_pretrained", "sae_lens"): "sae-lens",
     ("monoloss_plugin.convert.monoloss", "sae_lens"): "sae-lens",
     ("monoloss_plugin.adapters.transformers", "transformers"): "transformers",
     ("monoloss_plugin.adapters.timm", "timm"): "timm",
@@ -125,7 +125,10 @@ for module, missing in json.loads(sys.argv[1]):
     if os.fork() == 0:
         sys.modules[missing] = None
         try:
-            importlib.import_module(module)
+            name, _, attribute = module.partition(":")
+            found = importlib.import_module(name)
+            if attribute:
+                getattr(found, attribute)
             said = "imported"
         except ModuleNotFoundError as error:
             said = str(error)

@@ -24,17 +24,21 @@ publish = typer.Typer(
 )
 
 _BATCHES = 32
-"""Batches that a threshold is the mean of."""
+"""The number of batches whose mean sets a threshold."""
 
-_Repository = Annotated[str, typer.Argument(help="USER/NAME on the Hub; made if it is not there.")]
-_License = Annotated[str | None, typer.Option("--license", help="For the card, such as mit.")]
-_Tag = Annotated[list[str] | None, typer.Option("--tag", help="For the card; may be repeated.")]
-_Private = Annotated[bool, typer.Option("--private", help="Make a new repository private.")]
-_Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace what is there under the same name.")
+_Repository = Annotated[
+    str, typer.Argument(help="USER/NAME on the Hub. It is made if there is none.")
 ]
+_License = Annotated[
+    str | None, typer.Option("--license", help="Licence for the card, such as mit.")
+]
+_Tag = Annotated[
+    list[str] | None, typer.Option("--tag", help="A tag for the card. You can give several.")
+]
+_Private = Annotated[bool, typer.Option("--private", help="Make a new repository private.")]
+_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files of the same name.")]
 _DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Upload nothing; list what would be, and its size.")
+    bool, typer.Option("--dry-run", help="Upload nothing; list the files that would be uploaded.")
 ]
 _Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.")]
 
@@ -42,29 +46,31 @@ _Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.")]
 @command(publish)
 def sae(
     folder: Annotated[
-        Path, typer.Argument(help="An SAE: what SAELens's save_inference_model wrote.")
+        Path, typer.Argument(help="The folder that SAELens's save_inference_model wrote.")
     ],
     repository: _Repository,
     name: Annotated[
         str | None,
         typer.Option(
-            "--name", help="Its sae_id; made of architecture, size and losses by default."
+            "--name", help="Its sae_id; by default made of architecture, size and losses."
         ),
     ] = None,
     features: Annotated[
         Path | None,
-        typer.Option(help="Held-out features to measure it on, a folder of monoloss extract."),
+        typer.Option(
+            help="Held-out features to measure it on: a folder that monoloss extract wrote."
+        ),
     ] = None,
     baseline: Annotated[
         Path | None,
-        typer.Option(help="An SAE trained without the losses, to measure beside it."),
+        typer.Option(help="An SAE trained without the losses, to compare with."),
     ] = None,
     raw: Annotated[
-        bool, typer.Option("--raw", help="It was trained on features that are not of unit norm.")
+        bool, typer.Option("--raw", help="It was trained on features as the encoder gives them.")
     ] = False,
     take_any_norm: Annotated[
         bool,
-        typer.Option("--take-any-norm", help="Have it scale its inputs to unit norm itself."),
+        typer.Option("--take-any-norm", help="Make it scale its inputs to unit norm itself."),
     ] = False,
     license: _License = None,
     base_model: Annotated[
@@ -78,7 +84,7 @@ def sae(
     overwrite: _Overwrite = False,
     dry_run: _DryRun = False,
 ) -> Output:
-    """Publish an SAE; with --features, its measurements and their picture too."""
+    """Publish an SAE. With --features, measure it, and publish its numbers and curves too."""
     from monoloss_plugin.features import FeatureSet
     from monoloss_plugin.hub import publish_sae
 
@@ -111,13 +117,14 @@ def sae(
 
 @command(publish)
 def features(
-    folder: Annotated[Path, typer.Argument(help="A feature dataset, of monoloss extract.")],
+    folder: Annotated[Path, typer.Argument(help="A folder that monoloss extract wrote.")],
     repository: _Repository,
     split: Annotated[
-        str | None, typer.Option(help="Its name there; the source's split by default, or train.")
+        str | None,
+        typer.Option(help="The split's name; by default that of the source, or else train."),
     ] = None,
     config: Annotated[
-        str, typer.Option(help="Tells features of several encoders in one repository apart.")
+        str, typer.Option(help="A name that tells the features of several encoders apart.")
     ] = "default",
     license: _License = None,
     source_dataset: Annotated[
@@ -151,7 +158,7 @@ def features(
 def pretrained(
     repository: Annotated[
         str,
-        typer.Argument(help="USER/NAME on the Hub, digits (bundled), or a folder from ./ or / on."),
+        typer.Argument(help="USER/NAME on the Hub, digits (bundled), or a folder such as ./saes."),
     ],
     revision: _Revision = None,
 ) -> Output:
@@ -188,23 +195,23 @@ def convert(
         str,
         typer.Option(
             "--from",
-            help="Who wrote it: monoloss, dictionary-learning, overcomplete.",
+            help="The library that wrote it: monoloss, dictionary-learning, overcomplete.",
             callback=one_of("monoloss", "dictionary-learning", "overcomplete"),
         ),
     ],
     features: Annotated[
         Path | None,
         typer.Option(
-            help=f"For a BatchTopK of monoloss: features, of which {_BATCHES} batches set its "
+            help=f"For a BatchTopK SAE of monoloss: features. {_BATCHES} batches of them set its "
             "threshold."
         ),
     ] = None,
     dict_class: Annotated[
-        str | None, typer.Option("--class", help="Its class, where no config.json says it.")
+        str | None, typer.Option("--class", help="The SAE's class, if there is no config.json.")
     ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Of overcomplete's TopKSAE.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="k of overcomplete's TopKSAE.")] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Of overcomplete's BatchTopKSAE: its running_threshold.")
+        float | None, typer.Option(help="The running_threshold of overcomplete's BatchTopKSAE.")
     ] = None,
 ) -> Output:
     """Convert another library's SAE to SAELens's format, to load or publish it."""
@@ -241,14 +248,14 @@ def _batches(folder: Path) -> Any:
 
 
 def _measured(folder: Path, features: FeatureSet, raw: bool) -> Evaluation:
-    """Score an SAE's folder on features, of the norm that it takes."""
+    """Evaluate an SAE on features, scaled as it takes them."""
     from monoloss_plugin.evaluation import evaluate
-    from monoloss_plugin.hub.publishing_saes import of_record
-    from monoloss_plugin.hub.sae_folder import load
+    from monoloss_plugin.hub.record import read_record
+    from monoloss_plugin.hub.saes import load_folder
 
     require_folder(folder, "sae")
-    raw = raw or of_record(folder).inputs == "as they are"
-    sae = load(folder, str(folder))
+    raw = raw or read_record(folder, str(folder)).inputs == "as they are"
+    sae = load_folder(folder, str(folder))
     return evaluate(sae, features, normalize=False if raw else None, progress=True)
 
 
@@ -260,7 +267,7 @@ def _output(done: Publication, loading: str) -> Output:
     elif done.size:
         said = [f"{size} uploaded to {done.url} (commit {done.commit[:8]})"]
     else:
-        said = [f"{done.url} has all of it already"]
+        said = [f"nothing to upload: {done.url} has all files already"]
     if done.commit is not None:
         said.append(f"load it: {loading}")
     content = {**asdict(done), "size": done.size, "loading": loading}

@@ -1,4 +1,4 @@
-"""How every command speaks and ends: results, JSON, progress, notes, errors and exit codes."""
+"""What every command shares: results, JSON, progress, notes, errors and exit codes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,16 @@ from rich.table import Table
 from tqdm.std import tqdm
 
 from monoloss_plugin._checks import visible
+from monoloss_plugin.cli.hub_errors import explain
 
 FAILED, INTERRUPTED = 1, 130
-"""Exit codes; typer ends with 2 where the command line itself is wrong."""
+"""Exit codes. Typer itself ends with 2 if the command line is wrong."""
+
+_READABLE = (ModuleNotFoundError, OSError, ValueError)
+"""Errors whose message alone tells the caller what to do."""
 
 _BETWEEN_LINES = 30.0
-"""Seconds between two lines of a progress bar where stderr is no terminal."""
+"""Seconds between two lines of a progress bar if stderr is no terminal."""
 
 _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 _Json = Annotated[
@@ -34,18 +38,18 @@ _Json = Annotated[
 
 
 class Output(NamedTuple):
-    """What a command has to say when it is done."""
+    """The result of a command."""
 
     content: dict[str, Any]
-    """For ``--json``."""
+    """The object that ``--json`` prints."""
     text: Iterable[str | Table]
-    """For people: lines and tables."""
+    """Lines and tables for people."""
     failure: str = ""
-    """Why the command ends with 1 though it ran to its end."""
+    """Why the command ends with 1 although it has a result."""
 
 
 def table(*header: str, rows: Iterable[Iterable[object]]) -> Table:
-    """Return a table whose cells are shown as they are, and never cut off."""
+    """Return a table that never cuts off its cells."""
     made = Table(show_header=any(header))
     for name in header:
         made.add_column(name, overflow="fold")
@@ -55,7 +59,7 @@ def table(*header: str, rows: Iterable[Iterable[object]]) -> Table:
 
 
 def one_of(*allowed: str) -> Callable[[str | None], str | None]:
-    """Return a callback for an option that takes one of some words."""
+    """Return a check for an option that takes one of several words."""
 
     def check(value: str | None) -> str | None:
         if value is not None and value not in allowed:
@@ -66,13 +70,13 @@ def one_of(*allowed: str) -> Callable[[str | None], str | None]:
 
 
 def command(app: typer.Typer) -> Callable[[Callable[..., Output]], Callable[..., None]]:
-    """Add a function that returns its output to an app, with ``--quiet`` and ``--json``."""
+    """Make a function that returns its output a command, with ``--quiet`` and ``--json``."""
 
     def register(function: Callable[..., Output]) -> Callable[..., None]:
         @functools.wraps(function)
         def run(quiet: bool, as_json: bool, **arguments: Any) -> None:
-            with _readable_ends():
-                with _speaking(quiet, as_json):
+            with _errors_in_one_line():
+                with _directed_output(quiet, as_json):
                     output = function(**arguments)
                 if as_json:
                     print(json.dumps(output.content, default=str))
@@ -114,25 +118,25 @@ def _end(message: object, code: int) -> None:
 
 
 @contextmanager
-def _readable_ends() -> Iterator[None]:
-    """End with one line instead of a traceback where the caller can do something about it."""
+def _errors_in_one_line() -> Iterator[None]:
+    """Print one line instead of a traceback for an error that the caller can do something about."""
     try:
         yield
     except BrokenPipeError:
-        raise  # whoever read the output has seen enough; typer ends quietly
-    except (ModuleNotFoundError, OSError, ValueError) as error:
-        _end(error, FAILED)
+        raise  # the reader of the pipe has seen enough; typer ends quietly
     except KeyboardInterrupt:
         _end("stopped; start it again to go on", INTERRUPTED)
-    except RuntimeError as error:
-        if not type(error).__module__.startswith("monoloss_plugin"):
+    except Exception as error:
+        ours = type(error).__module__.startswith("monoloss_plugin")
+        explained = explain(error)
+        if explained is None and not ours and not isinstance(error, _READABLE):
             raise
-        _end(error, FAILED)
+        _end(explained or error, FAILED)
 
 
 @contextmanager
-def _speaking(quiet: bool, as_json: bool) -> Iterator[None]:
-    """Send bars and notes to stderr, or nowhere, and keep stdout for the result."""
+def _directed_output(quiet: bool, as_json: bool) -> Iterator[None]:
+    """Send progress and notes to stderr, or nowhere, and keep stdout for the result."""
     with ExitStack() as ends:
         if quiet:
             ends.enter_context(redirect_stdout(ends.enter_context(open(os.devnull, "w"))))
@@ -157,13 +161,13 @@ def _speaking(quiet: bool, as_json: bool) -> Iterator[None]:
 
 
 def _note(message: object) -> None:
-    """Print what is no result, on a line of its own beside a progress bar."""
+    """Print a note on a line of its own beside a progress bar."""
     with tqdm.external_write_mode(file=sys.stderr):
         print(visible(message), file=sys.stderr)
 
 
 class _Notes(logging.Handler):
-    """What the library logs."""
+    """Prints what the library logs."""
 
     def emit(self, record: logging.LogRecord) -> None:
         _note(record.getMessage())
@@ -171,7 +175,7 @@ class _Notes(logging.Handler):
 
 @contextmanager
 def _bars(quiet: bool) -> Iterator[None]:
-    """Suit every progress bar, those of other libraries too, to where stderr goes."""
+    """Adapt every progress bar, also of other libraries, to a terminal, a pipe or --quiet."""
     lines = None if sys.stderr.isatty() else _Lines(sys.stderr)
     original = tqdm.__init__
 
@@ -193,7 +197,7 @@ def _bars(quiet: bool) -> Iterator[None]:
 
 
 class _Lines:
-    """Where bars go that no terminal shows: a line at first, one now and then, and the last."""
+    """Writes a progress bar as lines: the first, one now and then, and the last."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream, self._last, self._due = stream, "", 0.0

@@ -14,10 +14,9 @@ from monoloss_plugin.demo.digits import digit_features
 from monoloss_plugin.demo.saes import train_sae
 from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.features import FeatureSet
-from monoloss_plugin.hub.bundled import BUNDLED, folder_of
-from monoloss_plugin.hub.feature_repository import DEFAULT
-from monoloss_plugin.hub.publishing_features import stage_features
-from monoloss_plugin.hub.publishing_saes import stage_sae
+from monoloss_plugin.hub.features import DEFAULT, Split, write_features
+from monoloss_plugin.hub.repository import BUNDLED, bundled_folder
+from monoloss_plugin.hub.upload_sae import SAEContent, write_sae
 from monoloss_plugin.losses import MonoLoss
 
 from sae_lens import SAE  # isort: skip  # after the demo, whose error names the extra
@@ -35,22 +34,14 @@ def write_bundle(root: Path) -> None:
             "held_out": _described(data.held_out, "held_out"),
         }
         for split, features in splits.items():
-            stage_features(features, root / "datasets", config=DEFAULT, split=split)
+            write_features(features, root / "datasets", Split(DEFAULT, split))
         baseline = None
         for terms in ((), (MonoLoss(lam=3e-3),)):
             folder = Path(scratch) / f"{len(terms)}-terms"
             train_sae(data.train, "batchtopk", terms, seed=0, folder=folder)
             evaluation = evaluate(SAE.load_from_disk(folder), data.held_out)
-            stage_sae(
-                folder,
-                root / "models",
-                sae_id=None,
-                evaluation=evaluation,
-                baseline=baseline,
-                features=splits["held_out"],
-                unit_norm=True,
-                take_any_norm=False,
-            )
+            content = SAEContent(folder, evaluation, baseline, splits["held_out"], unit_norm=True)
+            write_sae(content, root / "models")
             baseline = evaluation
 
 
@@ -62,7 +53,7 @@ def _described(features: FeatureSet, split: str) -> FeatureSet:
 
 
 if __name__ == "__main__":
-    place = folder_of(_NAME)
+    place = bundled_folder(_NAME)
     shutil.rmtree(place, ignore_errors=True)
     for kind in ("models", "datasets"):
         (place / kind).mkdir(parents=True)

@@ -1,21 +1,21 @@
-"""The Hugging Face Hub: publish and load SAEs and features.
+"""Publish SAEs and features to the Hugging Face Hub, and load them.
 
-Features need the extra ``hub``; SAEs, which are SAELens's, need ``sae-lens`` too.
+Features need the extra ``hub``. SAEs also need ``sae-lens``.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from monoloss_plugin._later import later
+from monoloss_plugin._optional import missing_extra
 
 if TYPE_CHECKING:
-    from monoloss_plugin.hub.feature_repository import load_features
-    from monoloss_plugin.hub.pretrained import Listed, Pretrained, list_pretrained, load_pretrained
-    from monoloss_plugin.hub.publication import PlannedFile, Publication
-    from monoloss_plugin.hub.publishing_features import publish_features
-    from monoloss_plugin.hub.publishing_saes import publish_sae
+    from monoloss_plugin.hub.features import load_features, publish_features
     from monoloss_plugin.hub.record import SAERecord
+    from monoloss_plugin.hub.saes import Listed, Pretrained, list_pretrained, load_pretrained
+    from monoloss_plugin.hub.upload import PlannedFile, Publication
+    from monoloss_plugin.hub.upload_sae import publish_sae
 
 __all__ = [
     "Listed",
@@ -30,18 +30,27 @@ __all__ = [
     "publish_sae",
 ]
 
-__getattr__, __dir__ = later(
+_find, __dir__ = later(
     __name__,
     {
+        "Listed": "saes",
+        "PlannedFile": "upload",
+        "Pretrained": "saes",
+        "Publication": "upload",
         "SAERecord": "record",
-        "Listed": "pretrained",
-        "PlannedFile": "publication",
-        "Pretrained": "pretrained",
-        "Publication": "publication",
-        "list_pretrained": "pretrained",
-        "load_features": "feature_repository",
-        "load_pretrained": "pretrained",
-        "publish_sae": "publishing_saes",
-        "publish_features": "publishing_features",
+        "list_pretrained": "saes",
+        "load_features": "features",
+        "load_pretrained": "saes",
+        "publish_features": "features",
+        "publish_sae": "upload_sae",
     },
 )
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for; say what to install if that fails."""
+    try:
+        return _find(name)
+    except ModuleNotFoundError as error:
+        of_hub = (error.name or "").partition(".")[0] in ("datasets", "huggingface_hub", "yaml")
+        raise missing_extra(error, "hub" if of_hub else "sae-lens") from error

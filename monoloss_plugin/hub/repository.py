@@ -1,93 +1,167 @@
-"""The files of a repository at one commit: on the Hub, in its cache, or in a folder."""
+"""The files of a repository: on the Hub, in the Hub's cache, or in a local folder."""
 
 from __future__ import annotations
 
 import glob
 import json
+import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from monoloss_plugin import __version__
-from monoloss_plugin._optional import missing_extra
-from monoloss_plugin._places import require_folder
-from monoloss_plugin.hub.errors import explained
-from monoloss_plugin.hub.names import require_repo_id, require_token
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import errors as hub_errors
 
-try:
-    from huggingface_hub import HfApi, snapshot_download
-except ModuleNotFoundError as error:
-    raise missing_extra(error, "hub") from error
+from monoloss_plugin import __version__
+from monoloss_plugin._checks import require_text
+from monoloss_plugin._places import local_hint, local_path, require_folder, require_place
+from monoloss_plugin.hub.names import require_repo_id, require_token
 
 Kind = Literal["model", "dataset"]
 
-_LARGEST_JSON = 16 << 20  # bytes; no settings or record is longer
+BUNDLED = {"digits": "batchtopk-256-monoloss-0.003"}
+"""The names that come with the package, each with the SAE that it loads by default."""
 
+_LARGEST_JSON = 16 << 20  # bytes; no settings and no record are longer
 _NO_FILE = "no file has this name/"
+"""A pattern for no file at all; without one, the client takes every file."""
+
+logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where to find a repository: the arguments that every loading function takes."""
+
+    repo_id: str | os.PathLike[str]
+    kind: Kind
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    local_files_only: bool = False
+
+    def snapshot(self, revision: str | None, paths: list[str], *, local: bool = False) -> Path:
+        """Return the folder of a revision in the Hub's cache, with these files downloaded."""
+        return Path(
+            snapshot_download(
+                str(self.repo_id),
+                repo_type=self.kind,
+                revision=revision,
+                token=require_token(self.token),
+                cache_dir=None if self.cache_dir is None else str(self.cache_dir),
+                local_files_only=local,
+                allow_patterns=[glob.escape(path) for path in paths] or [_NO_FILE],
+            )
+        )
+
+
+@dataclass(frozen=True)
 class Repository:
-    """What a repository holds at one commit, and of that what is already at hand.
+    """The files of a repository at one commit. Nothing is downloaded before :meth:`download`."""
 
-    Args:
-        name: what to call it in a message.
-        commit: None for a folder.
-        sizes: bytes of each file, by its path below the root.
-        get: has files at hand, and returns the folder they lie in.
+    name: str
+    """What errors call it."""
+    sizes: Mapping[str, int]
+    """The size of each file in bytes, by its path."""
+    folder: Path | None = None
+    """Where the files are; None where they must be downloaded."""
+    commit: str | None = None
+    """None for a local folder."""
+    place: Place | None = None
+    """Where to download them from."""
+    info: Any = None
+    """The Hub's own description of the repository."""
+
+    def download(self, paths: Iterable[str]) -> Path:
+        """Return a folder with these files. JSON that is longer than settings is left out."""
+        if self.folder is not None:
+            return self.folder
+        assert self.place is not None
+        wanted = []
+        for path in paths:
+            if path.endswith(".json") and self.sizes[path] > _LARGEST_JSON:
+                size = self.sizes[path]
+                logger.warning("%s/%s is left out: %s bytes of settings", self.name, path, size)
+            else:
+                wanted.append(path)
+        # By its branch first, so that the cache knows the branch when the Hub cannot be reached.
+        folder = self.place.snapshot(self.place.revision, wanted)
+        if folder.name != self.commit:  # somebody has committed since this object was made
+            folder = self.place.snapshot(self.commit, wanted)
+        return folder
+
+
+def open_repository(place: Place) -> Repository:
+    """List the files of a repository: a local folder, a bundled name, or one of the Hub.
+
+    Where the Hub cannot be reached, or fails, the files in the cache are listed. If there are none,
+    the client's own error is raised.
     """
+    require_place(place.repo_id, "repo_id")
+    require_text(place.revision, "revision")
+    if place.cache_dir is not None:
+        require_place(place.cache_dir, "cache_dir")
+    name = str(place.repo_id)
+    folder = local_path(place.repo_id)
+    if folder is None and name in BUNDLED:
+        folder = bundled_folder(name) / f"{place.kind}s"
+    if folder is not None:
+        return repository_in(folder, name)
+    if name.count("/") != 1:
+        raise FileNotFoundError(
+            f"repo_id: expected 'user/name', a folder, or one of {', '.join(BUNDLED)}, which are "
+            f"bundled; got {name!r}{local_hint(name)}"
+        )
+    require_repo_id(name)
+    if place.local_files_only:
+        return _in_cache(place)
+    try:
+        return ask_hub(place)
+    except (hub_errors.RepositoryNotFoundError, hub_errors.RevisionNotFoundError) as error:
+        error.append_to_message(local_hint(name))
+        raise
+    except Exception:  # of several HTTP libraries, as the version of the Hub's client uses them
+        try:
+            return _in_cache(place)
+        except hub_errors.LocalEntryNotFoundError:
+            pass
+        raise
 
-    def __init__(
-        self, name: str, commit: str | None, sizes: dict[str, int], get: Callable[[list[str]], Path]
-    ) -> None:
-        self.name, self.commit, self.sizes = name, commit, sizes
-        self._get = get
-        self._folder: Path | None = None
-        self._here: set[str] = set()
 
-    def fetch(self, paths: Iterable[str]) -> Path:
-        """Have files at hand, and return the folder that they lie in by their paths.
+def repository_in(folder: Path, name: str) -> Repository:
+    """List the files of a local folder."""
+    require_folder(folder, "repo_id")
+    return Repository(name, _sizes(folder), folder)
 
-        Raises:
-            FileNotFoundError: a file that is not there.
-            ValueError: settings longer than any of ours.
-            ConnectionError: the Hub cannot be reached.
-        """
-        wanted = [path for path in paths if path not in self._here]
-        for path in wanted:
-            if path not in self.sizes:
-                raise FileNotFoundError(f"{self.name} has no file {path}")
-            if path.endswith(".json") and not self.is_short(path):
-                raise ValueError(f"{self.name}/{path}: {_too_long(self.sizes[path])}")
-        if wanted or self._folder is None:
-            self._folder = self._get(wanted)
-            self._here.update(wanted)
-        return self._folder
 
-    def json(self, path: str) -> dict[str, Any]:
-        """Read a JSON object.
+def ask_hub(place: Place) -> Repository:
+    """List the files of a repository on the Hub; raise the client's own error if that fails."""
+    info: Any = api(place.token).repo_info(
+        str(place.repo_id), repo_type=place.kind, revision=place.revision, files_metadata=True
+    )
+    sizes = {file.rfilename: int(file.size or 0) for file in info.siblings or ()}
+    return Repository(str(place.repo_id), sizes, None, str(info.sha), place, info)
 
-        Raises:
-            ValueError: not one, or longer than any of ours.
-        """
-        return read_json(self.fetch([path]) / path)
 
-    def is_short(self, path: str) -> bool:
-        """Say whether a file is no longer than settings are."""
-        return self.sizes[path] <= _LARGEST_JSON
+def bundled_folder(name: str) -> Path:
+    """Return the folder of a bundled name; it holds ``models`` and ``datasets``."""
+    return Path(__file__).parent / "bundled_data" / name
 
-    def __contains__(self, path: str) -> bool:
-        return path in self.sizes
+
+def api(token: str | bool | None) -> HfApi:
+    """Return the Hub's client; it tells the Hub this package's name and version."""
+    return HfApi(
+        token=require_token(token), library_name="monoloss_plugin", library_version=__version__
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-        ValueError: not a JSON object, or longer than any of ours.
-    """
-    if path.stat().st_size > _LARGEST_JSON:
-        raise ValueError(f"{path}: {_too_long(path.stat().st_size)}")
+    """Read a JSON object; raise ValueError for a file that holds something else, or too much."""
+    size = path.stat().st_size
+    if size > _LARGEST_JSON:
+        raise ValueError(f"{path}: {size} bytes, more than any settings take")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -97,101 +171,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def of_folder(folder: Path, name: str | None = None) -> Repository:
-    """Take a folder for a repository.
-
-    Raises:
-        FileNotFoundError, NotADirectoryError: no such folder.
-    """
-    require_folder(folder, "repo_id")
-    return Repository(name or str(folder), None, _sizes(folder), lambda _: folder)
-
-
-def of_hub(
-    repo_id: str,
-    kind: Kind,
-    revision: str | None = None,
-    *,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-) -> Repository:
-    """Look at a repository of the Hub; where the Hub cannot be reached, at what the cache has.
-
-    Args:
-        repo_id: ``user/name``.
-        kind: of the repository.
-        revision: a branch, tag or commit; the main branch by default.
-        token: by default the one that the machine is logged in with.
-        cache_dir: by default the Hub's own cache.
-        local_files_only: look in the cache only.
-
-    Raises:
-        FileNotFoundError: no such repository, or, without the Hub, none in the cache.
-        ValueError: not a repository's name, or no such revision.
-        PermissionError: a gated repository.
-        ConnectionError: the Hub cannot be reached, and nothing is in the cache.
-    """
-    require_repo_id(repo_id)
-    token = require_token(token)
-    place: dict[str, Any] = {"repo_id": repo_id, "repo_type": kind, "cache_dir": cache_dir}
-
-    def cached() -> Repository:
-        folder = Path(
-            snapshot_download(
-                **place, revision=revision, local_files_only=True, allow_patterns=[_NO_FILE]
-            )
-        )
-        return Repository(repo_id, folder.name, _sizes(folder), lambda _: folder)
-
-    if local_files_only:
-        try:
-            return cached()
-        except FileNotFoundError:
-            raise FileNotFoundError(f"repo_id: {repo_id} is not in the cache") from None
-    try:
-        with explained(repo_id):
-            info: Any = api(token).repo_info(
-                repo_id, repo_type=kind, revision=revision, files_metadata=True
-            )
-    except ConnectionError as error:
-        try:
-            return cached()
-        except FileNotFoundError:
-            raise ConnectionError(f"{error}, and {repo_id} is not in the cache") from error
-    commit = str(info.sha)
-
-    def download(paths: list[str]) -> Path:
-        patterns = [glob.escape(path) for path in paths]
-        with explained(repo_id):
-            folder = Path(
-                snapshot_download(**place, revision=revision, token=token, allow_patterns=patterns)
-            )
-            if folder.name != commit:  # committed to since; the first look counts
-                folder = Path(
-                    snapshot_download(
-                        **place, revision=commit, token=token, allow_patterns=patterns
-                    )
-                )
-        return folder
-
-    sizes = {file.rfilename: int(file.size or 0) for file in info.siblings or ()}
-    return Repository(repo_id, commit, sizes, download)
-
-
-def api(token: str | bool | None) -> HfApi:
-    """Return the Hub's client, under our name.
-
-    Raises:
-        PermissionError: what is given for a token is none.
-    """
-    return HfApi(
-        token=require_token(token), library_name="monoloss_plugin", library_version=__version__
-    )
-
-
-def _too_long(size: int) -> str:
-    return f"{size} bytes, more than any settings take"
+def _in_cache(place: Place) -> Repository:
+    folder = place.snapshot(place.revision, [], local=True)
+    return Repository(str(place.repo_id), _sizes(folder), folder, folder.name)
 
 
 def _sizes(folder: Path) -> dict[str, int]:

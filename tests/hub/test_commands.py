@@ -12,12 +12,12 @@ from typer.testing import CliRunner
 
 from monoloss_plugin import cli, load_features, load_pretrained
 from monoloss_plugin.cli import output
-from monoloss_plugin.hub.bundled import folder_of
+from monoloss_plugin.hub.repository import bundled_folder
 from tests.convert.test_monoloss import K, save, untied
 from tests.hub.server import OWNER_TOKEN, Fault
 
 REPO = "alice/vision-saes"
-MODELS = folder_of("digits") / "models"
+MODELS = bundled_folder("digits") / "models"
 WITH, WITHOUT = MODELS / "batchtopk-256-monoloss-0.003", MODELS / "batchtopk-256"
 
 
@@ -31,7 +31,7 @@ def held_out(tmp_path):
     folder = tmp_path / "held-out"
     features = load_features("digits", "held_out")
     described = features.dataset.cast(features.dataset.features)
-    described.info.description = json.dumps(features.record)
+    described.info.description = json.dumps(features.record.to_dict())
     described.save_to_disk(folder)
     return folder
 
@@ -75,7 +75,7 @@ def test_features(held_out, hub, tmp_path) -> None:
     assert hub.repos["dataset", "alice/digits"].private
     assert len(load_features("alice/digits")) == 599
     again = run("publish", "features", held_out, "alice/digits")
-    assert "has all of it already" in again.output
+    assert "has all files already" in again.output
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_features(held_out, hub, tmp_path) -> None:
         (["publish", "sae", WITH, "digits"], "repo_id: expected 'user/name'"),
         (["publish", "sae", WITH, REPO, "--name", "../x"], "sae_id: expected names"),
         (["publish", "sae", WITH, REPO, "--features", "none"], "no feature dataset in none"),
-        (["publish", "sae", WITH, "bob/saes"], "may not write to bob/saes"),
+        (["publish", "sae", WITH, "bob/saes"], "don't have the rights to write to bob/saes"),
         (["publish", "features", "none", REPO], "no feature dataset in none"),
         (["pretrained", "digit"], "one of digits, which are bundled"),
         (["pretrained", "alice/none"], "knows no repository alice/none"),
@@ -152,7 +152,7 @@ def test_progress_in_a_pipe_is_lines_without_control_signs(held_out, hub, monkey
 
 def test_a_bar_that_is_told_often_writes_seldom(monkeypatch, capsys) -> None:
     monkeypatch.setattr(output, "monotonic", iter(range(10_000)).__next__)
-    with output._speaking(quiet=False, as_json=False):
+    with output._directed_output(quiet=False, as_json=False):
         for number in (bar := tqdm(range(300), mininterval=0, leave=True)):
             bar.set_postfix(loss=number)
     lines = capsys.readouterr().err.splitlines()
@@ -204,7 +204,7 @@ def test_ctrl_c_is_one_line_and_130(hub, monkeypatch) -> None:
 def test_an_interrupted_command_says_to_run_it_again(hub) -> None:
     hub.faults.append(Fault("POST", "/commit/", "drop"))
     shown = run("publish", "sae", WITH, REPO)
-    assert "run it again: what has arrived is not sent twice" in shown.stderr
+    assert "run it again: files that have arrived are not transferred again" in shown.stderr
     assert run("publish", "sae", WITH, REPO).exit_code == 0
 
 
@@ -232,9 +232,9 @@ def test_convert_and_publish(tmp_path, hub) -> None:
 
 
 def test_a_warning_is_one_line_without_the_code_that_it_comes_from(capsys) -> None:
-    with output._speaking(quiet=False, as_json=False):
+    with output._directed_output(quiet=False, as_json=False):
         warnings.warn("features: these are \x1b[2J strange", stacklevel=1)
     assert capsys.readouterr().err == "features: these are \\x1b[2J strange\n"
-    with output._speaking(quiet=True, as_json=False):
+    with output._directed_output(quiet=True, as_json=False):
         warnings.warn("more", stacklevel=1)
     assert capsys.readouterr().err == ""

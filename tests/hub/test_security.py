@@ -24,11 +24,11 @@ from monoloss_plugin import (
     publish_sae,
 )
 from monoloss_plugin.features import FeatureSet
-from monoloss_plugin.hub.bundled import folder_of
-from monoloss_plugin.hub.cards import escaped
+from monoloss_plugin.hub.cards import escape
+from monoloss_plugin.hub.repository import bundled_folder
 
 REPO = "mallory/saes"
-DIGITS = folder_of("digits") / "models" / "batchtopk-256-monoloss-0.003"
+DIGITS = bundled_folder("digits") / "models" / "batchtopk-256-monoloss-0.003"
 FILES = {path.name: path.read_bytes() for path in DIGITS.iterdir()}
 CONFIG = json.loads(FILES["cfg.json"])
 
@@ -212,14 +212,20 @@ def test_weights_that_do_not_fit_the_settings(hub, never_loaded) -> None:
         load_pretrained(REPO)
 
 
-def test_settings_of_many_megabytes_are_not_fetched(hub, never_loaded) -> None:
-    for name in ("cfg__json", "monoloss__json"):
-        hub.reset()
-        put(hub, **{name: b" " * (17 << 20)})
-        hub.requests.clear()
-        with pytest.raises(ValueError, match="bytes, more than any settings take"):
-            load_pretrained(REPO)
-        assert not [path for _, path in hub.requests if "/resolve/" in path]
+def test_settings_of_many_megabytes_are_not_fetched(hub, caplog) -> None:
+    put(hub, cfg__json=b" " * (17 << 20), monoloss__json=b" " * (17 << 20))
+    with pytest.raises(FileNotFoundError, match=r"no cfg.json in it"):
+        load_pretrained(REPO)
+    assert list_pretrained(REPO) == []
+    assert "one/cfg.json is left out: 17825792 bytes" in caplog.text
+    assert not [path for _, path in hub.requests if path.endswith(".json") and "/resolve/" in path]
+
+
+def test_settings_of_many_megabytes_in_a_folder_are_not_read(tmp_path) -> None:
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(b" " * (17 << 20) if name == "cfg.json" else content)
+    with pytest.raises(ValueError, match="bytes, more than any settings take"):
+        load_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +237,6 @@ def test_settings_of_many_megabytes_are_not_fetched(hub, never_loaded) -> None:
         {"metrics": {"r2": "high"}},
         {"metrics": []},
         {"encoder": "clip"},
-        {"format": "one"},
         {"inputs": 3},
         {"inputs": "any"},
     ],
@@ -262,7 +267,7 @@ def test_names_are_shown_in_a_card_as_they_are(text, hub) -> None:
     render = MarkdownIt("commonmark", {"html": True}).enable("table").render
     (row,) = (
         line
-        for line in render(f"| a | b |\n|---|---|\n| {escaped(text)} | end |").splitlines()
+        for line in render(f"| a | b |\n|---|---|\n| {escape(text)} | end |").splitlines()
         if line.startswith("<td>") and "end" not in line
     )
     shown = row.removeprefix("<td>").removesuffix("</td>")
@@ -323,6 +328,6 @@ def test_a_parquet_file_that_is_none(hub) -> None:
 
 def test_bundled_names_are_no_paths() -> None:
     for name in ("../digits", "digits/models", "bundled_data"):
-        with pytest.raises((FileNotFoundError, ValueError, ConnectionError)):
+        with pytest.raises((OSError, ValueError)):
             load_pretrained(name)
-    assert Path(folder_of("digits")).is_dir()
+    assert Path(bundled_folder("digits")).is_dir()

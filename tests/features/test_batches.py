@@ -39,8 +39,7 @@ from monoloss_plugin import MonoLoss, functional
 from monoloss_plugin.batch import Batch
 from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.features import FeatureBatches, FeatureSet
-from monoloss_plugin.features.order import Order
-from monoloss_plugin.features.rows import Rows
+from monoloss_plugin.features.batches import epoch_order
 
 DIGITS = load_digits()
 PIXELS = torch.tensor(DIGITS.data, dtype=torch.float32)

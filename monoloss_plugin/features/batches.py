@@ -226,7 +226,8 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
 
     def every_row(self, batch_size: int) -> Iterator[Batch]:
         """Yield every row of this process once, in the order of the set, whatever the shuffle."""
-        for rows in torch.arange(self.num_rows)[self.shard[0] :: self.shard[1]].split(batch_size):
+        mine = torch.arange(self.num_rows)[self.shard[0] :: self.shard[1]]
+        for rows in mine.split(min(batch_size, self.batch_size)):
             yield self._batch(rows, self._read(rows))
 
     def state_dict(self) -> dict[str, Any]:
@@ -331,9 +332,7 @@ class _Given(NamedTuple):
 
 
 @lru_cache(maxsize=2)
-def epoch_order(
-    num_rows: int, shuffle: Shuffle, seed: int, epoch: int, buffer_rows: int
-) -> Tensor:
+def epoch_order(num_rows: int, shuffle: Shuffle, seed: int, epoch: int, buffer_rows: int) -> Tensor:
     """Return the order of N rows (N,) in an epoch. Do not write to it: it is kept.
 
     With ``"buffer"``, every ``buffer_rows`` in it are blocks of consecutive rows, shuffled.

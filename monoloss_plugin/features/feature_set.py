@@ -255,9 +255,7 @@ class FeatureSet(torch.utils.data.Dataset[Batch]):
     def __getitems__(self, numbers: Sequence[int]) -> Batch:
         """Return a whole batch: pass ``collate_fn=lambda batch: batch`` to a DataLoader."""
         rows = torch.as_tensor(numbers)
-        return Batch(
-            self.take(rows), labels=self.labels_of(rows), ids=self.ids_of(rows), rows=rows
-        )
+        return Batch(self.take(rows), labels=self.labels_of(rows), ids=self.ids_of(rows), rows=rows)
 
     def fingerprint(self) -> str:
         """Return a checksum of 64 of its rows, which differs between sets."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from itertools import groupby
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,6 @@ from monoloss_plugin.batch import Batch
 from monoloss_plugin.embeddings import unit_rows
 from monoloss_plugin.features.feature_set import FeatureSet
 from monoloss_plugin.features.matching import rows_in_common
-from monoloss_plugin.features.record import FeatureRecord
 
 Shuffle = Literal["all", "buffer", "none"]
 
@@ -35,9 +34,6 @@ _REMEMBERED = 64
 """Batches that :meth:`FeatureBatches.embeddings_of` can find; a trainer may be so far ahead."""
 _ROUNDING = 1e-2
 """More than rounding to bfloat16 changes a value, far less than two images differ."""
-
-_Item = TypeVar("_Item")
-_Made = TypeVar("_Made")
 
 
 class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
@@ -117,14 +113,17 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         self.features, self.batch_size, self.normalize = features, batch_size, normalize
         self.ids, self.device, self.shard = ids, as_device(device), require_share(shard)
         self.shuffle, self.seed, self.drop_last = shuffle, seed, drop_last
-        sets = [features, *others]
-        matched = rows_in_common(features, others)
-        self.num_rows = len(matched[0])
+        self.record = features.record
+        """Encoder, source and settings that made the features."""
+        self.epoch = 0
+        """The current epoch, from 0."""
+        self._sets = [features, *others]
+        self._matched = rows_in_common(features, others)
+        self.num_rows = len(self._matched[0])
         """Number of images that every set has."""
         self._batch_rows = batch_size * shard[1]  # of all processes together
-        self._batches_read_at_once = 1
-        if shuffle == "buffer":
-            self._batches_read_at_once = max(1, buffer_rows // self._batch_rows)
+        self._read_at_once = max(1, buffer_rows // self._batch_rows) if shuffle == "buffer" else 1
+        self._buffer_rows = self._read_at_once * self._batch_rows
         if self.num_rows == 0:
             raise ValueError("features: expected at least one image, got an empty set")
         if len(self) == 0:
@@ -133,14 +132,13 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
                 f"images over {shard[1]} process(es), got {batch_size}; or drop_last=False"
             )
         if resident is None:
-            resident = shuffle != "buffer" and _fit_in_half(sets, self.device)
-        self._sources = [
-            _Source(one, rows, one.take(rows).to(self.device) if resident else None)
-            for one, rows in zip(sets, matched, strict=True)
-        ]
+            resident = shuffle != "buffer" and _fit_in_half(self._sets, self.device)
+        self._held: list[Tensor] | None = None
+        if resident:
+            self._held = self._read(torch.arange(self.num_rows))
         # Elsewhere a second thread would only take cores from the trainer.
         self._reads_ahead = shuffle == "buffer" or (self.device.type != "cpu" and not resident)
-        self._epoch = self._next = 0
+        self._next = 0
         self._resumed = False
         self._last: Batch | None = None
         self._recent: deque[_Given] = deque(maxlen=_REMEMBERED)
@@ -155,33 +153,23 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         """Number of classes; None if there are no labels."""
         return self.features.num_classes
 
-    @property
-    def record(self) -> FeatureRecord:
-        """Encoder, source and settings that made the features."""
-        return self.features.record
-
-    @property
-    def epoch(self) -> int:
-        """The current epoch, from 0."""
-        return self._epoch
-
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch. A DataLoader with workers needs this before each epoch."""
-        self._epoch, self._next, self._resumed = epoch, 0, False
+        self.epoch, self._next, self._resumed = epoch, 0, False
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield one epoch, or the rest of one after :meth:`load_state_dict`."""
         if self._next > 0 and not self._resumed:
-            self._epoch, self._next = self._epoch + 1, 0
+            self.epoch, self._next = self.epoch + 1, 0
         self._resumed = False
-        epoch = self._epoch
+        epoch = self.epoch
         worker = torch.utils.data.get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         numbers = range(self._next + first, len(self), step)
         for number, batch in zip(numbers, self._batches(epoch, numbers), strict=True):
-            self._epoch, self._next = epoch, number + 1
+            self.epoch, self._next = epoch, number + 1
             yield batch
-        self._epoch, self._next = epoch + 1, 0
+        self.epoch, self._next = epoch + 1, 0
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield features (B, d) without end: ``SAETrainer(data_provider=batches.tensors())``."""
@@ -189,7 +177,7 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
             for batch in self:
                 self._last = batch
                 few = _some_rows(batch.features).clone()
-                self._recent.append(_Given(self._epoch, self._next - 1, few))
+                self._recent.append(_Given(self.epoch, self._next - 1, few))
                 yield batch.features
 
     def embeddings_of(self, features: Tensor) -> Tensor:
@@ -236,7 +224,7 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         It is the position of this process. The workers of a DataLoader have their own; there, count
         the batches yourself.
         """
-        return {**self._settings(), "epoch": self._epoch, "batch": self._next}
+        return {**self._settings(), "epoch": self.epoch, "batch": self._next}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly where the state was taken.
@@ -249,7 +237,7 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
                 raise ValueError(
                     f"state: {name} was {state.get(name)!r} when it was taken, is {here!r} here"
                 )
-        self._epoch, self._next = int(state["epoch"]), int(state["batch"])
+        self.epoch, self._next = int(state["epoch"]), int(state["batch"])
         self._resumed = True
 
     def _settings(self) -> dict[str, Any]:
@@ -266,10 +254,6 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
             "shard": list(self.shard),
         }
 
-    @property
-    def _buffer_rows(self) -> int:
-        return self._batches_read_at_once * self._batch_rows
-
     def _rows(self, epoch: int, number: int) -> Tensor:
         """Return which of the rows in common are in a batch of this process."""
         order = epoch_order(self.num_rows, self.shuffle, self.seed, epoch, self._buffer_rows)
@@ -278,7 +262,7 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
 
     def _batches(self, epoch: int, numbers: range) -> Iterator[Batch]:
         """Yield batches by their numbers. Batches of one shuffle buffer are read at once."""
-        together = groupby(numbers, lambda number: number // self._batches_read_at_once)
+        together = groupby(numbers, lambda number: number // self._read_at_once)
         rows = ([self._rows(epoch, number) for number in group] for _, group in together)
         read = _one_ahead if self._reads_ahead else map
         for parts, stored in read(lambda parts: (parts, self._read(torch.cat(parts))), rows):
@@ -288,7 +272,12 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
 
     def _read(self, rows: Tensor) -> list[Tensor]:
         """Return some of the rows in common, from each set, as stored, on the device."""
-        return [source.read(rows, self.device) for source in self._sources]
+        if self._held is not None:
+            return [held.index_select(0, rows.to(self.device)) for held in self._held]
+        return [
+            one.take(matched[rows]).to(self.device)
+            for one, matched in zip(self._sets, self._matched, strict=True)
+        ]
 
     def _batch(self, rows: Tensor, stored: Sequence[Tensor]) -> Batch:
         x, *others = stored
@@ -296,7 +285,7 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         features = _unit(x) if self.normalize else x.to(torch.float32, copy=True)
         # The cosine of concatenated unit vectors is the mean of their cosines.
         unit = [_unit(one) / math.sqrt(len(others)) for one in others]
-        in_set = self._sources[0].rows[rows]
+        in_set = self._matched[0][rows]
         labels = self.features.labels_of(in_set)
         return Batch(
             features,
@@ -305,21 +294,6 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
             ids=self.features.ids_of(in_set) if self.ids else None,
             rows=in_set,
         )
-
-
-class _Source(NamedTuple):
-    """One of the sets that a batch is read from."""
-
-    features: FeatureSet
-    rows: Tensor
-    """The rows of the images that every set has."""
-    held: Tensor | None
-    """These rows on the device, if the set is resident."""
-
-    def read(self, rows: Tensor, device: torch.device) -> Tensor:
-        if self.held is not None:
-            return self.held.index_select(0, rows.to(device))
-        return self.features.take(self.rows[rows]).to(device)
 
 
 class _Given(NamedTuple):
@@ -350,10 +324,10 @@ def epoch_order(num_rows: int, shuffle: Shuffle, seed: int, epoch: int, buffer_r
     return torch.cat([b[torch.randperm(len(b), generator=generator)] for b in buffers])
 
 
-def _one_ahead(make: Callable[[_Item], _Made], items: Iterable[_Item]) -> Iterator[_Made]:
+def _one_ahead(make: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
     """Yield what ``map`` would; a thread makes the next one while one is used."""
     with ThreadPoolExecutor(1, "feature-batches") as thread:
-        coming: deque[Future[_Made]] = deque()
+        coming: deque[Future[Any]] = deque()
         for item in items:
             coming.append(thread.submit(make, item))
             if len(coming) > 1:

@@ -248,9 +248,9 @@ class FeatureSet(torch.utils.data.Dataset[Batch]):
     def __getitem__(self, number: int) -> Batch:
         if not -len(self) <= number < len(self):
             raise IndexError(f"row {number} of {len(self)}")
-        batch = self.__getitems__([number % len(self)])
-        tensors = {"features": batch.features, "labels": batch.labels, "rows": batch.rows}
-        return batch._replace(**{k: None if v is None else v[0] for k, v in tensors.items()})
+        row = torch.tensor(number % len(self))
+        ids = self.ids_of(row[None])
+        return Batch(self.take(row[None])[0], labels=self.labels_of(row), ids=ids, rows=row)
 
     def __getitems__(self, numbers: Sequence[int]) -> Batch:
         """Return a whole batch: pass ``collate_fn=lambda batch: batch`` to a DataLoader."""

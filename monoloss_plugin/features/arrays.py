@@ -55,8 +55,6 @@ def dataset_of(
             f"x: expected (N, d), one vector for each image, got shape {shape}; pool tokens first, "
             "or make each token a row"
         )
-    if record is not None and not isinstance(record, Mapping):
-        raise TypeError(f"record: expected a dict, got {kind_of(record)}")
     require_finite(rows, "x")
     values = (rows.float() if rows.dtype == torch.bfloat16 else rows).numpy()
     columns: dict[str, Any] = {"features": fixed_lists(values)}
@@ -73,10 +71,10 @@ def dataset_of(
             )
     schema = features_schema(values.shape[1], str(values.dtype), labels is not None, classes)
     schema = Features({name: schema[name] for name in columns})
-    said = json.dumps(FeatureRecord.of(record or {}).to_dict())
+    known = FeatureRecord() if record is None else FeatureRecord.of(record)
     return Dataset(
         pa.table(columns).cast(schema.arrow_schema),
-        DatasetInfo(description=said, features=schema),
+        DatasetInfo(description=json.dumps(known.to_dict()), features=schema),
         fingerprint=uuid.uuid4().hex[:16],  # datasets would hash every value to make one
     )
 

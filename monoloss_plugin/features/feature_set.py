@@ -92,7 +92,7 @@ class FeatureSet(torch.utils.data.Dataset[Batch]):
             self.ids = table.column("image_id").cast(pa.string())
         if record is None:
             record = FeatureRecord.from_json(dataset.info.description or "")
-        self.record = record if isinstance(record, FeatureRecord) else FeatureRecord.of(record)
+        self.record = FeatureRecord.of(record)
 
     @classmethod
     def open(cls, source: str | os.PathLike[str] | Dataset) -> FeatureSet:
@@ -129,10 +129,10 @@ class FeatureSet(torch.utils.data.Dataset[Batch]):
                 )
         elif (path / SETTINGS).exists():
             raise ValueError(
-                f"source: the extraction into {path} is not complete; run it again to finish it"
+                f"source: the extraction into {path} is not complete; run it again to go on"
             )
         if not (path / STATE).exists():
-            raise FileNotFoundError(f"source: no feature set in {path}")
+            raise FileNotFoundError(f"source: no feature dataset in {path}")
         try:
             dataset = load_from_disk(str(path))
         except (KeyError, OSError, TypeError, ValueError) as error:

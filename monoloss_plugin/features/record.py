@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from monoloss_plugin._places import kind_of
+
 _TYPES: dict[str, type] = {
     **dict.fromkeys(("encoder", "source", "versions", "columns"), dict),
     **dict.fromkeys(("dtype", "autocast"), str),
@@ -40,8 +42,16 @@ class FeatureRecord:
     """Type of each column, if the set was published."""
 
     @classmethod
-    def of(cls, content: Mapping[str, Any]) -> FeatureRecord:
-        """Make a record from a dict. Entries with other names or types are left out."""
+    def of(cls, content: Any) -> FeatureRecord:
+        """Make a record from a dict. Entries with other names or types are left out.
+
+        Raises:
+            TypeError: ``content`` is neither a dict nor a record.
+        """
+        if isinstance(content, FeatureRecord):
+            return content
+        if not isinstance(content, Mapping):
+            raise TypeError(f"record: expected a dict, got {kind_of(content)}")
         known: dict[str, Any] = {
             part.name: content[part.name]
             for part in fields(cls)

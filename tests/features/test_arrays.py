@@ -172,7 +172,7 @@ def test_what_is_unclear_is_said_with_what_was_found(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("1,2")
     with pytest.raises(ValueError, match=r"a file that ends in \.npy, \.npz, .*, got .*x\.csv"):
         FeatureSet.open(tmp_path / "x.csv")
-    with pytest.raises(FileNotFoundError, match=r"source: no feature set in .*none\.npy"):
+    with pytest.raises(FileNotFoundError, match=r"source: no feature dataset in .*none\.npy"):
         FeatureSet.open(tmp_path / "none.npy")
     with pytest.raises(TypeError, match=r"got Tensor; use FeatureSet\.from_tensors for arrays"):
         FeatureSet.open(X)

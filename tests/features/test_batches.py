@@ -442,7 +442,7 @@ def test_what_is_no_feature_set_is_named(digits: FeatureSet, tmp_path: Path) -> 
     missing = dataset_of(PIXELS[:2]).map(lambda row, i: {"features": None}, with_indices=True)
     with pytest.raises(ValueError, match="2 rows have no features"):
         FeatureSet(missing.cast(dataset_of(PIXELS[:2]).features))
-    with pytest.raises(FileNotFoundError, match="no feature set in"):
+    with pytest.raises(FileNotFoundError, match="no feature dataset in"):
         FeatureSet.open(tmp_path)
 
 

@@ -305,7 +305,7 @@ class _Given(NamedTuple):
     """Some of its rows."""
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)  # of a few sets and epochs; a batch asks for it each time
 def epoch_order(num_rows: int, shuffle: Shuffle, seed: int, epoch: int, buffer_rows: int) -> Tensor:
     """Return the order of N rows (N,) in an epoch. Do not write to it: it is kept.
 

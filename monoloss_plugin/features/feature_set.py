@@ -212,7 +212,7 @@ class FeatureSet(torch.utils.data.Dataset[Batch]):
             raise ValueError(f"numbers: expected (B,), got {tuple(given.shape)}, {given.layout}")
         rows = given.long().numpy()
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
-            raise IndexError(f"rows {rows.min()} to {rows.max()} of {len(self)}")
+            raise IndexError(f"numbers: rows {rows.min()} to {rows.max()} of a set of {len(self)}")
         if len(self._pieces) == 1:
             return torch.from_numpy(self._pieces[0].take(rows, axis=0))
         found = np.empty((len(rows), self.width), self._stored)

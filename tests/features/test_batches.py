@@ -392,7 +392,7 @@ def test_a_buffer_holds_whole_blocks_and_mixes_within_itself() -> None:
 
 
 @pytest.mark.parametrize("shard", [(0, 1), (1, 2)])
-def test_a_buffer_is_read_once_and_in_the_order_of_the_disk(tmp_path, shard, monkeypatch) -> None:
+def test_a_buffer_is_read_at_once_and_once(tmp_path, shard, monkeypatch) -> None:
     features = FeatureSet(many_files(tmp_path, "float32"))
     asked: list[Tensor] = []
     take = FeatureSet.take

@@ -112,7 +112,6 @@ MISSING = {
     ("monoloss_plugin.adapters.timm", "timm"): "timm",
     ("monoloss_plugin.adapters.lightning", "lightning"): "lightning",
     ("monoloss_plugin.features.extraction", "psutil"): "psutil",
-    ("monoloss_plugin.features.encoders.from_open_clip", "open_clip"): "open-clip-torch",
 }
 
 # One process imports torch, and a copy of it tries each; copies of this one, with its threads, may

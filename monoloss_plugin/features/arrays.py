@@ -1,4 +1,4 @@
-"""Features that were made elsewhere: arrays, and files of them, as the dataset of a feature set."""
+"""Arrays, and files of other formats, as the dataset of a feature set."""
 
 from __future__ import annotations
 
@@ -10,26 +10,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
+from datasets import Dataset, DatasetInfo, Features, Value
+from datasets import Sequence as Rows
+from safetensors.torch import load_file
 from torch import Tensor
 
 from monoloss_plugin._checks import as_labels, as_list, as_rows, as_tensor, require_finite
-from monoloss_plugin._optional import missing_extra
 from monoloss_plugin._places import kind_of
 from monoloss_plugin.features.record import FeatureRecord
 from monoloss_plugin.features.store import features_schema, fixed_lists
-
-try:
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    from datasets import Dataset, DatasetInfo, Value
-    from datasets import Sequence as Rows
-    from datasets.exceptions import DatasetGenerationError
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-except ModuleNotFoundError as error:
-    raise missing_extra(error, "hub") from error
 
 logger = logging.getLogger(__name__)
 
@@ -38,53 +31,60 @@ _COLUMNS = {
     "label": ("label", "labels", "y"),
     "image_id": ("image_id", "ids", "id"),
 }
-"""What each column of a feature set may be called elsewhere."""
+"""Columns of a feature set, and the names that they may have in a file or a dataset."""
 _CLASSES = "classes"
+_READERS: dict[str, Any] = {
+    ".npy": lambda path: np.load(path, mmap_mode="r", allow_pickle=False),
+    ".npz": lambda path: dict(np.load(path, allow_pickle=False)),
+    ".pt": lambda path: torch.load(path, map_location="cpu", weights_only=True, mmap=True),
+    ".safetensors": load_file,
+    ".parquet": lambda path: Dataset.from_parquet(str(path)),
+}
 _SHOWN = 12
-"""Names of a file's arrays that an error lists."""
+"""An error lists the first so many arrays of a file."""
 
 
 def dataset_of(
     x: Any, labels: Any, ids: Any, classes: Any, record: Mapping[str, Any] | None
 ) -> Dataset:
     """Return arrays as a dataset over the same memory; see :meth:`FeatureSet.from_tensors`."""
+    shape = tuple(as_tensor(x, "x").shape)
     rows = as_rows(x, "x").detach().cpu()
-    if as_tensor(x, "x").ndim != 2:
+    if len(shape) != 2 or shape[1] == 0:
         raise ValueError(
-            f"x: expected (N, d), one vector an image, got shape {tuple(as_tensor(x, 'x').shape)}; "
-            "pool tokens first, or make each a row"
+            f"x: expected (N, d), one vector for each image, got shape {shape}; pool tokens first, "
+            "or make each token a row"
         )
-    if rows.shape[1] == 0:
-        raise ValueError("x: expected (N, d) with at least one dimension, got none")
-    if record is not None and not isinstance(record, Mapping):
-        raise TypeError(f"record: expected a dict, got {kind_of(record)}")
     require_finite(rows, "x")
     values = (rows.float() if rows.dtype == torch.bfloat16 else rows).numpy()
     columns: dict[str, Any] = {"features": fixed_lists(values)}
     classes = None if classes is None else [str(name) for name in as_list(classes, "classes")]
     if labels is not None:
-        numbers, classes = _numbers(labels, classes, len(rows))
+        numbers, classes = _label_numbers(labels, classes)
         columns["label"] = pa.array(numbers.numpy())
     if ids is not None:
         columns["image_id"] = pa.array([str(one) for one in as_list(ids, "ids")], pa.string())
-        _require_one_each(len(columns["image_id"]), "ids", len(rows))
+    for name, column in (("labels", "label"), ("ids", "image_id")):
+        if column in columns and len(columns[column]) != len(rows):
+            raise ValueError(
+                f"{name}: expected {len(rows)}, one for each row of x, got {len(columns[column])}"
+            )
     schema = features_schema(values.shape[1], str(values.dtype), labels is not None, classes)
-    schema = type(schema)({name: schema[name] for name in columns})
+    schema = Features({name: schema[name] for name in columns})
+    known = FeatureRecord() if record is None else FeatureRecord.of(record)
     return Dataset(
         pa.table(columns).cast(schema.arrow_schema),
-        DatasetInfo(
-            description=json.dumps(FeatureRecord.of(record or {}).to_dict()), features=schema
-        ),
-        fingerprint=uuid.uuid4().hex[:16],  # or datasets would hash every value for one
+        DatasetInfo(description=json.dumps(known.to_dict()), features=schema),
+        fingerprint=uuid.uuid4().hex[:16],  # datasets would hash every value to make one
     )
 
 
 def read_file(path: Path) -> Dataset:
-    """Read features from a file of arrays, or of a table.
+    """Read features from a file of arrays or of a table.
 
     Raises:
-        ValueError: another kind of file, one that cannot be read without unpickling it, or one in
-            which it is not clear what the features are.
+        ValueError: the kind of file is not known, reading it would unpickle something, or it is
+            not clear which array holds the features.
     """
     if path.suffix not in _READERS:
         raise ValueError(
@@ -92,36 +92,37 @@ def read_file(path: Path) -> Dataset:
         )
     try:
         found = _READERS[path.suffix](path)
-    except _UNREADABLE as error:
-        said = "it holds more than tensors, lists and strings"
-        if not isinstance(error, pickle.UnpicklingError):  # whose text says how to run it
-            said = str(error).partition("\n")[0]
+    except Exception as error:  # the readers raise all kinds of errors for a damaged file
+        reason = str(error).partition("\n")[0]
+        if isinstance(error, pickle.UnpicklingError):  # its text says how to unpickle all the same
+            reason = "it holds more than tensors, lists and strings"
         raise ValueError(
-            f"source: {path} cannot be read: {said}. Nothing is unpickled; save features as an "
+            f"source: {path} cannot be read: {reason}. Nothing is unpickled; save features as an "
             "array of floats, labels as integers, and ids as strings"
         ) from error
     if isinstance(found, Dataset):
-        return fitted(found)
-    if not isinstance(found, Mapping):
-        found = {"features": found}
-    chosen = _chosen({name: _shape(value) for name, value in found.items()}, str(path))
-    x, labels, ids = (found.get(chosen.get(column, "")) for column in _COLUMNS)
-    return dataset_of(x, labels, ids, found.get(_CLASSES), None)
+        return with_standard_columns(found)
+    by_name = found if isinstance(found, Mapping) else {"features": found}
+    shapes = {
+        name: str(tuple(value.shape)) if hasattr(value, "shape") else kind_of(value)
+        for name, value in by_name.items()
+    }
+    chosen = _choose_columns(shapes, str(path))
+    x, labels, ids = (by_name.get(chosen.get(column, "")) for column in _COLUMNS)
+    return dataset_of(x, labels, ids, by_name.get(_CLASSES), None)
 
 
-def fitted(dataset: Dataset) -> Dataset:
-    """Return a dataset with the columns of a feature set, whatever they are called in it.
+def with_standard_columns(dataset: Dataset) -> Dataset:
+    """Return a dataset with the columns of a feature set, whatever their names are in it.
 
     Raises:
-        ValueError: it is not clear which are the features, or they are not equally long.
+        ValueError: it is not clear which column holds the features, or they differ in length.
     """
-    chosen = _chosen({name: str(kind) for name, kind in dataset.features.items()}, "the dataset")
+    chosen = _choose_columns({n: str(kind) for n, kind in dataset.features.items()}, "the dataset")
     renamed = {name: column for column, name in chosen.items() if name != column}
     dataset = dataset.select_columns(list(chosen.values())).rename_columns(renamed)
-    features = dataset.features.copy()
-    if features.get("label") == Value("string"):
+    if dataset.features.get("label") == Value("string"):
         dataset = dataset.class_encode_column("label")
-        features = dataset.features.copy()
     kind = dataset.data.column("features").type
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
         return dataset
@@ -131,33 +132,39 @@ def fitted(dataset: Dataset) -> Dataset:
         raise ValueError(
             f"features: expected rows of one length, got {ends['min']} to {ends['max']} values"
         )
+    features = dataset.features.copy()
     features["features"] = Rows(features["features"].feature, length=ends["max"])
     return dataset.cast(features)
 
 
-def _chosen(there: Mapping[str, str], where: str) -> dict[str, str]:
-    """Return which of the names that are there is which column."""
+def _choose_columns(found: Mapping[str, str], where: str) -> dict[str, str]:
+    """Return the name that each column of a feature set has in a file or a dataset.
+
+    Args:
+        found: the names there, each with its shape or type for the error.
+        where: what holds them, for the error.
+    """
     chosen: dict[str, str] = {}
     for column, names in _COLUMNS.items():
-        fitting = [name for name in names if name in there]
-        if column == "features" and not fitting and len(there) == 1:
-            fitting = list(there)
+        fitting = [name for name in names if name in found]
+        if column == "features" and not fitting and len(found) == 1:
+            fitting = list(found)
         if len(fitting) > 1 or (column == "features" and not fitting):
-            listed = ", ".join(f"{name} {there[name]}" for name in list(there)[:_SHOWN])
+            listed = ", ".join(f"{name} {found[name]}" for name in list(found)[:_SHOWN])
             raise ValueError(
                 f"source: expected one of {', '.join(names)} in {where}, found {listed or 'none'}; "
-                "give the arrays themselves to FeatureSet.from_tensors"
+                "pass the arrays themselves to FeatureSet.from_tensors"
             )
         if fitting:
             chosen[column] = fitting[0]
-    unused = [name for name in there if name not in (*chosen.values(), _CLASSES)]
+    unused = [name for name in found if name not in (*chosen.values(), _CLASSES)]
     if unused:
-        logger.info("%s: %s not read as features, labels or ids", where, ", ".join(unused))
+        logger.info("%s: %s not read, only features, labels and ids", where, ", ".join(unused))
     return chosen
 
 
-def _numbers(labels: Any, classes: list[str] | None, count: int) -> tuple[Tensor, list[str] | None]:
-    """Return labels (N,) as numbers, and the names of their classes."""
+def _label_numbers(labels: Any, classes: list[str] | None) -> tuple[Tensor, list[str] | None]:
+    """Return labels as numbers (N,), and the names of their classes."""
     listed = labels if isinstance(labels, Tensor) and labels.ndim else as_list(labels, "labels")
     if len(listed) and isinstance(listed[0], str):
         classes = sorted(set(listed)) if classes is None else classes
@@ -166,41 +173,11 @@ def _numbers(labels: Any, classes: list[str] | None, count: int) -> tuple[Tensor
         if unknown:
             raise ValueError(f"labels: expected names of the classes, got {unknown[0]!r}")
         listed = [number[name] for name in listed]
-    numbers = as_labels(listed).cpu()
-    _require_one_each(numbers.shape, "labels", count)
-    if count and int(numbers.min()) < -1:
-        raise ValueError(f"labels: expected -1 (none) or a class, got {int(numbers.min())}")
-    return numbers.long(), classes
-
-
-def _require_one_each(given: Any, name: str, count: int) -> None:
-    if given not in (count, (count,)):
-        got = given if isinstance(given, int) else tuple(given)
-        raise ValueError(f"{name}: expected {count}, one for each row of x, got {got}")
-
-
-def _shape(value: Any) -> str:
-    return str(tuple(value.shape)) if hasattr(value, "shape") else type(value).__name__
-
-
-def _read_npz(path: Path) -> dict[str, Any]:
-    with np.load(path, allow_pickle=False) as arrays:
-        return dict(arrays)
-
-
-_READERS: dict[str, Any] = {
-    ".npy": lambda path: np.load(path, mmap_mode="r", allow_pickle=False),
-    ".npz": _read_npz,
-    ".pt": lambda path: torch.load(path, map_location="cpu", weights_only=True, mmap=True),
-    ".safetensors": load_file,
-    ".parquet": lambda path: Dataset.from_parquet(str(path)),
-}
-_UNREADABLE = (
-    DatasetGenerationError,
-    EOFError,
-    OSError,
-    RuntimeError,
-    SafetensorError,
-    ValueError,
-    pickle.UnpicklingError,
-)
+    numbers = as_labels(listed).cpu().long()
+    if numbers.ndim != 1:
+        raise ValueError(f"labels: expected (N,), got {tuple(numbers.shape)}")
+    if len(numbers) and int(numbers.min()) < -1:
+        raise ValueError(
+            f"labels: expected a class, or -1 for a row without one, got {int(numbers.min())}"
+        )
+    return numbers, classes

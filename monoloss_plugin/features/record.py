@@ -1,4 +1,4 @@
-"""What a feature set says of itself: the encoder and the images that made it."""
+"""What made a feature set: the encoder, the images and the settings."""
 
 from __future__ import annotations
 
@@ -7,23 +7,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from monoloss_plugin._places import kind_of
+
 _TYPES: dict[str, type] = {
-    "encoder": dict,
-    "source": dict,
-    "versions": dict,
-    "columns": dict,
-    "dtype": str,
-    "autocast": str,
-    "width": int,
-    "rows": int,
-    "source_rows": int,
-    "unreadable": int,
+    **dict.fromkeys(("encoder", "source", "versions", "columns"), dict),
+    **dict.fromkeys(("dtype", "autocast"), str),
+    **dict.fromkeys(("width", "rows", "source_rows", "unreadable"), int),
 }
 
 
 @dataclass(frozen=True)
 class FeatureRecord:
-    """What is known of a feature set beside its rows; empty where nothing is known."""
+    """How the features of a set were made. A field that is not known is empty or None."""
 
     encoder: dict[str, Any] = field(default_factory=dict)
     """Library, name, weights and preprocessing, in the words of each library."""
@@ -44,11 +39,19 @@ class FeatureRecord:
     versions: dict[str, str] = field(default_factory=dict)
     """Versions of the libraries that made the features."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Type of each column, where the set was published."""
+    """Type of each column, if the set was published."""
 
     @classmethod
-    def of(cls, content: Mapping[str, Any]) -> FeatureRecord:
-        """Read a record from JSON's types. Entries of another name or type are left out."""
+    def of(cls, content: Any) -> FeatureRecord:
+        """Make a record from a dict. Entries with other names or types are left out.
+
+        Raises:
+            TypeError: ``content`` is neither a dict nor a record.
+        """
+        if isinstance(content, FeatureRecord):
+            return content
+        if not isinstance(content, Mapping):
+            raise TypeError(f"record: expected a dict, got {kind_of(content)}")
         known: dict[str, Any] = {
             part.name: content[part.name]
             for part in fields(cls)
@@ -58,7 +61,7 @@ class FeatureRecord:
 
     @classmethod
     def from_json(cls, text: str) -> FeatureRecord:
-        """Read a record from a text; an empty one where the text is no JSON object."""
+        """Make a record from JSON; an empty record if the text is not a JSON object."""
         try:
             content = json.loads(text)
         except json.JSONDecodeError:
@@ -66,5 +69,5 @@ class FeatureRecord:
         return cls.of(content) if isinstance(content, dict) else cls()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what is known as JSON's types; what is not known is left out."""
+        """Return the fields that are known, as a dict that JSON can hold."""
         return {name: value for name, value in asdict(self).items() if value not in (None, {})}

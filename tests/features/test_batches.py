@@ -39,8 +39,7 @@ from monoloss_plugin import MonoLoss, functional
 from monoloss_plugin.batch import Batch
 from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.features import FeatureBatches, FeatureSet
-from monoloss_plugin.features.order import Order
-from monoloss_plugin.features.rows import Rows
+from monoloss_plugin.features.batches import epoch_order
 
 DIGITS = load_digits()
 PIXELS = torch.tensor(DIGITS.data, dtype=torch.float32)
@@ -201,15 +200,19 @@ def test_an_epoch_has_every_row_once(digits: FeatureSet, shuffle, drop_last) -> 
     assert batches.epoch == 1
 
 
+def rows_of(batches: FeatureBatches) -> list[list[int]]:
+    return [batch.rows.tolist() for batch in batches]
+
+
 def test_epochs_and_seeds_give_different_orders(digits: FeatureSet) -> None:
-    orders = [
-        FeatureBatches(digits, seed=seed, batch_size=900).order.rows(epoch, 0)
-        for seed in (0, 1)
-        for epoch in (0, 1)
-    ]
-    assert len({tuple(order.tolist()) for order in orders}) == 4
-    again = FeatureBatches(digits, seed=1, batch_size=900).order.rows(1, 0)
-    assert torch.equal(again, orders[3])
+    orders = []
+    for seed in (0, 1):
+        batches = FeatureBatches(digits, seed=seed, batch_size=900)
+        orders += [rows_of(batches), rows_of(batches)]
+    assert len({str(order) for order in orders}) == 4
+    again = FeatureBatches(digits, seed=1, batch_size=900)
+    again.set_epoch(1)
+    assert rows_of(again) == orders[3]
 
 
 def test_features_as_they_are(digits: FeatureSet) -> None:
@@ -278,9 +281,9 @@ def test_every_loop_is_an_epoch_of_its_own(digits: FeatureSet) -> None:
 
 def test_a_loop_goes_on_after_a_state_is_loaded(digits: FeatureSet) -> None:
     batches = FeatureBatches(digits, batch_size=256)
-    rows = [batch.rows for batch in batches]
+    rows = rows_of(batches)
     batches.load_state_dict({**batches.state_dict(), "epoch": 0, "batch": 5})
-    assert [batch.rows.tolist() for batch in batches] == [r.tolist() for r in rows[5:]]
+    assert rows_of(batches) == rows[5:]
     assert len(list(batches)) == 7
 
 
@@ -305,61 +308,29 @@ def test_processes_share_an_epoch(digits: FeatureSet) -> None:
         assert torch.equal(torch.cat([p.rows for p in parts]).sort()[0], batch.rows.sort()[0])
 
 
-def test_a_set_held_on_the_device_gives_the_same_batches(digits: FeatureSet) -> None:
-    held = FeatureBatches(digits, batch_size=256, resident=True)
-    for one, other in zip(held, FeatureBatches(digits, batch_size=256), strict=True):
-        assert torch.equal(one.features, other.features)
-        assert torch.equal(one.rows, other.rows)
-    assert held._read.held is not None
-
-
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_a_batch_that_is_still_in_use_keeps_its_memory(dtype: str) -> None:
-    """Whatever refers to it: the batch, a slice, or a graph that has saved it."""
-    batches = FeatureBatches(FeatureSet(dataset_of(PIXELS, dtype=dtype)), batch_size=64)
-    expected = [normalize(PIXELS[batches.order.rows(0, n)], dim=1) for n in range(len(batches))]
-    weight = torch.ones(64, requires_grad=True)
-    whole, parts, graphs, places = [], [], [], set()
-    for number, batch in enumerate(batches):
-        places.add(batch.features.data_ptr())
-        if number % 4 == 0:
-            whole.append((number, batch.features))
-        elif number % 4 == 1:
-            parts.append((number, batch.features[5:9].T))
-        elif number % 4 == 2:
-            graphs.append((number, (batch.features * weight).sum()))
-        del batch
-    for number, features in whole:
-        torch.testing.assert_close(features, expected[number])
-    for number, part in parts:
-        torch.testing.assert_close(part, expected[number][5:9].T)
-    for number, total in graphs:
-        (gradient,) = torch.autograd.grad(total, weight)
-        torch.testing.assert_close(gradient, expected[number].sum(0))
-    assert len(places) < len(batches)  # what was let go was used again
-
-
+@pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("resident", [True, False])
-def test_batches_for_another_device_are_made_there_ahead_of_their_use(
-    digits: FeatureSet, resident: bool, monkeypatch
+def test_batches_are_the_same_wherever_they_are_held(
+    digits: FeatureSet, device: str, resident: bool, monkeypatch
 ) -> None:
-    """On torch's device without values, for want of a GPU: places, order and threads."""
-    threads = set()
+    """With torch's device without values in place of a GPU: places, order and threads."""
+    in_main_thread = set()
     take = FeatureSet.take
 
-    def noting(self, rows, out=None):
-        threads.add(threading.current_thread() is threading.main_thread())
-        return take(self, rows, out)
+    def noting(self, rows):
+        in_main_thread.add(threading.current_thread() is threading.main_thread())
+        return take(self, rows)
 
-    batches = FeatureBatches(digits, batch_size=256, device="meta", resident=resident)
+    expected = list(FeatureBatches(digits, batch_size=256))
+    batches = FeatureBatches(digits, batch_size=256, device=device, resident=resident)
     monkeypatch.setattr(FeatureSet, "take", noting)
-    expected = FeatureBatches(digits, batch_size=256)
-    rows = [expected.order.rows(0, number) for number in range(7)]
     found = list(batches)
-    assert [b.rows.tolist() for b in found] == [r.tolist() for r in rows]
-    assert {b.features.device.type for b in found} == {"meta"}
-    assert {b.labels.device.type for b in found} == {"meta"}
-    assert threads == (set() if resident else {False})
+    assert in_main_thread == (set() if resident else {device == "cpu"})
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.rows, other.rows)
+        assert one.features.device.type == one.labels.device.type == device
+        if device == "cpu":
+            assert torch.equal(one.features, other.features)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -410,29 +381,31 @@ def test_sets_that_cannot_be_matched_are_refused(digits: FeatureSet) -> None:
         FeatureBatches(digits, embeddings=unnamed)
 
 
-def test_a_buffer_mixes_within_itself_and_reads_blocks_in_order() -> None:
-    rows, buffer = 100_000, 16_384
-    order = Order(
-        rows, batch_rows=1000, shuffle="buffer", seed=0, drop_last=False, buffer_rows=buffer
+def test_a_buffer_holds_whole_blocks_and_mixes_within_itself() -> None:
+    rows, buffer = 100_000, 16_000
+    order = epoch_order(rows, "buffer", seed=0, epoch=3, buffer_rows=buffer)
+    assert torch.equal(order.sort().values, torch.arange(rows))
+    for part in order.split(buffer):
+        assert (part.diff() == 1).float().mean() < 0.01
+        # All but the first and the last block that it reads are whole.
+        assert len((part // 4096).unique()) <= -(-buffer // 4096) + 2
+
+
+@pytest.mark.parametrize("shard", [(0, 1), (1, 2)])
+def test_a_buffer_is_read_at_once_and_once(tmp_path, shard, monkeypatch) -> None:
+    features = FeatureSet(many_files(tmp_path, "float32"))
+    asked: list[Tensor] = []
+    take = FeatureSet.take
+    monkeypatch.setattr(
+        FeatureSet, "take", lambda self, rows: asked.append(rows) or take(self, rows)
     )
-    read: list[int] = []
-    at: list[int] = []
-    for batch in range(order.num_batches):
-        for start, end in order.coming(3, batch, first=batch == 0):
-            assert start % 4096 == 0
-            read += range(start, end)
-        at.append(len(read))
-        taken = order.rows(3, batch)
-        # What a batch takes has been read, and not long ago: two buffers and a batch at most.
-        recent = set(read[max(0, (batch * 1000) // buffer * buffer - 1) :])
-        assert set(taken.tolist()) <= recent
-    assert sorted(read) == list(range(rows))
-    assert all(n - 1000 * i <= 3 * buffer + 5000 for i, n in enumerate(at))
-    resumed = list(order.coming(3, 50, first=True))
-    needed = {int(r) // 4096 for r in order.rows(3, 50)}
-    assert needed <= {start // 4096 for start, _ in resumed}
-    # Within a buffer, the order is random.
-    assert (order.rows(3, 0).diff() == 1).float().mean() < 0.01
+    batches = FeatureBatches(
+        features, batch_size=50, shuffle="buffer", buffer_rows=620, drop_last=False, shard=shard
+    )
+    rows = [batch.rows for batch in batches]
+    # 12 batches of 50 rows are a buffer; with two processes, 6 of 100.
+    assert [len(part) for part in asked] == [600 // shard[1]] * 2 + [len(PIXELS[1200:]) // shard[1]]
+    assert torch.equal(torch.cat(asked), torch.cat(rows))
 
 
 @pytest.mark.parametrize(
@@ -454,13 +427,13 @@ def test_arguments_out_of_range_are_named(digits: FeatureSet, arguments, said) -
 def test_what_is_no_feature_set_is_named(digits: FeatureSet, tmp_path: Path) -> None:
     loader = DataLoader(digits)
     for wrong in (PIXELS, PIXELS.numpy(), None, str(tmp_path), loader):
-        said = f"expected a FeatureSet, got {type(wrong).__name__}; FeatureSet.open reads"
+        said = f"expected a FeatureSet, got {type(wrong).__name__}; use FeatureSet.open for"
         with pytest.raises(TypeError, match=f"^features: {said}"):
             FeatureBatches(wrong)
         for inside in (wrong, [wrong]):
             with pytest.raises(TypeError, match=f"^embeddings: {said}"):
                 FeatureBatches(digits, embeddings=inside)
-    with pytest.raises(TypeError, match=r"FeatureSet\.open takes a folder"):
+    with pytest.raises(TypeError, match=r"use FeatureSet\.open for a folder"):
         FeatureSet(str(tmp_path))
     with pytest.raises(ValueError, match="expected a column 'features', found x"):
         FeatureSet(Dataset.from_dict({"x": [1]}))
@@ -511,8 +484,8 @@ def test_sae_lens_uses_another_encoders_similarities(digits: FeatureSet) -> None
 
     def forward(step_input):
         out = inner(step_input)
-        given = batches._given
-        seen.append((out.feature_acts.detach(), given.embeddings, out.metrics["monoscore"]))
+        embeddings = batches.embeddings_of(step_input.sae_in)
+        seen.append((out.feature_acts.detach(), embeddings, out.metrics["monoscore"]))
         return out
 
     trainer.sae.training_forward_pass = forward
@@ -537,7 +510,8 @@ def test_embeddings_are_of_the_batch_that_is_asked_for_not_of_the_last(digits, s
     other = torch.randn(len(PIXELS), 6)
     second = FeatureSet(dataset_of(other, labels=False))
     batches = FeatureBatches(digits, embeddings=second, batch_size=256, shuffle=shuffle)
-    rows = [batches.order.rows(n // 7, n % 7) for n in range(10)]
+    same = FeatureBatches(digits, batch_size=256, shuffle=shuffle)
+    rows = [batch.rows for _ in range(2) for batch in same][:10]
     stream = ahead(batches.tensors(), 5)
     for expected in rows:
         x = next(stream)
@@ -566,7 +540,7 @@ def test_rows_that_no_batch_had_are_refused(digits: FeatureSet) -> None:
         with pytest.raises(ValueError, match="none of the last 2 batches"):
             batches.embeddings_of(wrong)
     mixed = mixing_buffer(1024, 256, batches.tensors())
-    with pytest.raises(ValueError, match="let nothing between mix or cut its batches"):
+    with pytest.raises(ValueError, match="do not mix or cut its batches"):
         batches.embeddings_of(next(mixed))
 
 
@@ -658,7 +632,7 @@ def test_sets_without_ids_are_matched_row_by_row_and_that_is_said(digits, caplog
     unnamed = FeatureSet(dataset_of(PIXELS + 1).remove_columns("image_id"))
     batch = next(iter(FeatureBatches(digits, embeddings=unnamed, batch_size=10)))
     torch.testing.assert_close(batch.embeddings, normalize(PIXELS[batch.rows] + 1, dim=1))
-    assert "taken to hold the same images in the same order" in caplog.text
+    assert "row i of each set is taken for the same image" in caplog.text
 
 
 def test_columns_of_other_types_are_taken_or_named() -> None:
@@ -683,6 +657,7 @@ def test_pieces_at_odd_addresses_are_read_right() -> None:
     memory[2:] = values.view(np.uint8).reshape(-1)
     odd = pa.Array.from_buffers(pa.float32(), 12, [None, pa.py_buffer(memory).slice(2)])
     pieces = [pa.FixedSizeListArray.from_arrays(piece, 4) for piece in (odd, pa.array(values[0]))]
-    rows = Rows(pa.chunked_array(pieces))
+    features = FeatureSet(Dataset(pa.table({"features": pa.chunked_array(pieces)})))
     expected = np.concatenate((values, values[:1]))
-    assert np.array_equal(rows.take(torch.arange(4)).numpy(), expected)
+    assert np.array_equal(features.take(torch.arange(4)).numpy(), expected)
+    assert np.array_equal(features.take(torch.tensor([3, 1])).numpy(), expected[[3, 1]])

@@ -1,6 +1,6 @@
-"""Frozen image encoders, through the libraries they come from."""
+"""Frozen image encoders from open_clip, timm and transformers."""
 
 from monoloss_plugin.features.encoders.encoder import Encoder, Output
-from monoloss_plugin.features.encoders.names import SHORT_NAMES, Pinned, load_encoder
+from monoloss_plugin.features.encoders.loading import SHORT_NAMES, PinnedEncoder, load_encoder
 
-__all__ = ["SHORT_NAMES", "Encoder", "Output", "Pinned", "load_encoder"]
+__all__ = ["SHORT_NAMES", "Encoder", "Output", "PinnedEncoder", "load_encoder"]

@@ -2,41 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor, nn
+import timm
+from timm.data.config import resolve_model_data_config
+from timm.data.transforms_factory import create_transform
 
-from monoloss_plugin._optional import missing_extra
-from monoloss_plugin.features.encoders.encoder import Tower, name_of, plain
-
-try:
-    import timm
-    from timm.data.config import resolve_model_data_config
-    from timm.data.transforms_factory import create_transform
-except ModuleNotFoundError as error:
-    raise missing_extra(error, "vision") from error
+from monoloss_plugin.features.encoders.encoder import Tower, name_of, with_lists
 
 
 def load(name: str, revision: str | None) -> Tower:
     """Load a timm model without its classifier.
 
     Args:
-        name: of timm's registry, or ``hf-hub:org/name``, or ``local-dir:/a/folder``.
+        name: a name of timm's registry, ``hf-hub:org/name``, or ``local-dir:/a/folder``.
         revision: of the Hub repository, for ``hf-hub:`` names.
     """
     if revision is not None:
         if not name.startswith("hf-hub:"):
             raise ValueError(
-                f"revision: timm takes one for hf-hub: names only, such as hf-hub:timm/{name}"
+                f"revision: only hf-hub: names of timm have one, such as hf-hub:timm/{name}"
             )
         name = f"{name}@{revision}"
     model = timm.create_model(name, pretrained=True, num_classes=0).eval()
     data = resolve_model_data_config(model)
+    tokens: Any = model.forward_features
     return Tower(
         model=model,
         preprocess=create_transform(**data, is_training=False),
         pooled=model,
-        tokens=_Tokens(model),
+        tokens=tokens,
         prefix_tokens=getattr(model, "num_prefix_tokens", 0),
         channels_last=getattr(model, "output_fmt", "NCHW") == "NHWC",
         mode="L" if data["input_size"][0] == 1 else "RGB",
@@ -44,14 +39,6 @@ def load(name: str, revision: str | None) -> Tower:
             "library": "timm",
             "library_version": timm.__version__,
             "name": name_of(name),
-            "preprocessing": plain(data),
+            "preprocessing": with_lists(data),
         },
     )
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    model: nn.Module
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        return self.model.forward_features(inputs)  # type: ignore[no-any-return, operator]

@@ -98,8 +98,10 @@ def on_page_content(html: str, **_: Any) -> str:
     """Write formulas as MathML, which browsers show without a script, and names as links."""
 
     def mathml(found: re.Match[str]) -> str:
-        display = "block" if found[1] == "div" else "inline"
-        return convert(unescape(found[2]), display=display)
+        if found[1] == "span":
+            return convert(unescape(found[2]), display="inline")
+        formula = convert(unescape(found[2]), display="block")
+        return f'<div class="formula">{formula}</div>'  # scrolls where the screen is narrow
 
     documented = re.findall(r'id="([\w.]+)"', html)
 

@@ -16,11 +16,13 @@ import sys
 from importlib import import_module
 from importlib.metadata import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
 from sybil import Example, Lexeme, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from monoloss_plugin import cli
@@ -130,6 +132,49 @@ def test_the_page_of_the_public_api_has_every_public_name(module: str) -> None:
     page = (ROOT / "docs/reference/index.md").read_text()
     names = import_module(f"monoloss_plugin{module}").__all__
     assert [n for n in names if n[0] != "_" and not re.search(rf"\b{n}s?\b", page)] == []
+
+
+def test_the_page_of_the_command_line_has_every_command() -> None:
+    page = (ROOT / "docs/cli.md").read_text()
+    described = re.findall(r"^<!-- options of: (.+) -->$", page, re.MULTILINE)
+    assert sorted(described) == sorted(names_of_commands(get_command(cli.app), "monoloss"))
+
+
+def names_of_commands(command: Any, name: str) -> list[str]:
+    """A command, or those of a group."""
+    if not hasattr(command, "commands"):
+        return [name]
+    return [
+        found
+        for word, one in command.commands.items()
+        for found in names_of_commands(one, f"{name} {word}")
+    ]
+
+
+def test_the_map_names_what_is_there() -> None:
+    for_users, for_contributors = (ROOT / "docs/map.md").read_text().split("## For contributors")
+    rows = re.findall(r"^\| [^|]+ \| ([^|]+) \| `([\w.]+)` \|", for_users, re.MULTILINE)
+    assert len(rows) > 15
+    for calls, module in rows:
+        for name in re.findall(r"`(\w+)[(`]", calls):
+            assert hasattr(import_module(module), name), f"{module}.{name}"
+    paths = re.findall(r"^\| `([\w./]+)` \|", for_contributors, re.MULTILINE)
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    folders = {
+        f"monoloss_plugin/{one.parent.name}/" for one in ROOT.glob("monoloss_plugin/*/__init__.py")
+    }
+    assert folders <= set(paths)
+
+
+def test_imports_point_the_way_of_the_arrows_on_the_map() -> None:
+    arrows = re.findall(r"^(\w+) +-> (.+)$", (ROOT / "docs/map.md").read_text(), re.MULTILINE)
+    allowed = {part: {part, *others.split(", ")} for part, others in arrows}
+    assert len(allowed) > 5
+    for part in allowed.keys() - {"core"}:
+        for path in (ROOT / "monoloss_plugin" / part).rglob("*.py"):
+            for name in re.findall(r"from monoloss_plugin\.(\w+)", path.read_text()):
+                used = name if name in allowed else "core"
+                assert used in allowed[part], f"{path.relative_to(ROOT)}: {name}"
 
 
 def test_there_are_pages() -> None:

@@ -166,7 +166,7 @@ class MonoLoss(LossTerm):
         """Return the loss, the mean MonoScore, and of how many latents it is the mean."""
         latents, embeddings = paired_rows(step.latents, step.embeddings, keep_sparse=True)
         batch = batch_scores(latents, embeddings, step.gradient_at)
-        value = functional.monoloss_of(batch)
+        value = functional.monoloss_from_scores(batch)
         prefix = "" if self.name == "monoloss" else f"{self.name}_"
         metrics = {
             f"{prefix}monoscore": 1 - value.detach(),

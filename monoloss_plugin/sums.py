@@ -1,0 +1,250 @@
+"""MonoScore's sums over samples, and the score that follows from them.
+
+Take one latent with activations a over N samples, and embeddings e of the same samples:
+
+    ã = a - min a      the activation above the latent's minimum
+    h = e / ||e||      the unit embedding; a zero embedding stays zero
+    q = ||h||²         1, or 0 for a zero embedding
+
+    u = Σ ã      v = Σ ã²      t = Σ ã² q      p = Σ ã q      w = Σ ã h
+
+    MonoScore = (||w||² - t) / (u² - v)
+
+||w||² is Σ ã_n ã_m h_n·h_m over all pairs (n, m), and t is the part of it where n = m. So the
+numerator is the weighted similarity of all pairs of different samples. The denominator is the
+weight of the same pairs. The score does not use p; a falling minimum does (:meth:`Sums.raise_by_`).
+
+Every way to compute MonoScore and MonoLoss uses the functions of this file. To add a sum, add a
+field to :class:`Sums`, and a line for it to ``zeros``, ``raise_by_``, :func:`dense_sums` and
+:func:`sparse_sums`.
+
+Source: Nasiri-Sarvi et al. 2026, eq. 2 and Algorithm 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from monoloss_plugin._checks import looks_are_free, may_hold_any
+from monoloss_plugin.embeddings import unit_rows
+from monoloss_plugin.kernels.support import SUMMED_AT_ONCE, Support
+
+CONSTANT_BELOW = torch.finfo(torch.float32).tiny
+"""A latent whose range over the samples is at most 1.2e-38 counts as constant.
+
+The gradient grows as one over the range, and would overflow float32 below this.
+"""
+
+DEFINED_ABOVE = {torch.float32: 1e-5, torch.float64: 1e-12}
+"""A latent has a score if u² - v exceeds this, for activations rescaled to [0, 1].
+
+u² - v is small only if one sample holds nearly all of a latent's activation. Both differences of
+the score are then mostly rounding. At 1e-5 a float32 score is still right to about one percent.
+"""
+
+_BLOCKS = 8
+_NARROWEST_BLOCK = 256
+
+
+class SampleSums(NamedTuple):
+    """Sums over samples that are the same for every latent."""
+
+    n: Tensor
+    """(): number of samples."""
+    sum_h: Tensor
+    """(d,): Σ h."""
+    sum_q: Tensor
+    """(): Σ q."""
+
+    @classmethod
+    def zeros(cls, width: int, like: Tensor) -> SampleSums:
+        """Return the sums over no samples, with the dtype and device of ``like``."""
+        return cls(like.new_zeros(()), like.new_zeros(width), like.new_zeros(()))
+
+
+class Samples(NamedTuple):
+    """The embeddings of some samples."""
+
+    h: Tensor
+    """(N, d) unit embeddings."""
+    q: Tensor
+    """(N,): ||h||²."""
+    sums: SampleSums
+
+    @classmethod
+    def of(cls, embeddings: Tensor, dtype: torch.dtype) -> Samples:
+        """Return the samples of embeddings (N, d), with all sums in ``dtype``."""
+        h, q = unit_rows(embeddings, dtype)
+        return cls(h, q, SampleSums(q.new_full((), len(q)), h.sum(0), q.sum()))
+
+
+class Sums(NamedTuple):
+    """Sums over samples, for each of M latents; ã may be divided by a scale."""
+
+    u: Tensor
+    """(M,): Σ ã."""
+    v: Tensor
+    """(M,): Σ ã²."""
+    t: Tensor
+    """(M,): Σ ã² q."""
+    p: Tensor
+    """(M,): Σ ã q."""
+    w: Tensor
+    """(M, d): Σ ã h."""
+
+    @classmethod
+    def zeros(cls, num_latents: int, width: int, like: Tensor) -> Sums:
+        """Return the sums over no samples, with the dtype and device of ``like``."""
+        u, v, t, p = (like.new_zeros(num_latents) for _ in range(4))
+        return cls(u, v, t, p, w=like.new_zeros(num_latents, width))
+
+    def raise_by_(self, drop: Tensor, samples: SampleSums) -> None:
+        """Replace every ã by ã + drop, in place: the minimum has fallen by ``drop`` (M,).
+
+        All added terms are non-negative, so nothing cancels.
+
+        Args:
+            drop: (M,), at least 0.
+            samples: the sums of the same samples.
+        """
+        n, sum_h, sum_q = samples
+        self.v.add_(drop * (2 * self.u + drop * n))
+        self.u.add_(drop * n)
+        self.t.add_(drop * (2 * self.p + drop * sum_q))
+        self.p.add_(drop * sum_q)
+        self.w.addr_(drop, sum_h)
+
+
+class Scores(NamedTuple):
+    """MonoScore of M latents."""
+
+    scores: Tensor
+    """(M,), in [-1, 1]; 0 where undefined."""
+    defined: Tensor
+    """(M,) bool: at least one pair of samples activates the latent, by more than rounding."""
+
+
+def monoscore_from_sums(sums: Sums, span: Tensor) -> Scores:
+    """Return MonoScore = (||w||² - t) / (u² - v).
+
+    Args:
+        sums: of each latent.
+        span: (M,), max ã - min ã, on the scale of the sums.
+
+    Returns:
+        The scores, and which latents have one.
+
+    Examples:
+        Two samples with the activations 1 and 3, whose embeddings have a cosine of 0.6:
+
+        >>> from torch import tensor
+        >>> h = tensor([[1.0, 0.0], [0.6, 0.8]])
+        >>> sums = dense_sums(tensor([[1.0], [3.0]]), Samples.of(h, h.dtype), tensor([0.0]))
+        >>> monoscore_from_sums(sums, span=tensor([3.0])).scores
+        tensor([0.6000])
+    """
+    numerator = torch.linalg.vector_norm(sums.w, dim=1).square() - sums.t
+    denominator = sums.u.square() - sums.v
+    # "not (small)" instead of "large": a NaN then passes, and shows in the loss that is logged.
+    small = denominator <= DEFINED_ABOVE[span.dtype] * span.square()
+    defined = ~small & ~(span <= CONSTANT_BELOW)
+    scores = numerator / denominator.masked_fill(~defined, 1.0)
+    return Scores(scores.masked_fill(~defined, 0.0), defined)
+
+
+def dense_sums(
+    latents: Tensor, samples: Samples, lowest: Tensor, scale: Tensor | None = None
+) -> Sums:
+    """Return the sums of dense latents.
+
+    Args:
+        latents: (N, M).
+        samples: their embeddings.
+        lowest: (M,), at most each latent's minimum, in the dtype of the embeddings.
+        scale: (M,), what to divide ã by; nothing by default.
+    """
+    h, q, _ = samples
+    parts = []
+    for block in column_blocks(latents):
+        a = rescaled(latents[:, block], lowest[block], None if scale is None else scale[block])
+        u, p, w = a.sum(0), q @ a, weighted_embeddings(a, h)
+        squares = a.square_()
+        parts.append((u, squares.sum(0), q @ squares, p, w))
+    return Sums(*(torch.cat(sums) for sums in zip(*parts, strict=True)))
+
+
+def sparse_sums(
+    support: Support,
+    samples: Samples,
+    lowest: Tensor,
+    scale: Tensor | None = None,
+    *,
+    add_to: Tensor | None = None,
+) -> Sums:
+    """Return the sums of sparse latents, from their entries.
+
+    Entries are measured from zero, or from the minimum if every sample has an entry: a latent that
+    is active far above zero then loses nothing to rounding. If activations are negative, the zeros
+    that are not listed lie above the minimum too, and the sums are raised to hold them.
+
+    Args:
+        support: the entries of latents (N, M).
+        samples: their embeddings.
+        lowest: (M,), at most each latent's minimum; the sums but w have its dtype.
+        scale: (M,), what to divide ã by; nothing by default.
+        add_to: (M, d) float64 to add w to, in place. This saves a second array of that size.
+    """
+    h, q, sums_of_samples = samples
+    complete = support.complete()
+    a = rescaled(support.values, torch.where(complete, lowest, 0.0)[support.columns])
+    drop = torch.where(complete, 0.0, -lowest)
+    if scale is not None:
+        a, drop = a / scale[support.columns], drop / scale
+    if add_to is None:
+        w = support.weighted_sums(a, h)
+    else:
+        w = support.add_weighted_sums_(add_to, a, h)
+    squares, q = a.square(), q[support.rows].to(a.dtype)
+    u, v, t, p = (support.sums(entries) for entries in (a, squares, squares * q, a * q))
+    sums = Sums(u, v, t, p, w)
+    if may_hold_any(drop):
+        sums.raise_by_(drop, sums_of_samples)
+    return sums
+
+
+def range_of(latents: Tensor | Support) -> tuple[Tensor, Tensor]:
+    """Return the lowest and the highest activation of each latent (M,)."""
+    if isinstance(latents, Support):
+        return latents.extremes()
+    return latents.amin(0), latents.amax(0)
+
+
+def column_blocks(latents: Tensor) -> Iterator[slice]:
+    """Yield column ranges of latents (N, M), a handful however wide they are.
+
+    Copies of the latents (rescaled, squared, cast) then exist for one block at a time.
+    """
+    width = max(_NARROWEST_BLOCK, -(-latents.shape[1] // _BLOCKS))
+    for start in range(0, latents.shape[1], width):
+        yield slice(start, start + width)
+
+
+def rescaled(latents: Tensor, lowest: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Return ã = latents - lowest as a new tensor in the dtype of ``lowest``, divided by ``scale``."""
+    a = latents.to(lowest.dtype).sub(lowest)
+    return a if scale is None else a.div_(scale)
+
+
+def weighted_embeddings(a: Tensor, h: Tensor) -> Tensor:
+    """Return w = Σ a h over samples, (M, d), of activations (N, M) and embeddings (N, d)."""
+    # An accelerator sums by tiles, and many small products would only cost launches.
+    if not looks_are_free(a) or len(a) <= SUMMED_AT_ONCE:
+        return a.T @ h
+    w = a.new_zeros(a.shape[1], h.shape[1])
+    for rows, embeddings in zip(a.split(SUMMED_AT_ONCE), h.split(SUMMED_AT_ONCE), strict=True):
+        w += rows.T @ embeddings  # not addmm_, which goes on from w inside the product
+    return w

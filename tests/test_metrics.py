@@ -304,7 +304,7 @@ def _reduce_on_a_rank(rank: int, folder: str) -> None:
         purity.update(a[parts[rank]] - 100.005, labels[parts[rank]])
     wider = MonoScore()
     wider.update(torch.rand(4, 3 + rank), torch.rand(4, 2))
-    with pytest.raises(ValueError, match=r"widths: \(3, 2\), \(4, 2\), \(5, 2\)"):
+    with pytest.raises(ValueError, match=r"latents and embeddings: \(3, 2\), \(4, 2\), \(5, 2\)"):
         wider.all_reduce_()
     more_classes = ClassPurity(2 + rank)
     more_classes.update(torch.rand(2, 3), torch.tensor([0, 1]))

@@ -1,4 +1,6 @@
-"""The formulas, as pure functions. MonoScore's equation and its code, side by side:
+"""The formulas, as pure functions.
+
+MonoScore's equation and its code, side by side:
 
     ã = a - min a                       a = latents - latents.amin(0)
     h = e / ||e||                       h = embeddings / embeddings.norm(dim=1, keepdim=True)
@@ -84,7 +86,7 @@ def monoscore(latents: Tensor, embeddings: Tensor, *, undefined: float = 0.0) ->
 
 
 def monoscore_pairwise(latents: Tensor, embeddings: Tensor, *, undefined: float = 0.0) -> Tensor:
-    """MonoScore by its definition, over all pairs of samples. The tests hold other forms against it.
+    """MonoScore by its definition, over all pairs of samples: what the other forms must equal.
 
     MS_k = Σ_{n<m} ã_nk ã_mk h_n·h_m / Σ_{n<m} ã_nk ã_mk, with the activations ã of each latent
     rescaled to [0, 1]. It is computed in float64, and autograd can differentiate it. Time and
@@ -344,7 +346,7 @@ def _mask_rows(value: Tensor, name: str, of: Tensor, of_name: str) -> Tensor:
 def _before_selection(
     pre_acts: Tensor, selected: Tensor, units: Units, rectify: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return z (B, M) in float32 or wider, the selected entries (B, M), and the units to use (M,)."""
+    """Return z (B, M) in float32 or wider, the selected entries (B, M), the units to use (M,)."""
     require_choice(units, "units", ("batch_active", "all"))
     require_flag(rectify, "rectify")
     pre_acts = as_tensor(pre_acts, "pre_acts")

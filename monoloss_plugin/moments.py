@@ -20,10 +20,10 @@ from monoloss_plugin._chunks import parts_of
 from monoloss_plugin.embeddings import unit_rows
 from monoloss_plugin.kernels.support import DOMINANT, Support
 from monoloss_plugin.sums import (
-    Samples,
     SampleSums,
     Scores,
     Sums,
+    UnitEmbeddings,
     dense_sums,
     monoscore_from_sums,
     range_of,
@@ -89,20 +89,19 @@ class Moments(NamedTuple):
         self.lower_to_(torch.minimum(self.lowest, lowest))
         torch.maximum(self.highest, highest, out=self.highest)
         for (rows, part), (_, highest) in zip(parts, ranges, strict=True):
-            samples = _exact_samples(embeddings[rows], part.dtype)
-            for total, added in zip(self.samples, samples.sums, strict=True):
+            unit = _exact_unit_embeddings(embeddings[rows], part.dtype)
+            for total, added in zip(self.samples, unit.sums, strict=True):
                 total.add_(added)
             if isinstance(part, Support):
-                sums = sparse_sums(part, samples, self.lowest, add_to=self.sums.w)
-                _add_(self.sums, sums)
+                _add_(self.sums, sparse_sums(part, unit, self.lowest, add_to=self.sums.w))
             else:
-                self._add_dense_(part, highest, samples)
+                self._add_dense_(part, highest, unit)
 
-    def _add_dense_(self, part: Tensor, highest: Tensor, samples: Samples) -> None:
-        lowest = self.lowest.to(samples.h.dtype)
+    def _add_dense_(self, part: Tensor, highest: Tensor, unit: UnitEmbeddings) -> None:
+        lowest = self.lowest.to(unit.h.dtype)
         if bool((lowest != self.lowest).any()):  # a batch of a wider dtype has set it
-            lowest, samples = self.lowest, samples._replace(h=samples.h.double())
-        sums = dense_sums(part, samples._replace(q=samples.q.to(lowest.dtype)), lowest)
+            lowest, unit = self.lowest, unit._replace(h=unit.h.double())
+        sums = dense_sums(part, unit._replace(q=unit.q.to(lowest.dtype)), lowest)
         # A float32 product errs by 1e-7 of Σ ã. If one sample holds nearly all of that, u² - v
         # and ||w||² - t cancel, and the error would show: take such latents again in float64.
         highest = highest.to(lowest.dtype) - lowest
@@ -112,7 +111,7 @@ class Moments(NamedTuple):
             sum_[again] = 0
         _add_(self.sums, sums)
         if len(again):
-            exact = samples._replace(h=samples.h.double())
+            exact = unit._replace(h=unit.h.double())
             sums = dense_sums(part[:, again], exact, self.lowest[again])
             for total, added in zip(self.sums, sums, strict=True):
                 total.index_add_(0, again, added)
@@ -146,8 +145,8 @@ def _add_(totals: Sums, sums: Sums) -> None:
             total.add_(added)
 
 
-def _exact_samples(embeddings: Tensor, latents_dtype: torch.dtype) -> Samples:
-    """Return samples whose sums and q are float64 sums of h as it was rounded.
+def _exact_unit_embeddings(embeddings: Tensor, latents_dtype: torch.dtype) -> UnitEmbeddings:
+    """Return unit embeddings whose q and sums are float64, of h as it was rounded.
 
     So ||w||² - t of a single sample is zero, and not the 1e-7 by which h misses unit length.
     """
@@ -160,4 +159,4 @@ def _exact_samples(embeddings: Tensor, latents_dtype: torch.dtype) -> Samples:
         sum_h += exact.sum(0)
         squares.append(exact.square().sum(1))
     q = torch.cat(squares)
-    return Samples(h, q, SampleSums(q.new_full((), len(q)), sum_h, q.sum()))
+    return UnitEmbeddings(h, q, SampleSums(q.new_full((), len(q)), sum_h, q.sum()))

@@ -66,8 +66,8 @@ class SampleSums(NamedTuple):
         return cls(like.new_zeros(()), like.new_zeros(width), like.new_zeros(()))
 
 
-class Samples(NamedTuple):
-    """The embeddings of some samples."""
+class UnitEmbeddings(NamedTuple):
+    """The embeddings of some samples, as unit vectors."""
 
     h: Tensor
     """(N, d) unit embeddings."""
@@ -76,8 +76,8 @@ class Samples(NamedTuple):
     sums: SampleSums
 
     @classmethod
-    def of(cls, embeddings: Tensor, dtype: torch.dtype) -> Samples:
-        """Return the samples of embeddings (N, d), with all sums in ``dtype``."""
+    def of(cls, embeddings: Tensor, dtype: torch.dtype) -> UnitEmbeddings:
+        """Return embeddings (N, d) as unit vectors, with all sums in ``dtype``."""
         h, q = unit_rows(embeddings, dtype)
         return cls(h, q, SampleSums(q.new_full((), len(q)), h.sum(0), q.sum()))
 
@@ -143,7 +143,7 @@ def monoscore_from_sums(sums: Sums, span: Tensor) -> Scores:
 
         >>> from torch import tensor
         >>> h = tensor([[1.0, 0.0], [0.6, 0.8]])
-        >>> sums = dense_sums(tensor([[1.0], [3.0]]), Samples.of(h, h.dtype), tensor([0.0]))
+        >>> sums = dense_sums(tensor([[1.0], [3.0]]), UnitEmbeddings.of(h, h.dtype), tensor([0.0]))
         >>> monoscore_from_sums(sums, span=tensor([3.0])).scores
         tensor([0.6000])
     """
@@ -157,17 +157,17 @@ def monoscore_from_sums(sums: Sums, span: Tensor) -> Scores:
 
 
 def dense_sums(
-    latents: Tensor, samples: Samples, lowest: Tensor, scale: Tensor | None = None
+    latents: Tensor, unit: UnitEmbeddings, lowest: Tensor, scale: Tensor | None = None
 ) -> Sums:
     """Return the sums of dense latents.
 
     Args:
         latents: (N, M).
-        samples: their embeddings.
+        unit: the embeddings of the same samples.
         lowest: (M,), at most each latent's minimum, in the dtype of the embeddings.
         scale: (M,), what to divide ã by; nothing by default.
     """
-    h, q, _ = samples
+    h, q, _ = unit
     parts = []
     for block in column_blocks(latents):
         a = rescaled(latents[:, block], lowest[block], None if scale is None else scale[block])
@@ -179,7 +179,7 @@ def dense_sums(
 
 def sparse_sums(
     support: Support,
-    samples: Samples,
+    unit: UnitEmbeddings,
     lowest: Tensor,
     scale: Tensor | None = None,
     *,
@@ -193,26 +193,26 @@ def sparse_sums(
 
     Args:
         support: the entries of latents (N, M).
-        samples: their embeddings.
+        unit: the embeddings of the same samples.
         lowest: (M,), at most each latent's minimum; the sums but w have its dtype.
         scale: (M,), what to divide ã by; nothing by default.
         add_to: (M, d) float64 to add w to, in place. This saves a second array of that size.
     """
-    h, q, sums_of_samples = samples
     complete = support.complete()
-    a = rescaled(support.values, torch.where(complete, lowest, 0.0)[support.columns])
+    base = torch.where(complete, lowest, 0.0)
     drop = torch.where(complete, 0.0, -lowest)
+    a = rescaled(support.values, support.of_latents(base))
     if scale is not None:
-        a, drop = a / scale[support.columns], drop / scale
+        a, drop = a.div_(support.of_latents(scale)), drop / scale
     if add_to is None:
-        w = support.weighted_sums(a, h)
+        w = support.weighted_sums(a, unit.h)
     else:
-        w = support.add_weighted_sums_(add_to, a, h)
-    squares, q = a.square(), q[support.rows].to(a.dtype)
+        w = support.add_weighted_sums_(add_to, a, unit.h)
+    squares, q = a.square(), unit.q.to(a.dtype).index_select(0, support.rows)
     u, v, t, p = (support.sums(entries) for entries in (a, squares, squares * q, a * q))
     sums = Sums(u, v, t, p, w)
     if may_hold_any(drop):
-        sums.raise_by_(drop, sums_of_samples)
+        sums.raise_by_(drop, unit.sums)
     return sums
 
 
@@ -234,7 +234,7 @@ def column_blocks(latents: Tensor) -> Iterator[slice]:
 
 
 def rescaled(latents: Tensor, lowest: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Return ã = latents - lowest as a new tensor in the dtype of ``lowest``, divided by ``scale``."""
+    """Return ã = (latents - lowest) / scale as a new tensor, in the dtype of ``lowest``."""
     a = latents.to(lowest.dtype).sub(lowest)
     return a if scale is None else a.div_(scale)
 

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from monoloss_plugin import _checks, functional
 from monoloss_plugin.kernels import gradient, support
 from monoloss_plugin.kernels.batch import batch_scores
-from monoloss_plugin.sums import Samples
+from monoloss_plugin.sums import UnitEmbeddings
 from tests import oracle
 
 CASES = oracle.activation_cases()
@@ -271,8 +271,8 @@ def test_the_sparse_way_does_not_wait_for_the_device(monkeypatch: pytest.MonkeyP
         entries = torch.zeros(50, dtype=torch.int64)
         offsets = torch.zeros(101, dtype=torch.int64)
         latents = support.Support(entries, entries, offsets, values, num_rows=64)
-        samples = Samples.of(torch.rand(64, 16), torch.float32)
-        batch = gradient.with_sparse_gradient(latents, *gradient.terms_of(latents, samples))
+        unit = UnitEmbeddings.of(torch.rand(64, 16), torch.float32)
+        batch = gradient.with_sparse_gradient(latents, *gradient.terms_of(latents, unit))
         batch.scores.sum().backward()
     assert values.grad is not None
     assert values.grad.shape == (50,)

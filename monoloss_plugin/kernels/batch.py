@@ -9,7 +9,7 @@ from torch import Tensor
 
 from monoloss_plugin.kernels.gradient import terms_of, with_dense_gradient, with_sparse_gradient
 from monoloss_plugin.kernels.support import Support, is_sparse, support_of
-from monoloss_plugin.sums import Samples, Scores
+from monoloss_plugin.sums import Scores, UnitEmbeddings
 
 GradientAt = Literal["all", "active"] | Tensor
 """Which entries of the latents get a gradient. It means the same on every device and layout.
@@ -24,9 +24,7 @@ Sparse COO latents can only have a gradient at the entries that they store.
 """
 
 
-def batch_scores(
-    latents: Tensor, embeddings: Tensor, gradient_at: GradientAt = "all"
-) -> Scores:
+def batch_scores(latents: Tensor, embeddings: Tensor, gradient_at: GradientAt = "all") -> Scores:
     """Return MonoScore over a batch, differentiable in ``latents`` by the closed form.
 
     Sums are float32, or float64 if the latents are, also under autocast. On an accelerator nothing
@@ -45,16 +43,16 @@ def batch_scores(
     also = gradient_at if isinstance(gradient_at, Tensor) else None
     everywhere = also is None and gradient_at == "all"
     with torch.autocast(latents.device.type, enabled=False):
-        samples = Samples.of(embeddings, dtype)
+        unit = UnitEmbeddings.of(embeddings, dtype)
         if not is_sparse(latents, also):
-            terms, defined = terms_of(latents.detach(), samples)
+            terms, defined = terms_of(latents.detach(), unit)
             return with_dense_gradient(latents, terms, defined, everywhere, also)
         if everywhere and not stored and latents.requires_grad and torch.is_grad_enabled():
             # Sparse latents are quick to sum, but zeros that are not listed want a gradient too.
-            terms, defined = terms_of(support_of(latents.detach()), samples)
+            terms, defined = terms_of(support_of(latents.detach()), unit)
             return with_dense_gradient(latents, terms, defined, True, None)
         support: Support = support_of(latents, also)
         if stored and not everywhere:
             support = support.constant_zeros(also)
-        terms, defined = terms_of(support, samples)
+        terms, defined = terms_of(support, unit)
         return with_sparse_gradient(support, terms, defined)

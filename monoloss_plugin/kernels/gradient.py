@@ -27,9 +27,9 @@ from monoloss_plugin._checks import may_hold_any
 from monoloss_plugin.kernels.support import Support, products_at
 from monoloss_plugin.sums import (
     CONSTANT_BELOW,
-    Samples,
     Scores,
     Sums,
+    UnitEmbeddings,
     column_blocks,
     dense_sums,
     monoscore_from_sums,
@@ -79,14 +79,14 @@ class Terms(NamedTuple):
 
 
 @torch.no_grad()
-def terms_of(latents: Tensor | Support, samples: Samples) -> tuple[Terms, Tensor]:
+def terms_of(latents: Tensor | Support, unit: UnitEmbeddings) -> tuple[Terms, Tensor]:
     """Return the gradient's terms, with the scores, and which latents are defined (M,)."""
-    lowest, highest = (end.to(samples.h.dtype) for end in range_of(latents))
+    lowest, highest = (end.to(unit.h.dtype) for end in range_of(latents))
     span = highest - lowest
     # "not (small)" lets a NaN through to the score.
     scale = torch.where(~(span <= CONSTANT_BELOW), span, 1.0)
     sums_of = sparse_sums if isinstance(latents, Support) else dense_sums
-    sums: Sums = sums_of(latents, samples, lowest, scale)  # type: ignore[arg-type]
+    sums: Sums = sums_of(latents, unit, lowest, scale)  # type: ignore[arg-type]
     scores, defined = monoscore_from_sums(sums, span / scale)
     denominator = (sums.u.square() - sums.v).masked_fill(~defined, 1.0)
     outside = (sums.u - 1).clamp(min=0) * scale  # rescaled, the strongest sample is 1
@@ -94,7 +94,7 @@ def terms_of(latents: Tensor | Support, samples: Samples) -> tuple[Terms, Tensor
     median = torch.where(defined, outside, torch.nan).nanmedian()
     restraint = (outside * (HARDEST_PULL / median)).clamp(max=1)
     pull = torch.where(defined, 2 / denominator * restraint, 0.0) / scale
-    h, q, (_, sum_h, _) = samples
+    h, q, (_, sum_h, _) = unit
     return Terms(h, q, sum_h, lowest, scale, sums.u, sums.p, sums.w, scores, pull), defined
 
 
@@ -168,16 +168,20 @@ class _SparseGradient(torch.autograd.Function):
         values, rows, columns, offsets, *saved = ctx.saved_tensors
         terms = Terms(*saved)
         with torch.autocast(values.device.type, enabled=False):
-            a = rescaled(values, terms.lowest[columns], terms.scale[columns])
+
+            def of_latents(value: Tensor) -> Tensor:
+                return value.index_select(0, columns)
+
+            a = rescaled(values, of_latents(terms.lowest), of_latents(terms.scale))
             gradient = products_at(rows, offsets, terms.w, terms.h)
-            gradient -= (terms.scores * terms.u)[columns]
-            gradient += a * (terms.scores[columns] - terms.q[rows])
+            gradient -= of_latents(terms.scores * terms.u)
+            gradient += a * (of_latents(terms.scores) - terms.q.index_select(0, rows))
             at_minimum = a == 0
             # A usual batch has its minima at zeros, which are not listed.
             if may_hold_any(at_minimum):
                 listed = torch.zeros_like(terms.u).index_add_(0, columns, at_minimum.to(a.dtype))
                 unlisted = torch.where(terms.lowest == 0, len(terms.h) - offsets.diff(), 0)
                 share = terms.column_sums() / (listed + unlisted).clamp(min=1)
-                gradient -= at_minimum * share[columns]
-            gradient *= (upstream[0] * terms.pull)[columns]
+                gradient -= at_minimum * of_latents(share)
+            gradient *= of_latents(upstream[0] * terms.pull)
         return gradient.to(values.dtype), *((3 + len(terms)) * [None])

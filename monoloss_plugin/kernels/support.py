@@ -87,6 +87,10 @@ class Support:
         zeros = of_entries.new_zeros(self.num_latents, dtype=torch.float64)
         return zeros.index_add_(0, self.columns, of_entries.double()).to(of_entries.dtype)
 
+    def of_latents(self, values: Tensor) -> Tensor:
+        """Return, for each entry, its latent's value of ``values`` (M,), as (E,)."""
+        return values.index_select(0, self.columns)  # several times faster than values[columns]
+
     def extremes(self) -> tuple[Tensor, Tensor]:
         """Return each latent's lowest and highest activation (M,), also of zeros not listed.
 
@@ -156,7 +160,7 @@ class Support:
         sums = self.sums(magnitudes)
         if bool(((sums > _HUGE) | ((sums > 0) & (sums < 1 / _HUGE))).any()):
             embeddings = embeddings.double()
-        dominant = magnitudes > DOMINANT * sums[self.columns]
+        dominant = magnitudes > DOMINANT * self.of_latents(sums)
         for entries in dominant.nonzero().squeeze(1).split(_ENTRIES_AT_ONCE):
             added = weights[entries].unsqueeze(1) * embeddings[self.rows[entries]]
             total.index_add_(0, self.columns[entries], added)
@@ -289,7 +293,7 @@ def sampled_rows(num_rows: int) -> Tensor:
 
 
 def _listed(flat: Tensor, also: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the ascending indices where ``flat`` is not zero or ``also`` is true, and the values."""
+    """Return the indices where ``flat`` is not zero or ``also`` is true, and the values there."""
     if also is not None:
         entries = ((flat != 0) | also.flatten()).nonzero().squeeze(1)
         return entries, flat.take(entries)

@@ -30,5 +30,5 @@ class Batch(NamedTuple):
 
     @property
     def similarity(self) -> Tensor:
-        """(B, d): what samples are compared by, which is the features if there are no embeddings."""
+        """(B, d): what samples are compared by; the features if there are no embeddings."""
         return self.features if self.embeddings is None else self.embeddings

@@ -232,7 +232,7 @@ def _score(
     scores = monoscore.compute()
     evaluation = Evaluation(
         monoscore=MonoScoreResult(scores.scores.cpu(), scores.defined.cpu(), scores.num_samples),
-        purity=purity and Purity(*(share.cpu() for share in purity.compute())),
+        purity=None if purity is None else Purity(*(of.cpu() for of in purity.compute())),
         r2=r2.compute(),
         l0=float(active.sum()) / r2.n,
         frequency=active.cpu() / r2.n,

@@ -9,12 +9,10 @@ from __future__ import annotations
 import functools
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from monoloss_plugin._checks import looks_are_free
 
@@ -250,20 +248,18 @@ def support_of(latents: Tensor, also: Tensor | None = None) -> Support:
     """
     if latents.layout == torch.sparse_coo:
         latents = latents.coalesce()
-        rows, columns = latents.detach().indices()
-        columns, order = columns.sort(stable=True)
-        rows = rows[order]
-        values = _StoredValues.apply(latents, order)
+        (rows, columns), values = latents.indices(), latents.values()
     else:
-        flat, values = _listed(latents.detach().flatten(), also)
-        rows = flat.div(latents.shape[1], rounding_mode="floor")
-        columns, order = (flat - rows * latents.shape[1]).sort(stable=True)
-        rows, values = rows[order], values[order]
-        if latents.requires_grad and torch.is_grad_enabled():
-            values = _ValuesAt.apply(latents, values, flat[order])
+        flat = latents.flatten()
+        entries = _entries_of(flat.detach(), also)
+        values = flat.index_select(0, entries)
+        rows = entries.div(latents.shape[1], rounding_mode="floor")
+        columns = entries - rows * latents.shape[1]
+    columns, order = columns.sort(stable=True)
     bounds = torch.arange(latents.shape[1] + 1, device=columns.device)
     offsets = torch.searchsorted(columns, bounds)
-    return Support(rows, columns, offsets, values, latents.shape[0])
+    values = values.index_select(0, order)
+    return Support(rows.index_select(0, order), columns, offsets, values, latents.shape[0])
 
 
 def is_sparse(latents: Tensor, also: Tensor | None = None) -> bool:
@@ -292,55 +288,15 @@ def sampled_rows(num_rows: int) -> Tensor:
     return (spread * num_rows).long()
 
 
-def _listed(flat: Tensor, also: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the indices where ``flat`` is not zero or ``also`` is true, and the values there."""
+def _entries_of(flat: Tensor, also: Tensor | None) -> Tensor:
+    """Return the indices, in ascending order, where ``flat`` is not zero or ``also`` is true."""
     if also is not None:
-        entries = ((flat != 0) | also.flatten()).nonzero().squeeze(1)
-        return entries, flat.take(entries)
+        return ((flat != 0) | also.flatten()).nonzero().squeeze(1)
     aligned = flat.is_contiguous() and flat.storage_offset() % 2 == len(flat) % 2 == 0
     if flat.dtype != torch.float32 or not aligned:
-        entries = flat.nonzero().squeeze(1)
-        return entries, flat.take(entries)
+        return flat.nonzero().squeeze(1)
     # Most neighbours are both zero. To look at two at a time, as eight bytes, takes half as long.
     two_by_two = flat.view(torch.int64)
     pairs = two_by_two.nonzero().squeeze(1)
-    values = two_by_two.take(pairs).view(torch.float32)
-    on = values.nonzero().squeeze(1)
-    return 2 * pairs[on >> 1] + (on & 1), values[on]
-
-
-class _ValuesAt(torch.autograd.Function):
-    """The values of dense latents at distinct entries. Backward writes each gradient once."""
-
-    @staticmethod
-    def forward(ctx: Any, latents: Tensor, values: Tensor, flat: Tensor) -> Tensor:
-        ctx.save_for_backward(flat)
-        ctx.shape = latents.shape
-        return values
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
-        (flat,) = ctx.saved_tensors
-        return upstream[0].new_zeros(ctx.shape).put_(flat, upstream[0]), None, None
-
-
-class _StoredValues(torch.autograd.Function):
-    """The values of coalesced COO latents in another order. The gradient is COO as they are."""
-
-    @staticmethod
-    def forward(ctx: Any, latents: Tensor, order: Tensor) -> Tensor:
-        ctx.save_for_backward(latents.indices(), order)
-        ctx.shape = latents.shape
-        return latents.values()[order]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
-        indices, order = ctx.saved_tensors
-        values = torch.empty_like(upstream[0])
-        values[order] = upstream[0]
-        gradient = torch.sparse_coo_tensor(
-            indices, values, ctx.shape, is_coalesced=True, check_invariants=False
-        )
-        return gradient, None
+    on = two_by_two.take(pairs).view(torch.float32).nonzero().squeeze(1)
+    return 2 * pairs.index_select(0, on >> 1) + (on & 1)

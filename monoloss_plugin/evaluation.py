@@ -162,33 +162,33 @@ def evaluate(
     samples = Samples.of(features, labels, embeddings, num_classes, batch_size)
     scale = scaling_for(sae, samples, normalize)
     if _selects_over_batches(sae):
-        warnings.warn(
+        _warn(
             "sae: a BatchTopK SAE in training selects over each batch, so its scores depend on the "
             "batch size. Save it with save_inference_model and evaluate what SAE.load_from_disk "
-            "gives: that is what others will use",
-            stacklevel=2,
+            "gives: that is what others will use"
         )
     if split := of_training(features):
-        warnings.warn(
+        _warn(
             f"features: these are of the split {split!r}. If the SAE was trained on them, its "
-            "scores are too good; use held-out features",
-            stacklevel=2,
+            "scores are too good; use held-out features"
         )
     place = as_device(device) if device is not None else _device_of(sae)
     found, were_scaled = _score(sae, samples, scale, place, progress)
     if scale and not were_scaled and normalize is None and samples.scaling != "wanted":
-        warnings.warn(
+        _warn(
             "features: scaled to unit norm, because the SAE was trained on unit norm. Pass "
-            "normalize=False to use them as they are",
-            stacklevel=2,
+            "normalize=False to use them as they are"
         )
     if found.r2 < 0:
-        warnings.warn(
+        _warn(
             f"sae: R² is {found.r2:.2f}, worse than the mean of the features would be. Check that "
-            "the features are on the scale that the SAE was trained on",
-            stacklevel=2,
+            "the features are on the scale that the SAE was trained on"
         )
     return found
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=3)  # shown at the call of evaluate
 
 
 @torch.no_grad()

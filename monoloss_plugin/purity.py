@@ -43,6 +43,7 @@ class ClassSums(NamedTuple):
     """(C, M) float64: the sum of the latent's activations."""
 
     @classmethod
+    @torch.inference_mode(False)  # or the sums could not be updated outside it
     def zeros(cls, num_classes: int, num_latents: int, device: torch.device | str) -> ClassSums:
         """Return the sums over no samples."""
         shape = (num_classes, num_latents)

@@ -15,8 +15,8 @@ numerator is the weighted similarity of all pairs of different samples. The deno
 weight of the same pairs. The score does not use p; a falling minimum does (:meth:`Sums.raise_by_`).
 
 Every way to compute MonoScore and MonoLoss uses the functions of this file. To add a sum, add a
-field to :class:`Sums`, and a line for it to ``zeros``, ``raise_by_``, :func:`dense_sums` and
-:func:`sparse_sums`.
+field to :class:`Sums`, and a line for it to ``raise_by_``, :func:`dense_sums` and
+:func:`sparse_sums`. Merging, reduction over ranks, saving and loading then include it.
 
 Source: Nasiri-Sarvi et al. 2026, eq. 2 and Algorithm 2.
 """
@@ -99,8 +99,8 @@ class Sums(NamedTuple):
     @classmethod
     def zeros(cls, num_latents: int, width: int, like: Tensor) -> Sums:
         """Return the sums over no samples, with the dtype and device of ``like``."""
-        u, v, t, p = (like.new_zeros(num_latents) for _ in range(4))
-        return cls(u, v, t, p, w=like.new_zeros(num_latents, width))
+        of_latents = cls(*(like.new_zeros(num_latents) for _ in cls._fields))
+        return of_latents._replace(w=like.new_zeros(num_latents, width))
 
     def raise_by_(self, drop: Tensor, samples: SampleSums) -> None:
         """Replace every ã by ã + drop, in place: the minimum has fallen by ``drop`` (M,).
@@ -173,8 +173,8 @@ def dense_sums(
         a = rescaled(latents[:, block], lowest[block], None if scale is None else scale[block])
         u, p, w = a.sum(0), q @ a, weighted_embeddings(a, h)
         squares = a.square_()
-        parts.append((u, squares.sum(0), q @ squares, p, w))
-    return Sums(*(torch.cat(sums) for sums in zip(*parts, strict=True)))
+        parts.append(Sums(u, v=squares.sum(0), t=q @ squares, p=p, w=w))
+    return Sums(*(torch.cat(blocks) for blocks in zip(*parts, strict=True)))
 
 
 def sparse_sums(
@@ -229,7 +229,7 @@ def column_blocks(latents: Tensor) -> Iterator[slice]:
     Copies of the latents (rescaled, squared, cast) then exist for one block at a time.
     """
     width = max(_NARROWEST_BLOCK, -(-latents.shape[1] // _BLOCKS))
-    for start in range(0, latents.shape[1], width):
+    for start in range(0, max(1, latents.shape[1]), width):
         yield slice(start, start + width)
 
 

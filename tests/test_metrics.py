@@ -115,13 +115,16 @@ def test_a_support_must_match_its_embeddings(embeddings: Tensor) -> None:
 
 
 def test_a_metric_begun_in_inference_mode_goes_on_outside(embeddings: Tensor, way: str) -> None:
-    a = CASES["sparse"]
-    metric = MonoScore()
+    a, labels = CASES["sparse"], torch.arange(40) % 4
+    metric, purity = MonoScore(), ClassPurity(4)
     with torch.inference_mode():
         metric.update(a[:9] * 1, embeddings[:9] * 1)
+        purity.update(a[:9] * 1, labels[:9] * 1)
     metric.update(a[9:], embeddings[9:])
+    purity.update(a[9:], labels[9:])
     expected = functional.monoscore(a, embeddings).double()
     torch.testing.assert_close(metric.compute().scores, expected, atol=1e-6, rtol=0.0)
+    torch.testing.assert_close(purity.compute(), functional.class_purity(a, labels, 4))
 
 
 def test_a_batch_of_a_wider_dtype_may_set_the_minimum(embeddings: Tensor, way: str) -> None:

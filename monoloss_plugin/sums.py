@@ -102,6 +102,11 @@ class Sums(NamedTuple):
         of_latents = cls(*(like.new_zeros(num_latents) for _ in cls._fields))
         return of_latents._replace(w=like.new_zeros(num_latents, width))
 
+    @property
+    def weight_of_pairs(self) -> Tensor:
+        """(M,): u² - v, the sum of ã_n ã_m over all pairs of different samples."""
+        return self.u.square() - self.v
+
     def raise_by_(self, drop: Tensor, samples: SampleSums) -> None:
         """Replace every ã by ã + drop, in place: the minimum has fallen by ``drop`` (M,).
 
@@ -148,7 +153,7 @@ def monoscore_from_sums(sums: Sums, span: Tensor) -> Scores:
         tensor([0.6000])
     """
     numerator = torch.linalg.vector_norm(sums.w, dim=1).square() - sums.t
-    denominator = sums.u.square() - sums.v
+    denominator = sums.weight_of_pairs
     # "not (small)" instead of "large": a NaN then passes, and shows in the loss that is logged.
     small = denominator <= DEFINED_ABOVE[span.dtype] * span.square()
     defined = ~small & ~(span <= CONSTANT_BELOW)

@@ -3,12 +3,12 @@
 With the sums of :mod:`monoloss_plugin.sums`, of ã rescaled to [0, 1], a latent's gradient at sample
 i is
 
-    g_i = pull · (h_i·w - ã_i q_i - MS (u - ã_i)),     pull = 2 / (scale · (u² - v)).
+    g_i = pull / scale · (h_i·w - ã_i q_i - MS (u - ã_i)),     pull = 2 / (u² - v).
 
 The minimum depends on the latents too. So the samples that attain it share the sum of g over all
 samples, with the opposite sign, in equal parts, as autograd does for ``amin``. That sum is
 
-    Σ_i g_i = pull · (w·Σ h - p - MS (N - 1) u).
+    Σ_i g_i = pull / scale · (w·Σ h - p - MS (N - 1) u).
 
 The score does not depend on the maximum, and embeddings are constants.
 
@@ -28,7 +28,6 @@ from monoloss_plugin.kernels.support import Support, products_at
 from monoloss_plugin.sums import (
     CONSTANT_BELOW,
     Scores,
-    Sums,
     UnitEmbeddings,
     column_blocks,
     dense_sums,
@@ -71,10 +70,10 @@ class Terms(NamedTuple):
     scores: Tensor
     """(M,)"""
     pull: Tensor
-    """(M,): 0 where the score is undefined, less for a latent that is hardly defined."""
+    """(M,): 2 / (u² - v), or less for a latent that is hardly defined; 0 if it is undefined."""
 
     def column_sums(self) -> Tensor:
-        """Return the sum over all samples of each latent's gradient, without the pull (M,)."""
+        """Return each latent's Σ_i (h_i·w - ã_i q_i - MS (u - ã_i)), (M,)."""
         return self.w @ self.sum_h - self.p - self.scores * (len(self.h) - 1) * self.u
 
 
@@ -85,17 +84,23 @@ def terms_of(latents: Tensor | Support, unit: UnitEmbeddings) -> tuple[Terms, Te
     span = highest - lowest
     # "not (small)" lets a NaN through to the score.
     scale = torch.where(~(span <= CONSTANT_BELOW), span, 1.0)
-    sums_of = sparse_sums if isinstance(latents, Support) else dense_sums
-    sums: Sums = sums_of(latents, unit, lowest, scale)  # type: ignore[arg-type]
+    if isinstance(latents, Support):
+        sums = sparse_sums(latents, unit, lowest, scale)
+    else:
+        sums = dense_sums(latents, unit, lowest, scale)
     scores, defined = monoscore_from_sums(sums, span / scale)
-    denominator = (sums.u.square() - sums.v).masked_fill(~defined, 1.0)
-    outside = (sums.u - 1).clamp(min=0) * scale  # rescaled, the strongest sample is 1
-    # With nan for the others, so that no shape depends on a value.
-    median = torch.where(defined, outside, torch.nan).nanmedian()
-    restraint = (outside * (HARDEST_PULL / median)).clamp(max=1)
-    pull = torch.where(defined, 2 / denominator * restraint, 0.0) / scale
+    pull = 2 / sums.weight_of_pairs.masked_fill(~defined, 1.0)
+    pull = torch.where(defined, pull * _restraint(sums.u, scale, defined), 0.0)
     h, q, (_, sum_h, _) = unit
     return Terms(h, q, sum_h, lowest, scale, sums.u, sums.p, sums.w, scores, pull), defined
+
+
+def _restraint(u: Tensor, scale: Tensor, defined: Tensor) -> Tensor:
+    """Return what to multiply each latent's gradient by (M,), from 0 to 1; see HARDEST_PULL."""
+    outside = (u - 1).clamp(min=0) * scale  # rescaled, the strongest sample is 1
+    # With nan for the others, so that no shape depends on a value.
+    median = torch.where(defined, outside, torch.nan).nanmedian()
+    return (outside * (HARDEST_PULL / median)).clamp(max=1)
 
 
 def with_dense_gradient(
@@ -137,7 +142,7 @@ class _DenseGradient(torch.autograd.Function):
         terms = Terms(*saved)
         gradient = torch.empty_like(latents)
         with torch.autocast(latents.device.type, enabled=False):
-            pull, column_sums = upstream[0] * terms.pull, terms.column_sums()
+            pull, column_sums = upstream[0] * terms.pull / terms.scale, terms.column_sums()
             for block in column_blocks(latents):
                 a = rescaled(latents[:, block], terms.lowest[block], terms.scale[block])
                 at_minimum = a == 0
@@ -183,5 +188,5 @@ class _SparseGradient(torch.autograd.Function):
                 unlisted = torch.where(terms.lowest == 0, len(terms.h) - offsets.diff(), 0)
                 share = terms.column_sums() / (listed + unlisted).clamp(min=1)
                 gradient -= at_minimum * of_latents(share)
-            gradient *= of_latents(upstream[0] * terms.pull)
+            gradient *= of_latents(upstream[0] * terms.pull / terms.scale)
         return gradient.to(values.dtype), *((3 + len(terms)) * [None])

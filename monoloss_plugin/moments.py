@@ -121,8 +121,8 @@ class Moments(NamedTuple):
         """Measure ã from ``lowest`` (M,), which is at most the lowest activation so far."""
         drop = (self.lowest - lowest).nan_to_num_(nan=0.0, posinf=0.0)  # inf: no samples so far
         self.lowest.copy_(lowest)
-        # On a CPU this look is free, and most batches lower nothing. On an accelerator the look
-        # would cost more than raising the sums by zero.
+        # Most batches lower nothing. A look is free on a CPU; on an accelerator it would cost more
+        # than raising the sums by zero.
         if may_hold_any(drop):
             self.sums.raise_by_(drop, self.samples)
 

@@ -51,7 +51,7 @@ class StreamingMetric(ABC, Generic[S]):
     def __init__(self) -> None:
         self._state: S | None = None
         self._is_a_copy = False
-        """Another rank counts what this one holds, since all_reduce_."""
+        """After all_reduce_ all ranks hold the same sums, and only rank 0 counts them again."""
 
     @abstractmethod
     def _zeros(self, shape: tuple[int, int], device: torch.device) -> S:
@@ -61,12 +61,12 @@ class StreamingMetric(ABC, Generic[S]):
         """Raise ValueError if a state of this shape is not this metric's."""
 
     def _lower_to_(self, state: S, minima: dict[str, Tensor]) -> None:
-        """Rewrite a state for lower minima: sums of two states add up if their minima agree."""
+        """Rewrite a state for lower minima. Sums of two states add up only if these agree."""
 
     def _own(self, shape: tuple[int, int], device: torch.device) -> S:
-        """Return what this rank counts, which a new state begins if there is nothing yet.
+        """Return the state to add to: this rank's own, or a new one.
 
-        The metric holds a new state only from :meth:`_keep` on, once an update has succeeded.
+        Call :meth:`_keep` once the update has succeeded; until then the metric is unchanged.
         """
         if self._state is None or self._is_a_copy:
             return self._zeros(shape, device)
@@ -122,12 +122,12 @@ class StreamingMetric(ABC, Generic[S]):
         own = None if self._is_a_copy else self._state
         said = {(a, b) for a, b in gather_numbers(own.shape if own else (0, 0), device, group)}
         shapes = sorted(said - {(0, 0)})
-        name = type(self).__name__
+        call = f"{type(self).__name__}.all_reduce_"
         if not shapes:
-            raise ValueError(f"{name}.all_reduce_: no rank has seen any data")
+            raise ValueError(f"{call}: no rank has seen any data")
         if len(shapes) > 1:
             found = ", ".join(map(str, shapes))
-            raise ValueError(f"{name}.all_reduce_: ranks have different {self.SIZES}: {found}")
+            raise ValueError(f"{call}: ranks have different {self.SIZES}: {found}")
         state = self._own(shapes[0], device)
         held = state.tensors()
         minima = {name: held[name].clone() for name in self._minima()}

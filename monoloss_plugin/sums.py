@@ -152,13 +152,19 @@ def monoscore_from_sums(sums: Sums, span: Tensor) -> Scores:
         >>> monoscore_from_sums(sums, span=tensor([3.0])).scores
         tensor([0.6000])
     """
-    numerator = torch.linalg.vector_norm(sums.w, dim=1).square() - sums.t
+    numerator = _squared_norms(sums.w) - sums.t
     denominator = sums.weight_of_pairs
     # "not (small)" instead of "large": a NaN then passes, and shows in the loss that is logged.
     small = denominator <= DEFINED_ABOVE[span.dtype] * span.square()
     defined = ~small & ~(span <= CONSTANT_BELOW)
     scores = numerator / denominator.masked_fill(~defined, 1.0)
     return Scores(scores.masked_fill(~defined, 0.0), defined)
+
+
+def _squared_norms(w: Tensor) -> Tensor:
+    if w.dtype == torch.float64:  # without a square root: equal terms of the score cancel exactly
+        return torch.einsum("md,md->m", w, w)
+    return torch.linalg.vector_norm(w, dim=1).square()  # for a training step: six times faster
 
 
 def dense_sums(

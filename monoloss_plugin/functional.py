@@ -41,7 +41,7 @@ from monoloss_plugin.embeddings import unit_rows
 from monoloss_plugin.kernels.batch import GradientAt, batch_scores
 from monoloss_plugin.moments import moments_of
 from monoloss_plugin.purity import ClassSums, Purity, purity_from_sums
-from monoloss_plugin.sums import CONSTANT_BELOW, Scores
+from monoloss_plugin.sums import CONSTANT_BELOW, Scores, monoscore_from_sums
 
 Units = Literal["batch_active", "all"]
 
@@ -76,11 +76,19 @@ def monoscore(latents: Tensor, embeddings: Tensor, *, undefined: float = 0.0) ->
         >>> monoscore(a, e)
         tensor([1., 0.])
 
+        The same in plain code; these embeddings are unit vectors:
+
+        >>> x = a - a.amin(0)
+        >>> u, v, w = x.sum(0), x.square().sum(0), x.T @ e
+        >>> (w.square().sum(1) - v) / (u.square() - v)
+        tensor([1., 0.])
+
     Source: Nasiri-Sarvi et al. 2026, eq. 2 and Algorithm 2.
     """
     require_number(undefined, "undefined")
     a, e = paired_rows(latents, embeddings, keep_sparse=True)
-    scores, defined = moments_of(a, e).scores()
+    moments = moments_of(a, e)
+    scores, defined = monoscore_from_sums(moments.sums, moments.span)
     dtype = torch.promote_types(a.dtype, torch.float32)
     return scores.masked_fill(~defined, float(undefined)).to(dtype)
 

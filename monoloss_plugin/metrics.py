@@ -19,7 +19,7 @@ from monoloss_plugin.moments import Moments
 from monoloss_plugin.purity import ClassSums, Purity, purity_from_sums
 from monoloss_plugin.r2 import R2 as R2
 from monoloss_plugin.streaming import StreamingMetric
-from monoloss_plugin.sums import SampleSums, Sums
+from monoloss_plugin.sums import SampleSums, Sums, monoscore_from_sums
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,8 @@ class MonoScore(StreamingMetric[Moments]):
             ValueError: no data yet.
         """
         moments = self._seen()
-        return MonoScoreResult(*moments.scores(), num_samples=int(moments.samples.n))
+        scores, defined = monoscore_from_sums(moments.sums, moments.span)
+        return MonoScoreResult(scores, defined, num_samples=int(moments.samples.n))
 
 
 class ClassPurity(StreamingMetric[ClassSums]):

@@ -21,11 +21,9 @@ from monoloss_plugin.embeddings import unit_rows
 from monoloss_plugin.kernels.support import DOMINANT, Support
 from monoloss_plugin.sums import (
     SampleSums,
-    Scores,
     Sums,
     UnitEmbeddings,
     dense_sums,
-    monoscore_from_sums,
     range_of,
     sparse_sums,
 )
@@ -62,6 +60,11 @@ class Moments(NamedTuple):
         """(M, d)."""
         num_latents, width = self.sums.w.shape
         return num_latents, width
+
+    @property
+    def span(self) -> Tensor:
+        """(M,): the range of each latent's activations."""
+        return self.highest - self.lowest
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor by name."""
@@ -125,11 +128,6 @@ class Moments(NamedTuple):
         # than raising the sums by zero.
         if may_hold_any(drop):
             self.sums.raise_by_(drop, self.samples)
-
-    @torch.no_grad()
-    def scores(self) -> Scores:
-        """Return MonoScore of every latent, in float64."""
-        return monoscore_from_sums(self.sums, self.highest - self.lowest)
 
 
 def moments_of(latents: Tensor, embeddings: Tensor) -> Moments:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from monoloss_plugin._checks import may_hold_any, require_finite
 from monoloss_plugin._chunks import parts_of
-from monoloss_plugin.embeddings import unit_rows
 from monoloss_plugin.kernels.support import DOMINANT, Support
 from monoloss_plugin.sums import (
     SampleSums,
@@ -30,7 +29,6 @@ from monoloss_plugin.sums import (
 
 _LARGE = 1e12
 """Squares of activations beyond this, or below its inverse, leave float32's range."""
-_ROWS_IN_CACHE = 512
 
 
 class Moments(NamedTuple):
@@ -49,7 +47,7 @@ class Moments(NamedTuple):
         """Return the moments of no samples, for M latents and embeddings of a width."""
         like = torch.zeros(0, dtype=torch.float64, device=device)
         return cls(
-            SampleSums.zeros(width, like),
+            SampleSums.of(like.new_zeros(0, width), like),
             Sums.zeros(num_latents, width, like),
             lowest=like.new_full((num_latents,), torch.inf),
             highest=like.new_full((num_latents,), -torch.inf),
@@ -92,7 +90,9 @@ class Moments(NamedTuple):
         self.lower_to_(torch.minimum(self.lowest, lowest))
         torch.maximum(self.highest, highest, out=self.highest)
         for (rows, part), (_, highest) in zip(parts, ranges, strict=True):
-            unit = _exact_unit_embeddings(embeddings[rows], part.dtype)
+            e = embeddings[rows]
+            wide = torch.promote_types(torch.promote_types(part.dtype, e.dtype), torch.float32)
+            unit = UnitEmbeddings.exactly_of(e, wide)
             for total, added in zip(self.samples, unit.sums, strict=True):
                 total.add_(added)
             if isinstance(part, Support):
@@ -141,20 +141,3 @@ def _add_(totals: Sums, sums: Sums) -> None:
     for total, added in zip(totals, sums, strict=True):
         if added is not total:  # sparse_sums adds to w by itself
             total.add_(added)
-
-
-def _exact_unit_embeddings(embeddings: Tensor, latents_dtype: torch.dtype) -> UnitEmbeddings:
-    """Return unit embeddings whose q and sums are float64, of h as it was rounded.
-
-    So ||w||² - t of a single sample is zero, and not the 1e-7 by which h misses unit length.
-    """
-    wide = torch.promote_types(embeddings.dtype, torch.float32)
-    h, _ = unit_rows(embeddings, torch.promote_types(latents_dtype, wide))
-    sum_h = torch.zeros(h.shape[1], dtype=torch.float64, device=h.device)
-    squares = []
-    for rows in h.split(_ROWS_IN_CACHE):
-        exact = rows.double()
-        sum_h += exact.sum(0)
-        squares.append(exact.square().sum(1))
-    q = torch.cat(squares)
-    return UnitEmbeddings(h, q, SampleSums(q.new_full((), len(q)), sum_h, q.sum()))

@@ -16,7 +16,8 @@ weight of the same pairs. The score does not use p; a falling minimum does (:met
 
 Every way to compute MonoScore and MonoLoss uses the functions of this file. To add a sum, add a
 field to :class:`Sums`, and a line for it to ``raise_by_``, :func:`dense_sums` and
-:func:`sparse_sums`. Merging, reduction over ranks, saving and loading then include it.
+:func:`sparse_sums`; or a field to :class:`SampleSums`, and a term to ``SampleSums.of``. Merging,
+reduction over ranks, saving and loading then include it.
 
 Source: Nasiri-Sarvi et al. 2026, eq. 2 and Algorithm 2.
 """
@@ -46,6 +47,7 @@ u² - v is small only if one sample holds nearly all of a latent's activation. B
 the score are then mostly rounding. At 1e-5 a float32 score is still right to about one percent.
 """
 
+_ROWS_IN_CACHE = 512
 _BLOCKS = 8
 _NARROWEST_BLOCK = 256
 
@@ -61,9 +63,9 @@ class SampleSums(NamedTuple):
     """(): Σ q."""
 
     @classmethod
-    def zeros(cls, width: int, like: Tensor) -> SampleSums:
-        """Return the sums over no samples, with the dtype and device of ``like``."""
-        return cls(like.new_zeros(()), like.new_zeros(width), like.new_zeros(()))
+    def of(cls, h: Tensor, q: Tensor) -> SampleSums:
+        """Return the sums of unit embeddings (N, d) and their q (N,)."""
+        return cls(q.new_full((), len(q)), h.sum(0), q.sum())
 
 
 class UnitEmbeddings(NamedTuple):
@@ -79,7 +81,23 @@ class UnitEmbeddings(NamedTuple):
     def of(cls, embeddings: Tensor, dtype: torch.dtype) -> UnitEmbeddings:
         """Return embeddings (N, d) as unit vectors, with all sums in ``dtype``."""
         h, q = unit_rows(embeddings, dtype)
-        return cls(h, q, SampleSums(q.new_full((), len(q)), h.sum(0), q.sum()))
+        return cls(h, q, SampleSums.of(h, q))
+
+    @classmethod
+    def exactly_of(cls, embeddings: Tensor, dtype: torch.dtype) -> UnitEmbeddings:
+        """Return embeddings (N, d) as unit vectors, with q and all sums in float64.
+
+        These are the q and the sums of h as it was rounded. So ||w||² - t of a single sample is
+        zero, and not the 1e-7 by which h misses unit length.
+        """
+        h, _ = unit_rows(embeddings, dtype)
+        squares, sums = [], []
+        for rows in h.split(_ROWS_IN_CACHE):
+            exact = rows.double()
+            squares.append(exact.square().sum(1))
+            sums.append(SampleSums.of(exact, squares[-1]))
+        totals = (torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))
+        return cls(h, torch.cat(squares), SampleSums(*totals))
 
 
 class Sums(NamedTuple):

@@ -45,7 +45,7 @@ def as_tensor(value: Any, name: str) -> Tensor:
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise TypeError(
                 f"{name}: expected a tensor, a numpy array or a list of numbers, got "
-                f"a {type(value).__name__} that is none of these: {error}"
+                f"a {type(value).__name__} that cannot become a tensor: {error}"
             ) from None
     raise TypeError(
         f"{name}: expected a tensor, a numpy array or a list of numbers, got {kind_of(value)}"

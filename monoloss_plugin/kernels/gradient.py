@@ -98,7 +98,7 @@ def terms_of(latents: Tensor | Support, unit: UnitEmbeddings) -> tuple[Terms, Te
 def _restraint(u: Tensor, scale: Tensor, defined: Tensor) -> Tensor:
     """Return what to multiply each latent's gradient by (M,), from 0 to 1; see HARDEST_PULL."""
     outside = (u - 1).clamp(min=0) * scale  # rescaled, the strongest sample is 1
-    # With nan for the others, so that no shape depends on a value.
+    # Undefined latents become nan. To leave them out would make an accelerator wait for a shape.
     median = torch.where(defined, outside, torch.nan).nanmedian()
     return (outside * (HARDEST_PULL / median)).clamp(max=1)
 

@@ -182,7 +182,8 @@ def monoscore_from_sums(sums: Sums, span: Tensor) -> Scores:
 def _squared_norms(w: Tensor) -> Tensor:
     if w.dtype == torch.float64:  # without a square root: equal terms of the score cancel exactly
         return torch.einsum("md,md->m", w, w)
-    return torch.linalg.vector_norm(w, dim=1).square()  # for a training step: six times faster
+    norms: Tensor = torch.linalg.vector_norm(w, dim=1)  # six times faster, for a training step
+    return norms.square()
 
 
 def dense_sums(

@@ -1,4 +1,4 @@
-"""What every public function checks of its arguments, and rows from leading dimensions."""
+"""Checks of arguments. Each error names the argument, what came, and what is wanted."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from torch import Tensor
 
 from monoloss_plugin._places import kind_of
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The dtypes that latents, embeddings and features may have."""
+
 _MOST = 2**31 - 1
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def visible(text: object) -> str:
-    """Return a text of others in one line, with escapes for what a terminal would obey."""
+    """Return a text from outside in one line, with control characters escaped for terminals."""
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode("ascii")
         for c in " ".join(str(text).splitlines())
@@ -24,11 +26,11 @@ def visible(text: object) -> str:
 
 
 def as_tensor(value: Any, name: str) -> Tensor:
-    """Return a tensor as it is, and a numpy array or a list of numbers as a tensor.
+    """Return a tensor, a numpy array or a list of numbers as a tensor.
 
     Raises:
-        TypeError: anything else; the error names the argument.
-        ValueError: a tensor without values, on the meta device.
+        TypeError: anything else.
+        ValueError: a tensor on the meta device, which has no values.
     """
     if isinstance(value, Tensor):
         if value.is_meta:
@@ -37,13 +39,13 @@ def as_tensor(value: Any, name: str) -> Tensor:
     if isinstance(value, (list, tuple)) or hasattr(value, "__array_interface__"):
         try:
             with warnings.catch_warnings():
-                # Nothing here writes to what it is given.
+                # torch warns that writing to the tensor would change the array; we never write.
                 warnings.filterwarnings("ignore", message=".*not writable.*")
                 return torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise TypeError(
                 f"{name}: expected a tensor, a numpy array or a list of numbers, got "
-                f"{type(value).__name__} that is none: {error}"
+                f"a {type(value).__name__} that cannot become a tensor: {error}"
             ) from None
     raise TypeError(
         f"{name}: expected a tensor, a numpy array or a list of numbers, got {kind_of(value)}"
@@ -51,10 +53,10 @@ def as_tensor(value: Any, name: str) -> Tensor:
 
 
 def as_labels(value: Any, name: str = "labels") -> Tensor:
-    """Return integer classes, of a tensor, a numpy array or a list, as a tensor of integers.
+    """Return integer classes, from a tensor, a numpy array or a list, as a tensor.
 
     Raises:
-        TypeError: not integers.
+        TypeError: the values are not integers.
     """
     tensor = as_tensor(value, name)
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
@@ -63,21 +65,21 @@ def as_labels(value: Any, name: str = "labels") -> Tensor:
 
 
 def as_rows(value: Any, name: str, *, keep_sparse: bool = False) -> Tensor:
-    """Return a tensor (..., width), a numpy array or a list as rows (N, width), dense.
+    """Return a tensor, a numpy array or a list (..., width) as dense rows (N, width).
 
-    Only shape and dtype are looked at, never values, so that no check makes an accelerator wait.
+    This looks at shape and dtype, never at values, so it never makes an accelerator wait.
 
     Args:
         value: (..., width).
-        name: of the argument, for the error.
-        keep_sparse: leave sparse COO rows as they are.
+        name: the argument's name, for the error.
+        keep_sparse: leave (N, width) sparse COO tensors as they are.
 
     Raises:
-        TypeError: not floating-point numbers of 16 bits or more.
-        ValueError: fewer than two dimensions.
+        TypeError: the values are not floating-point numbers of 16 bits or more.
+        ValueError: there are fewer than two dimensions.
     """
     tensor = as_tensor(value, name)
-    if tensor.dtype not in _FLOATS:
+    if tensor.dtype not in FLOATS:
         raise TypeError(
             f"{name}: expected a floating-point tensor of 16 bits or more, got {tensor.dtype}"
         )
@@ -97,12 +99,13 @@ def as_rows(value: Any, name: str, *, keep_sparse: bool = False) -> Tensor:
 def paired_rows(
     latents: Any, embeddings: Any, *, keep_sparse: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return latents as (N, M) and embeddings as (N, d), one row for each sample.
+    """Return latents as (N, M) and embeddings as (N, d), with one row for each sample.
 
-    With ``keep_sparse``, latents that are sparse COO stay so.
+    With ``keep_sparse``, sparse COO latents stay sparse.
 
     Raises:
-        TypeError, ValueError: as :func:`as_rows`, or the leading dimensions differ.
+        TypeError: as :func:`as_rows`.
+        ValueError: as :func:`as_rows`, or if the leading dimensions or the devices differ.
     """
     latents, embeddings = as_tensor(latents, "latents"), as_tensor(embeddings, "embeddings")
     latent_rows = as_rows(latents, "latents", keep_sparse=keep_sparse)
@@ -121,52 +124,49 @@ def paired_rows(
 
 
 def looks_are_free(tensor: Tensor) -> bool:
-    """Say whether a value may be read to choose a way: not where a device would have to wait."""
+    """Return whether code may read a value to choose a path, without making a device wait."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def may_hold_any(tensor: Tensor) -> bool:
-    """Say whether some entry may be true, or not zero; where a look is not free, always."""
+    """Return whether some entry may be true, or not zero. True if looking is not free."""
     return not looks_are_free(tensor) or bool(tensor.any())
 
 
 def require_finite(tensor: Tensor, name: str) -> None:
-    """Raise ValueError where a tensor holds a NaN or an infinity.
+    """Raise ValueError if a tensor holds a NaN or an infinity.
 
-    Reads a value, so it belongs in evaluation, never in a training step.
+    This reads a value. Use it in evaluation, never in a training step.
     """
     if tensor.numel() and not bool(torch.stack((tensor.amin(), tensor.amax())).isfinite().all()):
         raise ValueError(f"{name}: contains NaN or infinite values; expected finite numbers")
 
 
 def as_device(device: Any) -> torch.device:
-    """Return a device that can be used now.
+    """Return a device that this machine can use now.
 
     Raises:
-        TypeError: not a device or its name.
-        ValueError: no such device, or not on this machine.
+        TypeError: not a device or the name of one.
+        ValueError: no such device, or this machine does not have it.
     """
     if not isinstance(device, (str, torch.device)):
         raise TypeError(f"device: expected a torch.device or its name, got {_shown(device)}")
     try:
         return torch.empty(0, device=device).device
-    except (
-        AssertionError,
-        NotImplementedError,
-        RuntimeError,
-    ) as error:  # without CUDA, without a driver, no such name
+    # torch raises these without CUDA, without a driver, and for an unknown name.
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise ValueError(f"device: cannot use {str(device)!r} here: {reason}") from error
 
 
 def require_choice(value: str, name: str, allowed: tuple[str, ...]) -> None:
-    """Raise ValueError where an option is not one of the allowed words."""
+    """Raise ValueError if an option is not one of the allowed words."""
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name}: expected one of {list(allowed)}, got {value!r}")
 
 
 def require_at_least(least: int, given: int, name: str) -> None:
-    """Raise ValueError for an integer below the least that makes sense, TypeError for another."""
+    """Raise ValueError for an integer below ``least``, and TypeError for anything else."""
     if isinstance(given, bool) or not isinstance(given, int):
         raise TypeError(f"{name}: expected an integer, got {_shown(given)}")
     if given < least:
@@ -176,7 +176,7 @@ def require_at_least(least: int, given: int, name: str) -> None:
 
 
 def require_number(given: Any, name: str) -> None:
-    """Raise TypeError where something is no real number."""
+    """Raise TypeError if something is not a real number."""
     if not isinstance(given, (int, float)) or isinstance(given, bool):
         raise TypeError(f"{name}: expected a number, got {_shown(given)}")
     if abs(given) > 1e308 and given not in (float("inf"), -float("inf")):
@@ -184,21 +184,21 @@ def require_number(given: Any, name: str) -> None:
 
 
 def require_flag(given: Any, name: str) -> None:
-    """Raise TypeError where something is neither True nor False."""
+    """Raise TypeError if something is neither True nor False."""
     if not isinstance(given, bool):
         raise TypeError(f"{name}: expected True or False, got {_shown(given)}")
 
 
 def _shown(given: Any) -> str:
-    """Return a value as an error shows it: short."""
+    """Return a short text that shows a value in an error."""
     return repr(given) if isinstance(given, (str, int, float, type(None))) else kind_of(given)
 
 
 def require_text(text: Any, argument: str) -> None:
-    """Raise an error for an optional argument that is neither None nor a string with something in.
+    """Check an optional text: None, or a string that is not empty.
 
     Raises:
-        TypeError: another kind.
+        TypeError: neither None nor a string.
         ValueError: an empty string.
     """
     if text is None:
@@ -213,7 +213,7 @@ def as_list(values: Any, name: str) -> list[Any]:
     """Return the items of a list, an array or a tensor.
 
     Raises:
-        TypeError: something else, or a string.
+        TypeError: anything else, such as a string.
     """
     plain = not isinstance(values, (str, bytes, type)) and isinstance(values, Iterable)
     if not plain or getattr(values, "shape", None) == ():
@@ -224,7 +224,7 @@ def as_list(values: Any, name: str) -> list[Any]:
 
 
 def require_share(shard: tuple[int, int]) -> tuple[int, int]:
-    """Return ``(i, n)``, the i-th of n processes; raise ValueError where there is no such one."""
+    """Return the shard ``(i, n)``, part i of n; raise an error if there is no such part."""
     if not (isinstance(shard, (tuple, list)) and [type(part) for part in shard] == [int, int]):
         raise TypeError(f"shard: expected two integers (i, n), got {shard!r}")
     if not 0 <= shard[0] < shard[1]:

@@ -1,4 +1,4 @@
-"""Rows in chunks, so that what a sum needs besides exists for one of them at a time."""
+"""Rows in chunks, so that temporary copies exist for one chunk at a time."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from torch import Tensor
 from monoloss_plugin.kernels.support import Support, is_sparse, support_of
 
 _ELEMENTS = 1 << 23
-"""About this many dense activations a chunk: 32 MiB in float32."""
+"""Dense activations per chunk, about: 32 MiB in float32."""
 _SPARSE_ELEMENTS = 1 << 25
-"""The same where they become a list of entries: of some 80 MiB where one in 16 is active."""
+"""The same for sparse activations. Their entries take about 80 MiB if one in 16 is active."""
 
 _ROWS = 1 << 14
-"""At most this many rows, whose sums are then added up in float64."""
+"""Rows per chunk, at most. The sums of chunks are added up in float64."""
 
 
 def row_chunks(rows: int, width: int, elements: int) -> Iterator[slice]:
-    """Yield slices that cover ``rows`` rows of ``width``, about ``elements`` at a time."""
+    """Yield slices that cover ``rows`` rows of a width, with about ``elements`` elements each."""
     step = max(1, min(_ROWS, elements // max(1, width)))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
 
 def parts_of(latents: Tensor | Support) -> Iterator[tuple[slice, Tensor | Support]]:
-    """Yield latents (N, M) in chunks of rows, each as it is best summed.
+    """Yield chunks of latents (N, M) in the form that is fastest to sum.
 
     Args:
         latents: dense, sparse COO, or their support.
 
     Yields:
-        The rows, and their latents: dense, or their support.
+        The rows of the chunk, and its latents: dense, or a support.
     """
     if isinstance(latents, Support):
         if latents.num_rows:

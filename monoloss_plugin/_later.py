@@ -1,4 +1,4 @@
-"""Public names whose modules are imported when they are first asked for."""
+"""Public names whose modules are imported on first use."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 def later(
     package: str, homes: Mapping[str, str]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Return a module's ``__getattr__`` and ``__dir__``, for names in modules of its package.
+    """Return a package's ``__getattr__`` and ``__dir__``, which import names on first use.
 
     Args:
-        package: the module's ``__name__``.
-        homes: for each name the module, below the package, that defines it.
+        package: the package's ``__name__``.
+        homes: for each name, the module of the package that defines it.
     """
 
     def find(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Optional dependencies: an import that fails says what to install."""
+"""Optional dependencies: if an import fails, the error says what to install."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from importlib.metadata import PackageNotFoundError, requires, version
 def missing_extra(error: ModuleNotFoundError, extra: str) -> ModuleNotFoundError:
     """Return an error that says what to install for the missing module.
 
-    It names the libraries themselves, as this package's own metadata list them: that works from a
-    checkout, a wheel's file, a git address and an index alike, and never asks an index for a
-    package of our name.
+    It names the libraries of the extra, from this package's metadata, and not the extra. This works
+    for every way to install this package, and pip never looks for our name in an index.
 
-    Where the library is there but fails by itself (its error names no module), that is said.
+    If the library is installed but cannot be imported (its error names no module), it says so.
     """
     if error.name is None:
-        return ModuleNotFoundError(f"cannot be imported as it is installed: {error}")
+        return ModuleNotFoundError(f"an installed library cannot be imported: {error}")
     every = _requirements(extra)
     wanted = [one for one in every if not _is_installed(one)] or every or [error.name]
     command = " ".join(f"'{one}'" for one in wanted)
@@ -26,7 +25,7 @@ def missing_extra(error: ModuleNotFoundError, extra: str) -> ModuleNotFoundError
 
 
 def _requirements(extra: str) -> list[str]:
-    """Return what an extra requires, the extras in it resolved, as they are in the metadata."""
+    """Return what an extra requires, from the package's metadata."""
     try:
         every = requires("monoloss_plugin") or []
     except PackageNotFoundError:  # imported from a folder, not installed

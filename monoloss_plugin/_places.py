@@ -1,8 +1,8 @@
-"""Where a thing is: a file or folder here, or a repository on the Hub.
+"""Local paths and names on the Hub.
 
-One rule, in every function and command: a ``Path``, or a string that starts with ``./``, ``../``,
-``/`` or ``~``, is local; every other string is a name on the Hub. What lies in the working folder
-never changes what a name means. Functions that take only files take any string as a path.
+One rule holds in every function and command. A ``Path``, or a string that starts with ``./``,
+``../``, ``/`` or ``~``, is local. Every other string is a name on the Hub, whatever the working
+folder holds. A function that takes only files reads any string as a path.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _LOCAL = ("./", "../", "/", "~")
 
 
 def local_path(place: str | os.PathLike[str]) -> Path | None:
-    """Return the path of a local place, ``~`` expanded; None for a name on the Hub.
+    """Return a local place as a path, with ``~`` expanded; None for a name on the Hub.
 
     Examples:
         >>> local_path("./photos")
@@ -30,18 +30,18 @@ def local_path(place: str | os.PathLike[str]) -> Path | None:
 
 
 def as_path(place: Any, argument: str, expected: str = "a path") -> Path:
-    """Return the path of what can only be local, ``~`` expanded.
+    """Return a string or a path as a local path, with ``~`` expanded.
 
     Raises:
-        TypeError: neither a string nor a path; the error names the argument.
-        ValueError: an empty string, or one with a NUL.
+        TypeError: neither a string nor a path.
+        ValueError: an empty string, or a string with a NUL character.
     """
     require_place(place, argument, expected)
     return Path(place).expanduser()
 
 
 def require_place(place: Any, argument: str, expected: str = "a name or a path") -> None:
-    """Raise an error for what is neither a name nor a path.
+    """Raise an error if ``place`` is neither a name nor a path.
 
     Raises:
         TypeError, ValueError: as :func:`as_path`.
@@ -53,12 +53,12 @@ def require_place(place: Any, argument: str, expected: str = "a name or a path")
 
 
 def kind_of(value: Any) -> str:
-    """Return what to call a value of the wrong kind in an error."""
+    """Return the type of a value, as an error calls it."""
     return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 def require_file(path: Path, argument: str) -> None:
-    """Raise FileNotFoundError or IsADirectoryError where a path is no file."""
+    """Raise FileNotFoundError or IsADirectoryError if a path is not a file."""
     if path.is_dir():
         raise IsADirectoryError(f"{argument}: {path} is a folder; give a file")
     if not path.is_file():
@@ -66,7 +66,7 @@ def require_file(path: Path, argument: str) -> None:
 
 
 def require_folder(path: Path, argument: str) -> None:
-    """Raise FileNotFoundError or NotADirectoryError where a path is no folder."""
+    """Raise FileNotFoundError or NotADirectoryError if a path is not a folder."""
     if path.is_file():
         raise NotADirectoryError(f"{argument}: {path} is a file; give a folder")
     if not path.is_dir():
@@ -74,7 +74,7 @@ def require_folder(path: Path, argument: str) -> None:
 
 
 def local_hint(name: str) -> str:
-    """Return what to add to an error about a Hub name that is a path here too; else nothing."""
+    """Return a hint for an error about a Hub name, if there is a local path of that name."""
     plain = name.rstrip("/")
     if not plain or not Path(plain).exists():
         return ""
@@ -82,9 +82,9 @@ def local_hint(name: str) -> str:
 
 
 def without(path: Path) -> Path:
-    """Return a path to write to, once what an earlier run has left there is gone.
+    """Delete what an earlier run left at a path, and return the path.
 
-    A symbolic link is removed and not followed, wherever it leads.
+    If it is a symbolic link, only the link is deleted.
     """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)

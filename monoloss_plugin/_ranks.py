@@ -1,7 +1,8 @@
-"""What the processes of a group tell each other before they exchange data.
+"""What ranks tell each other before they exchange tensors.
 
-A collective call on tensors of different shapes or dtypes hangs or aborts. So each rank first says
-what it has; all see the same answers, and all raise the same error where these do not agree.
+A collective call on tensors of different shapes or dtypes hangs or aborts. So ranks first exchange
+a few numbers that describe their tensors. All ranks see the same numbers, so if these do not agree,
+all ranks raise the same error.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch.distributed as dist
 def gather_numbers(
     numbers: Sequence[int], device: torch.device, group: dist.ProcessGroup | None = None
 ) -> list[list[int]]:
-    """Return what every rank says, in the order of ranks: equally many integers each."""
+    """Return the numbers of every rank, in the order of ranks. All give equally many integers."""
     own = torch.tensor(numbers, dtype=torch.int64, device=device)
     every = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(every, own, group=group)

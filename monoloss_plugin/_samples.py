@@ -1,4 +1,4 @@
-"""What ``evaluate`` takes, as batches: tensors, a feature set, or batches that someone made."""
+"""The arguments of ``evaluate`` as batches: tensors, a feature set, or batches made elsewhere."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from monoloss_plugin._checks import as_labels, as_rows, as_tensor, require_at_least
+from monoloss_plugin._places import kind_of
 from monoloss_plugin.batch import Batch
 
 _UNIT = 1e-2
-"""How far a norm may be from 1: float16 and bfloat16 store unit vectors no better."""
+"""A norm this close to 1 counts as 1: float16 and bfloat16 store unit vectors no better."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,11 @@ class Samples:
 
     batches: Iterable[Batch]
     total: int | None
-    """Number of samples, where it is known."""
+    """Number of samples, if it is known."""
     num_classes: int | None
     scaling: Literal["unknown", "wanted", "done"] = "unknown"
-    """To unit norm: a feature set's are as the encoder gave them, and SAEs are trained on them
-    scaled; ``FeatureBatches`` has done it, if it was not told otherwise."""
+    """Whether features are scaled to unit norm. A feature set holds them as the encoder gave them,
+    and SAEs are trained on them scaled: "wanted". ``FeatureBatches`` scales by default: "done"."""
 
     @classmethod
     def of(
@@ -35,33 +36,30 @@ class Samples:
         """Return the samples of ``evaluate``'s arguments.
 
         Raises:
-            TypeError, ValueError: as ``evaluate``.
+            TypeError, ValueError: as :func:`~monoloss_plugin.evaluation.evaluate`.
         """
         require_at_least(1, batch_size, "batch_size")
         if num_classes is not None:
             require_at_least(1, num_classes, "num_classes")
         if isinstance(features, Tensor) or hasattr(features, "__array_interface__"):
             return cls._of_tensors(features, labels, embeddings, num_classes, batch_size)
-        rows_at_hand = hasattr(features, "every_row") and not isinstance(features, type)
-        if not rows_at_hand and (
-            isinstance(features, (str, bytes, dict, type)) or not isinstance(features, Iterable)
-        ):
-            got = features if isinstance(features, type) else type(features).__name__
+        # A FeatureSet and FeatureBatches; their module needs libraries that this one does not.
+        has_rows = hasattr(features, "every_row") and not isinstance(features, type)
+        is_iterable = isinstance(features, Iterable)
+        if not has_rows and (isinstance(features, (str, bytes, dict, type)) or not is_iterable):
             raise TypeError(
-                f"features: expected a tensor, a FeatureSet or batches of samples, got {got}"
+                "features: expected a tensor, a FeatureSet or batches of samples, got "
+                f"{kind_of(features)}"
             )
         if labels is not None or embeddings is not None:
-            raise ValueError("features: batches bring their own labels and embeddings")
-        if not rows_at_hand:
+            raise ValueError(
+                "features: batches bring their own labels and embeddings; leave out labels= and "
+                "embeddings="
+            )
+        if not has_rows:
             return cls(_checked(features), None, num_classes)
-        return cls._of_rows(features, num_classes, batch_size)
-
-    @classmethod
-    def _of_rows(cls, features: Any, num_classes: int | None, batch_size: int) -> Samples:
-        """Return a feature set's rows, or those of ``FeatureBatches``."""
-        scaling: Any = {None: "wanted", True: "done", False: "unknown"}[
-            getattr(features, "normalize", None)
-        ]
+        normalized = getattr(features, "normalize", None)
+        scaling: Any = {None: "wanted", True: "done", False: "unknown"}[normalized]
         batches = features.every_row(batch_size)
         return cls(batches, features.num_rows, num_classes or features.num_classes, scaling)
 
@@ -78,25 +76,21 @@ class Samples:
                     f"{name}: expected {len(x)} rows to match features, got {len(given)}"
                 )
         if y is not None and num_classes is None and len(y):
-            # Where no sample has a label (all are -1), of one class: no latent has a purity.
+            # If no sample has a label (all are -1), say one class: no latent has a purity.
             num_classes = max(int(y.max()), 0) + 1
         batches = (
-            Batch(
-                x[rows],
-                None if e is None else e[rows],
-                None if y is None else y[rows],
-            )
+            Batch(x[rows], None if e is None else e[rows], None if y is None else y[rows])
             for rows in (slice(start, start + batch_size) for start in range(0, len(x), batch_size))
         )
         return cls(batches, len(x), num_classes)
 
 
 def scaling_for(sae: Any, samples: Samples, normalize: bool | None) -> bool:
-    """Say whether features are to be scaled to unit norm: as asked, or as the SAE was trained.
+    """Return whether to scale features to unit norm: as asked, or as the SAE was trained.
 
     Raises:
-        TypeError: ``normalize`` is no bool.
-        ValueError: features that are scaled already, for an SAE that takes them as they are.
+        TypeError: ``normalize`` is not a bool.
+        ValueError: the features are already scaled, and the SAE takes them as they are.
     """
     if normalize is not None:
         if not isinstance(normalize, bool):
@@ -106,32 +100,32 @@ def scaling_for(sae: Any, samples: Samples, normalize: bool | None) -> bool:
     if taken == "as they are" and samples.scaling == "done":
         raise ValueError(
             "features: these batches are scaled to unit norm, and the SAE takes features as they "
-            "are; use FeatureBatches(..., normalize=False), or give the FeatureSet"
+            "are; use FeatureBatches(..., normalize=False), or pass the FeatureSet"
         )
     return samples.scaling == "wanted" if taken is None else taken == "unit norm"
 
 
 def inputs_of(sae: Any) -> str | None:
-    """Return what an SAE says that it takes: "unit norm" or "as they are"; None if it does not."""
+    """Return the inputs that an SAE says it takes: "unit norm", "as they are", or None."""
     cfg = getattr(sae, "cfg", None)
     record = getattr(getattr(cfg, "metadata", None), "monoloss", None)
     record = record if isinstance(record, dict) else {}
     if record.get("inputs") in ("unit norm", "as they are"):
         return str(record["inputs"])
     if getattr(cfg, "normalize_activations", "none") != "none":
-        return None  # it may scale its inputs by itself
+        return None  # the SAE may scale its inputs itself
     measured = record.get("input_mean_square_norm")  # by the adapter, in training
     return "unit norm" if isinstance(measured, float) and abs(measured - 1) < _UNIT else None
 
 
 def is_scaled(features: Tensor) -> bool:
-    """Say whether features (B, d) are of unit norm already, or zero."""
+    """Return whether all features (B, d) have unit norm already, or are zero."""
     norms = torch.linalg.vector_norm(features.float(), dim=1)
     return bool((((norms - 1).abs() < _UNIT) | (norms == 0)).all())
 
 
 def _checked(batches: Iterable[Any]) -> Iterator[Batch]:
-    """Yield batches, rows apart from leading dimensions; raise TypeError for anything else."""
+    """Yield batches with their features as a tensor; raise TypeError for anything else."""
     for batch in batches:
         if not isinstance(batch, Batch):
             raise TypeError(
@@ -142,7 +136,7 @@ def _checked(batches: Iterable[Any]) -> Iterator[Batch]:
 
 
 def of_training(features: Any) -> str | None:
-    """Return the name of a feature set's split, where it is one that SAEs are trained on."""
+    """Return the name of a feature set's split if SAEs are trained on it; else None."""
     source = getattr(getattr(features, "record", None), "source", None)
     split = source.get("split") if isinstance(source, dict) else None
     return split if split in ("train", "training") else None

@@ -1,4 +1,4 @@
-"""Samples, as every part of the package takes and gives them."""
+"""A batch of samples. Every part of the package takes and returns this class."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """B samples, or one, whose tensors then have no first dimension.
+    """B samples; or one sample, whose tensors have no first dimension.
 
     Examples:
         >>> import torch
@@ -18,17 +18,17 @@ class Batch(NamedTuple):
     """
 
     features: Tensor
-    """(B, d_in), what the SAE takes."""
+    """(B, d_in): the SAE's input."""
     embeddings: Tensor | None = None
-    """(B, d), the similarity space of the same samples; None where it is the features."""
+    """(B, d): what samples are compared by; None if that is the features."""
     labels: Tensor | None = None
-    """(B,) integer classes; -1 where a sample has none."""
+    """(B,) integer classes; -1 for a sample without a class."""
     ids: list[str] | None = None
     """The samples' ids."""
     rows: Tensor | None = None
-    """(B,) int64 on the CPU, where in their feature set the samples are."""
+    """(B,) int64 on the CPU: the rows of the samples in their feature set."""
 
     @property
     def similarity(self) -> Tensor:
-        """(B, d), what samples are compared by: the embeddings, or the features without any."""
+        """(B, d): what samples are compared by; the features if there are no embeddings."""
         return self.features if self.embeddings is None else self.embeddings

@@ -1,4 +1,4 @@
-"""The similarity space: embeddings as unit vectors."""
+"""Embeddings as unit vectors."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from torch import Tensor
 def unit_rows(
     embeddings: Tensor, dtype: torch.dtype, *, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return h = e / ||e|| and ||h||², which is 1, or 0 where e is zero.
+    """Return h = e / ||e|| and ||h||², which is 1, or 0 for a zero embedding.
 
-    Embeddings are constants of MonoScore (a frozen encoder's output): no gradient flows into them.
+    Embeddings come from a frozen encoder, so they get no gradient.
 
     Args:
         embeddings: (N, d), any floating dtype.
         dtype: of the result.
-        out: (N, d) of that dtype, where to put h; the embeddings themselves will do.
+        out: (N, d) of that dtype, to write h to. It may be the embeddings.
 
     Returns:
         h (N, d) and ||h||² (N,).
     """
     e = embeddings.detach()
-    if e.shape[1] == 0:  # vectors of no dimensions are zero
+    if e.shape[1] == 0:  # a vector without dimensions is zero
         return e.to(dtype), e.new_zeros(len(e), dtype=dtype)
     if e.dtype == torch.float16 and dtype in (torch.float32, torch.float64):
         h = e.to(dtype) if out is None else out.copy_(e)  # wide enough for any float16's square
     else:
         e = e.to(torch.promote_types(e.dtype, dtype))
-        # Dividing by the largest entry first keeps the squares of huge and tiny rows in range; it
-        # is found by the two ends, since the absolute values would be a copy of everything.
+        # Divide by the largest entry first, so that squares of huge and tiny rows stay in range.
+        # It is found from both ends, because the absolute values would be a copy of everything.
         largest = torch.maximum(e.amax(dim=1, keepdim=True), -e.amin(dim=1, keepdim=True))
         h = torch.div(e, _or_one(largest), out=out).to(dtype)
     norm = torch.linalg.vector_norm(h, dim=1, keepdim=True)

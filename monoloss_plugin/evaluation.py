@@ -1,4 +1,4 @@
-"""Every metric of the papers from one pass over an SAE's features."""
+"""Every measure of the papers, from one pass over an SAE's features."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ MEASURES: dict[str, str] = {
     "l0": "L0",
     "dead_latents": "dead latents",
 }
-"""What :meth:`Evaluation.summary` holds, and how a table calls it."""
+"""The entries of :meth:`Evaluation.summary`, and their names in a table."""
 
 
 class SAE(Protocol):
-    """What is asked of an SAE: SAELens's classes have it."""
+    """What an SAE must have. SAELens's classes have it."""
 
     def encode(self, x: Tensor, /) -> Tensor:
         """Return the latents (B, M) of features (B, d_in); dense, or sparse COO."""
@@ -57,18 +57,18 @@ class SAE(Protocol):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one pass over a dataset says of an SAE of M latents."""
+    """The measures of an SAE with M latents, over one dataset."""
 
     monoscore: MonoScoreResult
     """MonoScore of each latent."""
     purity: Purity | None
-    """Class purity of each latent; None without labels."""
+    """Class purity of each latent; None if the data has no labels."""
     r2: float
-    """Coefficient of determination of the reconstruction, mean over feature dimensions."""
+    """R² of the reconstruction, averaged over feature dimensions."""
     l0: float
-    """Mean number of active latents a sample."""
+    """Mean number of active latents per sample."""
     frequency: Tensor
-    """(M,) share of samples on which each latent is active."""
+    """(M,): the share of samples on which each latent is active."""
 
     @property
     def num_latents(self) -> int:
@@ -110,28 +110,29 @@ def evaluate(
 ) -> Evaluation:
     """Score an SAE on features, in one pass through the SAE.
 
-    Batches go to the SAE's device one by one, and the sums stay there: features larger than an
-    accelerator's memory, or memory-mapped ones, are fine. Sparse latents cost what is active.
+    Batches go to the SAE's device one by one, and the sums stay there. So features may be larger
+    than an accelerator's memory, and may be memory-mapped. Sparse latents cost little: only active
+    entries are summed.
 
-    A BatchTopK SAE in training selects over the batch it is given, and what SAELens saves of it has
-    a threshold instead: other latents are active. Save it, and evaluate what
-    ``SAE.load_from_disk`` gives.
+    Save a BatchTopK SAE before you evaluate it, and evaluate what ``SAE.load_from_disk`` gives. In
+    training it selects over the batch it is given; SAELens saves a threshold instead, which makes
+    other latents active.
 
     Args:
         sae: anything with ``encode`` and ``decode``, such as a SAELens SAE.
-        features: a :class:`~monoloss_plugin.features.FeatureSet`; or (N, d_in), leading dimensions
-            flattened; or batches that bring their labels and embeddings along: of the class
-            :class:`~monoloss_plugin.batch.Batch`, or a ``FeatureBatches``. Every row is scored,
-            once, also of a ``FeatureBatches`` that shuffles or drops its last batch.
-        labels: (N,) integer classes, for purity; -1 where a sample has none.
-        num_classes: number of classes; by default one more than the largest label, and what
-            batches say of themselves.
-        embeddings: (N, d) another similarity space of the same samples; the features by default.
-        normalize: scale features to unit norm. By default as the SAE says that it was trained (in
-            ``cfg.metadata.monoloss``); where it says nothing, a feature set is scaled and all else
-            is taken as it is.
-        batch_size: samples a step.
-        device: where the SAE computes; by default where its parameters are, or else the features.
+        features: a :class:`~monoloss_plugin.features.FeatureSet`; or (..., d_in) features; or
+            batches that bring their own labels and embeddings: a ``FeatureBatches``, or any
+            iterable of :class:`~monoloss_plugin.batch.Batch`. Every row is scored once, even if a
+            ``FeatureBatches`` shuffles or drops its last batch.
+        labels: (N,) integer classes, for purity; -1 for a sample without a class.
+        num_classes: number of classes. The default is what batches say of themselves, or one more
+            than the largest label.
+        embeddings: (N, d), what samples are compared by; by default the features.
+        normalize: scale features to unit norm. By default this follows what the SAE says about its
+            training (in ``cfg.metadata.monoloss``). If it says nothing, a feature set is scaled,
+            and other features are used as they are.
+        batch_size: samples per step.
+        device: where the SAE computes; by default the device of its parameters, or of the features.
         progress: show a progress bar (needs tqdm).
 
     Returns:
@@ -140,13 +141,13 @@ def evaluate(
     Raises:
         TypeError: not an SAE, features of another kind, features not floating, labels not integer.
         ValueError: shapes that do not match, no samples, NaN or infinite values, labels or
-            embeddings beside batches, or batches of unit norm for an SAE that takes features as
-            they are.
+            embeddings given beside batches, or batches of unit norm for an SAE that takes features
+            as they are.
         ModuleNotFoundError: ``progress`` without tqdm.
 
     Warns:
-        UserWarning: a BatchTopK SAE in training; features of a training split; features that were
-            scaled since the SAE takes unit norm; a negative R².
+        UserWarning: the SAE is a BatchTopK SAE in training; the features are of a training split;
+            the features were scaled because the SAE takes unit norm; R² is negative.
 
     Examples:
         >>> class Identity:
@@ -161,43 +162,44 @@ def evaluate(
     samples = Samples.of(features, labels, embeddings, num_classes, batch_size)
     scale = scaling_for(sae, samples, normalize)
     if _selects_over_batches(sae):
-        warnings.warn(
-            "sae: a BatchTopK SAE in training selects over each batch, and its scores depend on "
-            "the batch size; save it with save_inference_model, and evaluate what "
-            "SAE.load_from_disk gives, which is what others will use",
-            stacklevel=2,
+        _warn(
+            "sae: a BatchTopK SAE in training selects over each batch, so its scores depend on the "
+            "batch size. Save it with save_inference_model and evaluate what SAE.load_from_disk "
+            "gives: that is what others will use"
         )
     if split := of_training(features):
-        warnings.warn(
-            f"features: these are of the split {split!r}; if the SAE was trained on them, its "
-            "scores are too good. Score held-out features",
-            stacklevel=2,
+        _warn(
+            f"features: these are of the split {split!r}. If the SAE was trained on them, its "
+            "scores are too good; use held-out features"
         )
     place = as_device(device) if device is not None else _device_of(sae)
     found, were_scaled = _score(sae, samples, scale, place, progress)
     if scale and not were_scaled and normalize is None and samples.scaling != "wanted":
-        warnings.warn(
-            "features: scaled to unit norm, which is what the SAE was trained on; pass "
-            "normalize=False to score them as they are",
-            stacklevel=2,
+        _warn(
+            "features: scaled to unit norm, because the SAE was trained on unit norm. Pass "
+            "normalize=False to use them as they are"
         )
     if found.r2 < 0:
-        warnings.warn(
-            f"sae: R² is {found.r2:.2f}, worse than the mean of the features; are they on the "
-            "scale that the SAE was trained on?",
-            stacklevel=2,
+        _warn(
+            f"sae: R² is {found.r2:.2f}, worse than the mean of the features would be. Check that "
+            "the features are on the scale that the SAE was trained on"
         )
     return found
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=3)  # shown at the call of evaluate
 
 
 @torch.no_grad()
 def _score(
     sae: SAE, samples: Samples, scale: bool, place: torch.device | None, progress: bool
 ) -> tuple[Evaluation, bool]:
-    """Return what one pass finds, and whether the features came with unit norm."""
-    decode, monoscore, r2, activity = _Decoder(sae), MonoScore(), R2(), _Activity()
+    """Return the measures, and whether the features came with unit norm."""
+    decode, monoscore, r2 = _Decoder(sae), MonoScore(), R2()
     purity: ClassPurity | None = None
-    seen, were_scaled = 0, True
+    active: Tensor | None = None  # (M,): on how many samples each latent is active
+    were_scaled = True
 
     with _bar(samples.total, progress) as advance:
         for batch in samples.batches:
@@ -209,7 +211,7 @@ def _score(
                 were_scaled = were_scaled and is_scaled(given)
                 given, _ = unit_rows(given, torch.float32)
             latents = as_rows(sae.encode(given), "sae.encode(features)", keep_sparse=True)
-            # The entries are looked for once, and everything sums over them.
+            # Look for the entries once; every measure sums over them.
             found = support_of(latents) if is_sparse(latents) else latents
             r2.update(given, decode(latents, found))
             similarity = given if batch.embeddings is None else batch.embeddings
@@ -221,20 +223,19 @@ def _score(
                 purity.update(
                     *_labelled(found, latents, as_labels(batch.labels).flatten().to(given.device))
                 )
-            activity.update(found)
-            seen += len(given)
+            counts = _active_counts(found)
+            active = counts if active is None else active + counts
             advance(len(given))
-    if seen == 0:
+    if active is None or not r2.n:
         raise ValueError("features: expected at least one sample, got none")
 
-    scores, counts = monoscore.compute(), activity.counts.cpu()
-    by_class = None if purity is None else purity.compute()
+    scores = monoscore.compute()
     evaluation = Evaluation(
         monoscore=MonoScoreResult(scores.scores.cpu(), scores.defined.cpu(), scores.num_samples),
-        purity=None if by_class is None else Purity(by_class.binary.cpu(), by_class.weighted.cpu()),
+        purity=None if purity is None else Purity(*(of.cpu() for of in purity.compute())),
         r2=r2.compute(),
-        l0=float(counts.sum()) / seen,
-        frequency=counts / seen,
+        l0=float(active.sum()) / r2.n,
+        frequency=active.cpu() / r2.n,
     )
     return evaluation, were_scaled
 
@@ -243,7 +244,7 @@ def _require_sae(sae: Any) -> None:
     if isinstance(sae, type) or not all(
         callable(getattr(sae, m, None)) for m in ("encode", "decode")
     ):
-        hint = "; give its .sae" if hasattr(sae, "sae") else ""
+        hint = "; pass its .sae" if hasattr(sae, "sae") else ""
         raise TypeError(f"sae: expected an SAE with encode and decode, got {kind_of(sae)}{hint}")
 
 
@@ -251,7 +252,7 @@ def _require_width(sae: Any, features: Tensor) -> None:
     d_in = getattr(getattr(sae, "cfg", None), "d_in", None)
     if isinstance(d_in, int) and features.shape[1] != d_in:
         raise ValueError(
-            f"features: expected (N, {d_in}), which the SAE takes, got {tuple(features.shape)}"
+            f"features: expected (N, {d_in}) for this SAE, got {tuple(features.shape)}"
         )
 
 
@@ -263,7 +264,7 @@ def _selects_over_batches(sae: SAE) -> bool:
 def _labelled(
     found: Tensor | Support, latents: Tensor, labels: Tensor
 ) -> tuple[Tensor | Support, Tensor]:
-    """Leave out samples without a label, whose label is -1."""
+    """Return the samples that have a label, which is not -1."""
     unlabelled = labels == -1
     if not bool(unlabelled.any()):
         return found, labels
@@ -272,9 +273,10 @@ def _labelled(
 
 
 class _Decoder:
-    """Decodes sparse latents from their entries, where the SAE's ``decode`` can.
+    """Decodes sparse latents from their entries, which is faster, if the SAE's ``decode`` can.
 
-    Whether it can is tried on the first such batch, against what it makes of dense latents.
+    The first sparse batch is decoded both ways. If the results agree, all later ones are decoded
+    sparse.
     """
 
     def __init__(self, sae: SAE) -> None:
@@ -294,30 +296,23 @@ class _Decoder:
     def _agrees(self, sparse: Tensor, expected: Tensor) -> bool:
         try:
             given = self.decode(sparse)
-        except Exception:  # whatever a decode that knows no sparse tensors trips over
+        except Exception:  # a decode that does not know sparse tensors may raise anything
             return False
         if given.layout != expected.layout or given.shape != expected.shape:
             return False
-        tolerance = 1e-5 * expected.abs().max()  # NaN, where there is one, is within nothing
+        tolerance = 1e-5 * expected.abs().max()  # with a NaN, no comparison below is true
         return bool(((given - expected).abs() <= tolerance + 1e-4 * expected.abs()).all())
 
 
-class _Activity:
-    """On how many samples each latent is active."""
-
-    def __init__(self) -> None:
-        self.counts = torch.zeros((), dtype=torch.int64)
-
-    def update(self, latents: Tensor | Support) -> None:
-        if isinstance(latents, Support):
-            counts = latents.sums((latents.values > 0).double()).long()
-        else:
-            counts = (latents > 0).sum(0)
-        self.counts = self.counts.to(counts.device) + counts
+def _active_counts(latents: Tensor | Support) -> Tensor:
+    """Return on how many samples each latent is active (M,)."""
+    if isinstance(latents, Support):
+        return latents.sums((latents.values > 0).double()).long()
+    return (latents > 0).sum(0)
 
 
 def _device_of(sae: SAE) -> torch.device | None:
-    """Return where a module's parameters are; None for anything else."""
+    """Return the device of a module's parameters; None for anything else."""
     if isinstance(sae, torch.nn.Module):
         for tensor in (*sae.parameters(), *sae.buffers()):
             return tensor.device
@@ -326,7 +321,7 @@ def _device_of(sae: SAE) -> torch.device | None:
 
 @contextmanager
 def _bar(samples: int | None, shown: bool) -> Iterator[Callable[[int], Any]]:
-    """Yield what to call with the number of samples done."""
+    """Yield a function to call with the number of samples done."""
     if not shown:
         yield lambda _: None
         return

@@ -1,7 +1,20 @@
-"""The formulas as pure functions, one each, with the definition of MonoScore as their oracle.
+"""The formulas, as pure functions.
 
-Everywhere: N samples (B in a batch), M latents, embeddings of width d. Leading dimensions before
-the last are flattened, so (B, T, M) latents go with (B, T, d) embeddings.
+MonoScore's equation and its code, side by side:
+
+    ã = a - min a                       a = latents - latents.amin(0)
+    h = e / ||e||                       h = embeddings / embeddings.norm(dim=1, keepdim=True)
+    u = Σ ã,  v = Σ ã²,  w = Σ ã h      u, v, w = a.sum(0), a.square().sum(0), a.T @ h
+    MS = (||w||² - v) / (u² - v)        (w.square().sum(1) - v) / (u.square() - v)
+
+:mod:`monoloss_plugin.sums` holds these sums once for dense and once for sparse latents, and the
+score that follows from them. It also takes care of a zero embedding, for which v becomes
+t = Σ ã² ||h||² in the numerator. :func:`monoscore` and :func:`monoloss` use these functions, and so
+do the classes :class:`monoloss_plugin.MonoScore` and :class:`monoloss_plugin.MonoLoss`.
+
+Everywhere: N samples (B in a batch), M latents, embeddings of width d. All dimensions before the
+last are flattened, so (B, T, M) latents go with (B, T, d) embeddings. Numpy arrays and lists work
+as tensors do.
 
 Sources: MonoLoss, Nasiri-Sarvi et al. 2026 (arXiv 2602.12403); MonoScore, Pach et al. 2025;
 Beyond the Hard Budget, Jacquier et al. 2026 (arXiv 2606.27321).
@@ -24,12 +37,11 @@ from monoloss_plugin._checks import (
     require_flag,
     require_number,
 )
-from monoloss_plugin._chunks import parts_of
 from monoloss_plugin.embeddings import unit_rows
 from monoloss_plugin.kernels.batch import GradientAt, batch_scores
-from monoloss_plugin.kernels.statistics import CONSTANT_BELOW, BatchScores
-from monoloss_plugin.moments import Moments
-from monoloss_plugin.purity import ClassSums, Purity
+from monoloss_plugin.moments import moments_of
+from monoloss_plugin.purity import ClassSums, Purity, purity_from_sums
+from monoloss_plugin.sums import CONSTANT_BELOW, Scores, monoscore_from_sums
 
 Units = Literal["batch_active", "all"]
 
@@ -38,16 +50,18 @@ def monoscore(latents: Tensor, embeddings: Tensor, *, undefined: float = 0.0) ->
     """MonoScore of every latent, in time linear in the number of samples.
 
     MS_k = (||w_k||² - t_k) / (u_k² - v_k) with u = Σ ã, v = Σ ã², t = Σ ã²||h||², w = Σ ã h over
-    the samples, ã = a - min a and h = e / ||e||: the mean cosine similarity of all pairs of
-    samples, weighted by the product of their activations. Sums are taken in chunks and added up in
-    float64, so memory does not grow with N. For evaluation: no gradient (see :func:`monoloss`);
-    for data that comes in batches use :class:`monoloss_plugin.MonoScore`.
+    the samples, ã = a - min a and h = e / ||e||. It is the mean cosine similarity of all pairs of
+    samples, weighted by the product of their activations.
+
+    Sums are taken in chunks and added up in float64, so memory does not grow with N. There is no
+    gradient: to train, use :func:`monoloss`. For data that comes in batches, use
+    :class:`monoloss_plugin.MonoScore`.
 
     Args:
-        latents: (N, M), floating, finite; dense, or sparse COO; non-negative where 0 means "not
+        latents: (N, M), floating, finite; dense, or sparse COO; non-negative if 0 means "not
             active".
         embeddings: (N, d), floating, finite; a zero embedding is similar to nothing.
-        undefined: the value for a latent with no pair of co-active samples.
+        undefined: the value for a latent that no pair of samples activates.
 
     Returns:
         (M,), in [-1, 1], in the latents' dtype but at least float32.
@@ -62,24 +76,29 @@ def monoscore(latents: Tensor, embeddings: Tensor, *, undefined: float = 0.0) ->
         >>> monoscore(a, e)
         tensor([1., 0.])
 
+        The same in plain code; these embeddings are unit vectors:
+
+        >>> x = a - a.amin(0)
+        >>> u, v, w = x.sum(0), x.square().sum(0), x.T @ e
+        >>> (w.square().sum(1) - v) / (u.square() - v)
+        tensor([1., 0.])
+
     Source: Nasiri-Sarvi et al. 2026, eq. 2 and Algorithm 2.
     """
     require_number(undefined, "undefined")
     a, e = paired_rows(latents, embeddings, keep_sparse=True)
-    moments = Moments(a.shape[1], e.shape[1], a.device)
-    for rows, part in parts_of(a):
-        moments.update_(part, e[rows])
-    scores, defined = moments.score()
-    return scores.masked_fill(~defined, float(undefined)).to(
-        torch.promote_types(a.dtype, torch.float32)
-    )
+    moments = moments_of(a, e)
+    scores, defined = monoscore_from_sums(moments.sums, moments.span)
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    return scores.masked_fill(~defined, float(undefined)).to(dtype)
 
 
 def monoscore_pairwise(latents: Tensor, embeddings: Tensor, *, undefined: float = 0.0) -> Tensor:
-    """MonoScore by its definition, over all pairs of samples: the oracle of every other form.
+    """MonoScore by its definition, over all pairs of samples: what the other forms must equal.
 
-    MS_k = Σ_{n<m} ã_nk ã_mk h_n·h_m / Σ_{n<m} ã_nk ã_mk with ã min-max normalised per latent, in
-    float64, differentiable by autograd. Time and memory grow with N²; use :func:`monoscore`.
+    MS_k = Σ_{n<m} ã_nk ã_mk h_n·h_m / Σ_{n<m} ã_nk ã_mk, with the activations ã of each latent
+    rescaled to [0, 1]. It is computed in float64, and autograd can differentiate it. Time and
+    memory grow with N²: use :func:`monoscore` for data of any size.
 
     Args:
         latents: (N, M), floating, finite.
@@ -124,14 +143,16 @@ def monoscore_pairwise(latents: Tensor, embeddings: Tensor, *, undefined: float 
 def monoloss(latents: Tensor, embeddings: Tensor, *, gradient_at: GradientAt = "all") -> Tensor:
     """MonoLoss of a batch: one minus the mean MonoScore of the latents that have one in it.
 
-    L = 1 - (1/|K|) Σ_{k in K} MS_k, where K are the latents whose denominator in this batch, of
-    activations rescaled to [0, 1], exceeds 1e-5 (1e-12 in float64); 1 where K is empty. The
-    gradient in the latents is the closed form (see :mod:`monoloss_plugin.kernels.dense`), scaled
-    down for a latent that is active on hardly more than one sample, whose gradient has no bound
-    otherwise (:data:`~monoloss_plugin.kernels.statistics.HARDEST_PULL`); there is none in the
-    embeddings. Sums are float32 or wider under autocast, an accelerator is not made to wait, and
-    dense activations are never copied whole. Values are not checked here: a NaN shows in the
-    result.
+    L = 1 - (1/|K|) Σ_{k in K} MS_k. K are the latents that have a score in this batch: u² - v, of
+    activations rescaled to [0, 1], exceeds 1e-5 (1e-12 in float64). L is 1 if K is empty.
+
+    The gradient in the latents is the closed form of :mod:`monoloss_plugin.kernels.gradient`. It is
+    scaled down for a latent that is active on hardly more than one sample, whose gradient would
+    have no bound otherwise (:data:`~monoloss_plugin.kernels.gradient.HARDEST_PULL`). Embeddings get
+    no gradient.
+
+    Sums are float32 or wider under autocast. Nothing makes an accelerator wait, and dense
+    activations are never copied whole. Values are not checked here: a NaN shows in the result.
 
     If your latents come from a ReLU, TopK or BatchTopK, pass ``gradient_at="active"``. You get the
     same training, many times faster on a CPU: these pass no gradient to latents that are zero.
@@ -140,15 +161,15 @@ def monoloss(latents: Tensor, embeddings: Tensor, *, gradient_at: GradientAt = "
     Args:
         latents: (B, M), floating; dense, or sparse COO.
         embeddings: (B, d), floating.
-        gradient_at: which entries get a gradient: "all" (default); "active", those that are not
-            zero; or a (B, M) bool tensor of entries that get one besides the active ones, such
-            as JumpReLU's band around its threshold. The value is the same.
+        gradient_at: the entries that get a gradient. "all" (default); "active", the entries that
+            are not zero; or a (B, M) bool tensor of more entries besides the active ones, such as
+            JumpReLU's band around its threshold. The value of the loss is the same.
 
     Returns:
         Scalar in [0, 2], float32 or wider.
 
     Raises:
-        TypeError: an argument is not a floating-point tensor, or ``gradient_at`` not bool.
+        TypeError: an argument is not a floating-point tensor, or ``gradient_at`` is not bool.
         ValueError: shapes that do not match, or an unknown option.
 
     Examples:
@@ -160,14 +181,25 @@ def monoloss(latents: Tensor, embeddings: Tensor, *, gradient_at: GradientAt = "
     Source: Nasiri-Sarvi et al. 2026, section 3.3 (the loss that eq. 3 adds to the base loss).
     """
     latents = as_tensor(latents, "latents")
-    where = _gradient_at_rows(gradient_at, latents)
-    return monoloss_of(batch_scores(*paired_rows(latents, embeddings, keep_sparse=True), where))
+    if isinstance(gradient_at, str):
+        require_choice(gradient_at, "gradient_at", ("all", "active"))
+    else:
+        gradient_at = _mask_rows(gradient_at, "gradient_at", latents, "latents")
+    a, e = paired_rows(latents, embeddings, keep_sparse=True)
+    return monoloss_from_scores(batch_scores(a, e, gradient_at))
 
 
-def monoloss_of(batch: BatchScores) -> Tensor:
-    """MonoLoss from a batch's scores: one minus their mean over the defined latents."""
-    # A product instead of boolean indexing, which would make an accelerator wait for a shape.
-    return 1 - batch.scores.sum() / batch.defined.sum().clamp(min=1)
+def monoloss_from_scores(scores: Scores) -> Tensor:
+    """Return MonoLoss: one minus the mean score of the defined latents.
+
+    Args:
+        scores: (M,) and (M,) bool, of one batch; undefined scores are 0.
+
+    Returns:
+        Scalar; 1 if no latent is defined.
+    """
+    # A sum of everything instead of boolean indexing, which would make an accelerator wait.
+    return 1 - scores.scores.sum() / scores.defined.sum().clamp(min=1)
 
 
 def off_support_l1(
@@ -180,18 +212,18 @@ def off_support_l1(
 ) -> Tensor:
     """L1 penalty on what the Top-k selection leaves out.
 
-    L = (1/B) Σ_i Σ_{j in A, (i,j) not in S} |z_ij|: z are the activations before the selection, S
-    the selected entries and A the units selected at least once in the batch.
+    L = (1/B) Σ_i Σ_{j in A, (i,j) not in S} |z_ij|. z are the activations before the selection, S
+    are the selected entries, and A are the units that are selected at least once in the batch.
 
-    The paper's abstract fixes this much; what it leaves open is an option here.
+    The paper's abstract says this much. What it leaves open is an option here.
 
     Args:
         pre_acts: (B, M), floating: the activations before the Top-k selection.
         selected: (B, M) bool: the entries that the selection keeps.
         units: "batch_active" penalises only A; "all" penalises every unit.
-        rectify: take z = relu(pre_acts), as in an architecture with a ReLU; False takes pre_acts
-            as they are and penalises negative ones too.
-        over_units: "sum" over units, or their "mean".
+        rectify: use z = relu(pre_acts), as in an architecture with a ReLU. False uses pre_acts as
+            they are, and penalises negative ones too.
+        over_units: take the "sum" over units, or their "mean".
 
     Returns:
         Scalar, float32 or wider; differentiable in ``pre_acts``.
@@ -229,18 +261,18 @@ def l1_l2_ratio(
     rectify: bool = True,
     normalize: bool = False,
 ) -> Tensor:
-    """Scale-invariant ratio of L1 to L2 norm: small where few units hold the code.
+    """Ratio of L1 to L2 norm, which does not depend on scale: small if few units hold the code.
 
-    L = (1/B) Σ_i ||z_i,A||_1 / ||z_i,A||_2, between 1 (one unit) and sqrt(|A|) (all alike): z are
-    the activations before the Top-k selection, A the units selected at least once in the batch. A
-    sample whose z_i,A is zero (or nowhere above 1.2e-38) contributes 0 and no gradient.
+    L = (1/B) Σ_i ||z_i,A||_1 / ||z_i,A||_2, between 1 (one unit) and sqrt(|A|) (all units alike).
+    z are the activations before the Top-k selection, and A are the units that are selected at least
+    once in the batch. A sample with no z_i,A above 1.2e-38 contributes 0 and gets no gradient.
 
     Args:
         pre_acts: (B, M), floating: the activations before the Top-k selection.
         selected: (B, M) bool: the entries that the selection keeps.
-        units: "batch_active" looks at A alone; "all" at every unit.
-        rectify: take z = relu(pre_acts), as in an architecture with a ReLU; False takes pre_acts
-            as they are.
+        units: "batch_active" uses only A; "all" uses every unit.
+        rectify: use z = relu(pre_acts), as in an architecture with a ReLU. False uses pre_acts as
+            they are.
         normalize: divide by sqrt(|A|), so that the largest value is 1.
 
     Returns:
@@ -263,9 +295,9 @@ def l1_l2_ratio(
     if z.numel() == 0:
         return z.sum()
     magnitude = z.abs().masked_fill(~active, 0.0)
-    # The ratio does not change with a sample's scale: take it out, so that squares stay in range.
+    # The ratio does not depend on a sample's scale: divide by it, so that squares stay in range.
     largest = magnitude.detach().amax(1, keepdim=True)
-    # The gradient grows as one over the norm, beyond float32 where that is no normal number.
+    # The gradient grows as one over the norm, and overflows float32 if that is no normal number.
     empty = largest <= CONSTANT_BELOW
     magnitude = (magnitude / largest.masked_fill(empty, 1.0)).masked_fill(empty, 0.0)
     l2 = magnitude.square().sum(1).masked_fill(empty.squeeze(1), 1.0).sqrt()
@@ -276,9 +308,9 @@ def l1_l2_ratio(
 def class_purity(latents: Tensor, labels: Tensor, num_classes: int) -> Purity:
     """Class purity of every latent, binary and weighted.
 
-    With N_k the samples where latent k is positive and N*_k those of its dominant class (the one
-    with most samples in N_k; of equals the lowest label), binary = |N*_k| / |N_k| and
-    weighted = Σ_{N*_k} a / Σ_{N_k} a.
+    binary = |N*_k| / |N_k| and weighted = Σ_{N*_k} a / Σ_{N_k} a. N_k are the samples for which
+    latent k is positive, and N*_k are the samples of its dominant class: the class with most
+    samples in N_k. Ties go to the lowest label.
 
     Args:
         latents: (N, M), floating, finite; dense, or sparse COO; only positive activations count.
@@ -286,7 +318,7 @@ def class_purity(latents: Tensor, labels: Tensor, num_classes: int) -> Purity:
         num_classes: number of classes.
 
     Returns:
-        Two (M,) tensors in float64, NaN where a latent is never active.
+        Two (M,) tensors in float64; NaN for a latent that is never active.
 
     Raises:
         TypeError: latents not floating or labels not integer.
@@ -302,20 +334,13 @@ def class_purity(latents: Tensor, labels: Tensor, num_classes: int) -> Purity:
     """
     require_at_least(1, num_classes, "num_classes")
     a = as_rows(latents, "latents", keep_sparse=True)
-    sums = ClassSums(num_classes, a.shape[1], a.device)
-    sums.update_(latents, labels)
-    return sums.purity()
-
-
-def _gradient_at_rows(gradient_at: GradientAt, latents: Tensor) -> GradientAt:
-    if isinstance(gradient_at, str):
-        require_choice(gradient_at, "gradient_at", ("all", "active"))
-        return gradient_at
-    return _mask_rows(gradient_at, "gradient_at", latents, "latents")
+    sums = ClassSums.zeros(num_classes, a.shape[1], a.device)
+    sums.add_(latents, labels)
+    return purity_from_sums(sums)
 
 
 def _mask_rows(value: Tensor, name: str, of: Tensor, of_name: str) -> Tensor:
-    """Return a mask of the shape of a tensor (..., M) as (N, M)."""
+    """Return a mask with the shape of a tensor (..., M) as (N, M)."""
     mask = as_tensor(value, name)
     if mask.dtype != torch.bool or mask.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense bool tensor, got {mask.dtype}, {mask.layout}")

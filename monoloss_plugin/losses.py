@@ -1,12 +1,12 @@
-"""The loss terms: MonoLoss and the two Top-k regularizers, as values that adapters attach.
+"""The loss terms that adapters attach to a host: MonoLoss and the two Top-k regularizers.
 
 A term is a frozen dataclass: a weight, a name for the host's logs, and its options. It holds no
 state and no parameters, so it never enters a state dict.
 
-What ``lam`` means. The papers' weights hold for the papers' reconstruction loss. A host that
-reduces its own loss otherwise, or feeds inputs of another scale, needs another weight for the same
-trade-off; ``lam_units`` names the reconstruction loss that ``lam`` is measured against, and
-:func:`lam_factor` is the exchange rate that adapters apply.
+What ``lam`` means: the papers' weights are right for the papers' reconstruction loss. If a host
+reduces its loss in another way, or its inputs have another scale, the same trade-off needs another
+weight. ``lam_units`` names the reconstruction loss that ``lam`` is measured against. Adapters
+multiply ``lam`` by :func:`lam_factor`.
 """
 
 from __future__ import annotations
@@ -34,24 +34,25 @@ LamUnits = Literal["mse", "nmse", "raw"]
 
 - "mse": mean over elements of (x - x̂)², inputs of unit norm (the MonoLoss paper's BatchTopK,
   JumpReLU and ReLU SAEs: lam 3e-5 to 7e-4).
-- "nmse": ||x - x̂||² / ||x||² (the paper's TopK SAEs: lam 0.09 to 0.9); the scale-free one.
+- "nmse": ||x - x̂||² / ||x||², which does not depend on scale (the paper's TopK SAEs: lam 0.09 to
+  0.9).
 - "raw": the host's loss as it is (fine-tuning, or your own tuning).
 """
 
 
 class StepTensors(NamedTuple):
-    """What a host offers a term in one training step."""
+    """What a host gives a term in one training step."""
 
     latents: Tensor
     """(B, M) activations, dense or sparse COO."""
     embeddings: Tensor
-    """(B, d) similarity space of the same samples."""
+    """(B, d): what the same samples are compared by."""
     pre_acts: Tensor | None = None
-    """(B, M) activations before the Top-k selection, where the architecture has one."""
+    """(B, M) activations before the Top-k selection, if the architecture has one."""
     selected: Tensor | None = None
     """(B, M) bool: the entries that the selection keeps."""
     gradient_at: GradientAt = "all"
-    """Which latents pass a gradient on: "all", "active", or the active ones and a (B, M) mask."""
+    """The entries that get a gradient: "all", "active", or the active ones and a (B, M) mask."""
 
 
 class TermValue(NamedTuple):
@@ -65,25 +66,25 @@ class TermValue(NamedTuple):
 
 @dataclass(frozen=True)
 class LossHandle:
-    """Undoes an ``add_loss``."""
+    """What ``add_loss`` returns. Call :meth:`remove` to take the term away again."""
 
     name: str
     """Name of the term in the host's logs."""
     _undo: Callable[[], None] = field(repr=False)
 
     def remove(self) -> None:
-        """Detach the term; training goes on as the host's own. Doing it twice does nothing."""
+        """Remove the term, so that the host trains as without it. A second call does nothing."""
         self._undo()
 
 
 @dataclass(frozen=True)
 class LossTerm(ABC):
-    """A weighted term that an adapter adds to a host's loss. Subclass it for one of your own.
+    """A weighted term that an adapter adds to a host's loss. Subclass it to write your own.
 
     Args:
         lam: weight, finite and at least 0.
         lam_units: the reconstruction loss that lam is measured against: "mse", "nmse" or "raw".
-        name: name in the host's losses, coefficients and logs.
+        name: the name in the host's losses, coefficients and logs.
 
     Raises:
         TypeError: lam is not a number.
@@ -99,7 +100,7 @@ class LossTerm(ABC):
     needs_embeddings: ClassVar[bool] = True
     """The term reads ``embeddings``."""
     degree: ClassVar[int] = 0
-    """How the value grows with the activations: 0 scale-free, 1 in proportion."""
+    """How the value grows with the activations: 0 not at all, 1 in proportion."""
 
     def __post_init__(self) -> None:
         require_number(self.lam, "lam")
@@ -113,26 +114,26 @@ class LossTerm(ABC):
 
     @property
     def needs_nonnegative(self) -> bool:
-        """The term reads 0 as "not active" and has no meaning for signed activations."""
+        """The term takes 0 to mean "not active", so it is wrong for signed activations."""
         return False
 
     @abstractmethod
     def compute_loss(self, step: StepTensors) -> TermValue:
-        """Return the value before the weight. Must not make the device wait."""
+        """Return the value before the weight. It must not make the device wait."""
 
 
 @dataclass(frozen=True)
 class MonoLoss(LossTerm):
-    """MonoLoss: rewards latents that respond to samples that are alike.
+    """MonoLoss: rewards latents that are active on samples that are alike.
 
-    ``MonoLoss(lam=3e-4)`` goes to an adapter's ``add_loss``; called by hand it gives
-    ``lam * functional.monoloss(latents, embeddings)`` for a loop of your own.
+    Give ``MonoLoss(lam=3e-4)`` to an adapter's ``add_loss``. In a training loop of your own, call
+    it: you get ``lam * functional.monoloss(latents, embeddings)``.
 
     Args:
         lam: weight; the paper uses 3e-5 to 7e-4 ("mse") and 0.09 to 0.9 ("nmse").
         lam_units: the reconstruction loss that lam is measured against: "mse" (default), "nmse" or
-            "raw". For adapters; a call by hand applies lam as it is.
-        name: name in the host's logs; give each its own to attach several.
+            "raw". Adapters use it; if you call the loss yourself, lam is used as it is.
+        name: the name in the host's logs. To attach several, give each a name of its own.
 
     Examples:
         >>> import torch
@@ -157,16 +158,16 @@ class MonoLoss(LossTerm):
     ) -> Tensor:
         """Return ``lam * MonoLoss`` of latents (B, M) and embeddings (B, d).
 
-        Give ``gradient_at="active"`` for latents from a ReLU, TopK or BatchTopK: the same loss,
-        many times faster on a CPU (see :func:`functional.monoloss`).
+        If your latents come from a ReLU, TopK or BatchTopK, pass ``gradient_at="active"``. You get
+        the same training, many times faster on a CPU (see :func:`functional.monoloss`).
         """
         return self.lam * functional.monoloss(latents, embeddings, gradient_at=gradient_at)
 
     def compute_loss(self, step: StepTensors) -> TermValue:
-        """Return the loss, the mean MonoScore, and of how many latents it is the mean."""
+        """Return the loss, the mean MonoScore, and how many latents the mean is taken over."""
         latents, embeddings = paired_rows(step.latents, step.embeddings, keep_sparse=True)
         batch = batch_scores(latents, embeddings, step.gradient_at)
-        value = functional.monoloss_of(batch)
+        value = functional.monoloss_from_scores(batch)
         prefix = "" if self.name == "monoloss" else f"{self.name}_"
         metrics = {
             f"{prefix}monoscore": 1 - value.detach(),
@@ -177,7 +178,7 @@ class MonoLoss(LossTerm):
 
 @dataclass(frozen=True)
 class _TopKRegularizer(LossTerm):
-    """What the two regularizers share: their input and how their weight is measured."""
+    """What the two regularizers share: their inputs, and the units of their weight."""
 
     units: Units = field(default="batch_active", kw_only=True)
     rectify: bool = field(default=True, kw_only=True)
@@ -193,7 +194,7 @@ class _TopKRegularizer(LossTerm):
 
     @property
     def needs_nonnegative(self) -> bool:
-        """Where pre-activations are rectified."""
+        """If the pre-activations are rectified."""
         return self.rectify
 
     @abstractmethod
@@ -208,12 +209,12 @@ class _TopKRegularizer(LossTerm):
         """Return the penalty.
 
         Raises:
-            ValueError: the host offers no pre-activations or selection.
+            ValueError: the host gives no pre-activations or no selection.
         """
         if step.pre_acts is None or step.selected is None:
             raise ValueError(
                 f"{self.name}: needs the activations before a Top-k selection and the selected "
-                "entries; this host or architecture offers none"
+                "entries; this host or architecture has none"
             )
         return TermValue(self._value(step.pre_acts, step.selected), {})
 
@@ -224,14 +225,14 @@ class OffSupportL1(_TopKRegularizer):
 
     Args:
         lam: weight.
-        units: "batch_active" (default) penalises the units selected at least once in the batch,
-            "all" every unit.
-        rectify: use relu(pre-activations), or with False the pre-activations as they are.
-        over_units: "sum" over units (default) or their "mean".
-        lam_units: the reconstruction loss that lam is measured against: "nmse" by default, since
-            the paper's weights are not known here. The penalty grows with the activations, so its
-            factor is a scale-free term's divided by the input's root mean square norm.
-        name: name in the host's logs.
+        units: "batch_active" (default) penalises the units that are selected at least once in the
+            batch; "all" penalises every unit.
+        rectify: use relu(pre-activations); False uses the pre-activations as they are.
+        over_units: the "sum" over units (default), or their "mean".
+        lam_units: the reconstruction loss that lam is measured against: "nmse" by default, since we
+            do not know the paper's weights. This penalty grows with the activations, so adapters
+            also divide its weight by the root mean square norm of the input.
+        name: the name in the host's logs.
 
     Source: Jacquier et al. 2026, Regularizer 1; see :func:`functional.off_support_l1`.
     """
@@ -257,17 +258,17 @@ class OffSupportL1(_TopKRegularizer):
 
 @dataclass(frozen=True)
 class L1L2Ratio(_TopKRegularizer):
-    """L1/L2-ratio penalty on the activations before the Top-k selection: concentrates the code.
+    """L1/L2-ratio penalty on the activations before the Top-k selection, for fewer large ones.
 
     Args:
         lam: weight.
-        units: "batch_active" (default) looks at the units selected at least once in the batch,
-            "all" at every unit.
-        rectify: use relu(pre-activations), or with False the pre-activations as they are.
+        units: "batch_active" (default) uses the units that are selected at least once in the batch;
+            "all" uses every unit.
+        rectify: use relu(pre-activations); False uses the pre-activations as they are.
         normalize: divide by the square root of the number of units, so that 1 is the largest value.
-        lam_units: the reconstruction loss that lam is measured against: "nmse" by default, since
-            the paper's weights are not known here.
-        name: name in the host's logs.
+        lam_units: the reconstruction loss that lam is measured against: "nmse" by default, since we
+            do not know the paper's weights.
+        name: the name in the host's logs.
 
     Source: Jacquier et al. 2026, Regularizer 2; see :func:`functional.l1_l2_ratio`.
     """
@@ -297,22 +298,28 @@ def lam_factor(
     reduction: Literal["sum", "mean"],
     degree: int = 0,
 ) -> float:
-    """Return what ``lam`` must be multiplied by in a host that reduces its loss its own way.
+    """Return what to multiply ``lam`` by in a host, to keep the paper's trade-off.
 
-    With inputs of mean squared norm X and width d, a host's loss is d·X ("sum" over d, mean over
-    samples) or X ("mean" over both) times the paper's "mse" on unit-norm inputs, and X or X/d
-    times "nmse". A term that grows with the activations (degree 1) has itself grown by sqrt(X).
+    Let the inputs have mean squared norm X and width d. The host's loss is then this many times the
+    paper's loss on inputs of unit norm:
+
+    | the host takes | "mse" | "nmse" |
+    |---|---|---|
+    | the sum over d, the mean over samples | d·X | X |
+    | the mean over both | X | X/d |
+
+    A term of degree 1 grows with the activations, so it has itself grown by sqrt(X).
 
     Args:
         lam_units: what lam is measured against; "raw" gives 1.
-        width: d, width of the SAE's input.
-        mean_square_norm: X, mean of ||x||² over samples, as the host's loss sees x.
+        width: d, the width of the SAE's input.
+        mean_square_norm: X, the mean of ||x||² over samples, for x as in the host's loss.
         reduction: how the host reduces its squared error over the d elements.
         degree: of the term, 0 or 1.
 
     Raises:
-        TypeError: a width or degree that is no integer, or X no number.
-        ValueError: an unknown option, or X not positive.
+        TypeError: width or degree is not an integer, or X is not a number.
+        ValueError: an unknown option, or X is not positive.
 
     Examples:
         >>> round(3e-4 * lam_factor("mse", width=768, mean_square_norm=1.0, reduction="sum"), 4)

@@ -1,8 +1,8 @@
 """The streaming metrics as ``torchmetrics.Metric``, for Lightning and MetricCollection.
 
-Thin shells around :mod:`monoloss_plugin.metrics`. They reduce over ranks by all-reduce, where
-torchmetrics would gather every rank's whole state; so their state is not held in ``add_state`` and
-is not part of a ``state_dict``.
+These are thin shells around :mod:`monoloss_plugin.metrics`. They reduce over ranks by all-reduce,
+because torchmetrics would gather the whole state of every rank. So they do not use ``add_state``,
+and a ``state_dict`` does not hold their state.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ except ModuleNotFoundError as error:
     raise missing_extra(error, "metrics") from error
 
 
+_Ours = metrics.MonoScore | metrics.ClassPurity
+
+
 class _AllReduced(Metric):
-    """A metric whose state is one of ours."""
+    """A torchmetrics metric that holds one of our metrics."""
 
     full_state_update = False
     higher_is_better = True
     is_differentiable = False
 
-    _make: Callable[[], metrics.MonoScore | metrics.ClassPurity]
-
-    def __init__(
-        self, make: Callable[[], metrics.MonoScore | metrics.ClassPurity], **options: Any
-    ) -> None:
+    def __init__(self, make: Callable[[], _Ours], **options: Any) -> None:
         super().__init__(**options)
         self._make = make
         self._state = make()
-        self._local: metrics.MonoScore | metrics.ClassPurity | None = None
+        self._own: _Ours | None = None
+        """This rank's own state, while the state of all ranks is in use."""
 
     def update(self, *inputs: Tensor) -> None:
-        """Take up a batch; arguments as of the metric in :mod:`monoloss_plugin.metrics`."""
+        """Add a batch, with the arguments of the metric in :mod:`monoloss_plugin.metrics`."""
         self._state.update(*inputs)
 
     def forward(self, *inputs: Tensor) -> Any:
-        """Take up a batch and return the value of that batch alone."""
+        """Add a batch, and return the value of that batch."""
         self.update(*inputs)
         whole, self._state = self._state, self._make()
         try:
@@ -57,7 +57,7 @@ class _AllReduced(Metric):
             self._state = whole
 
     def compute(self) -> Any:
-        """Return the value over everything seen, on all ranks."""
+        """Return the value over everything that all ranks have seen."""
         return self._value()
 
     def _value(self) -> Any:
@@ -67,7 +67,7 @@ class _AllReduced(Metric):
         """Forget everything."""
         super().reset()
         self._state = self._make()
-        self._local = None
+        self._own = None
 
     def sync(
         self,
@@ -76,23 +76,23 @@ class _AllReduced(Metric):
         should_sync: bool = True,
         distributed_available: Callable[..., Any] | None = None,
     ) -> None:
-        """Replace the state by that of all ranks, until :meth:`unsync`."""
+        """Use the state of all ranks, until :meth:`unsync`."""
         if self._is_synced and should_sync:
             raise TorchMetricsUserError("The metric has already been synced.")
         available = distributed_available or self.distributed_available_fn
         if not should_sync or available is None or not available():
             return
-        self._local, self._state = self._state, copy.deepcopy(self._state)
+        self._own, self._state = self._state, copy.deepcopy(self._state)
         self._state.all_reduce_(process_group or self.process_group)
         self._is_synced = True
 
     def unsync(self, should_unsync: bool = True) -> None:
-        """Go back to this rank's own state."""
+        """Use this rank's own state again."""
         if not should_unsync:
             return
-        if self._local is None:
+        if self._own is None:
             raise TorchMetricsUserError("The metric has not been synced.")
-        self._state, self._local = self._local, None
+        self._state, self._own = self._own, None
         self._is_synced = False
 
 
@@ -100,9 +100,9 @@ class MonoScore(_AllReduced):
     """MonoScore over a dataset; see :class:`monoloss_plugin.MonoScore`.
 
     Args:
-        reduction: "mean" over all latents (undefined ones count 0), "mean_defined" over the
-            defined ones, or "none" for the (M,) scores.
-        options: of ``torchmetrics.Metric``.
+        reduction: "mean" over all latents (an undefined score counts as 0), "mean_defined" over
+            the defined latents, or "none" for the (M,) scores.
+        options: options of ``torchmetrics.Metric``.
 
     Raises:
         ValueError: an unknown reduction.
@@ -136,12 +136,12 @@ class MonoScore(_AllReduced):
 class ClassPurity(_AllReduced):
     """Mean class purity over the latents that are ever active.
 
-    ``compute`` gives a dict with "purity_binary" and "purity_weighted"; see
+    ``compute`` returns a dict with "purity_binary" and "purity_weighted"; see
     :class:`monoloss_plugin.ClassPurity`.
 
     Args:
         num_classes: number of classes.
-        options: of ``torchmetrics.Metric``.
+        options: options of ``torchmetrics.Metric``.
 
     Raises:
         ValueError: num_classes below 1.

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from monoloss_plugin import _checks, functional
-from monoloss_plugin.kernels import sparse, support
+from monoloss_plugin.kernels import gradient, support
 from monoloss_plugin.kernels.batch import batch_scores
+from monoloss_plugin.sums import UnitEmbeddings
 from tests import oracle
 
 CASES = oracle.activation_cases()
@@ -263,14 +264,15 @@ def test_the_sparse_way_does_not_wait_for_the_device(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(module, "looks_are_free", lambda _: False)
     # Fake tensors know no CSR; the product that it stands for reads no value.
     monkeypatch.setattr(
-        sparse, "products_at", lambda rows, _, w, h: (h[rows] * w[: len(rows)]).sum(1)
+        gradient, "products_at", lambda rows, _, w, h: (h[rows] * w[: len(rows)]).sum(1)
     )
     with FakeTensorMode(allow_non_fake_inputs=True):
         values = torch.rand(50, requires_grad=True)
         entries = torch.zeros(50, dtype=torch.int64)
         offsets = torch.zeros(101, dtype=torch.int64)
         latents = support.Support(entries, entries, offsets, values, num_rows=64)
-        batch = sparse.sparse_scores(latents, torch.rand(64, 16), torch.ones(64))
+        unit = UnitEmbeddings.of(torch.rand(64, 16), torch.float32)
+        batch = gradient.with_sparse_gradient(latents, *gradient.terms_of(latents, unit))
         batch.scores.sum().backward()
     assert values.grad is not None
     assert values.grad.shape == (50,)

@@ -1,8 +1,7 @@
-"""Sparse latents as the list of their entries, sorted by latent.
+"""Sparse latents as a list of their entries, sorted by latent.
 
-A TopK SAE has a hundredth of its latents on, so what MonoScore sums over samples costs a
-hundredth too once the entries of each latent stand together: column sums, and the sums of
-embeddings as one ``embedding_bag``.
+In a TopK SAE about one latent in a hundred is active on a sample. With the entries of each latent
+side by side, MonoScore's sums cost a hundredth too: sums over entries, and one ``embedding_bag``.
 """
 
 from __future__ import annotations
@@ -10,21 +9,30 @@ from __future__ import annotations
 import functools
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from monoloss_plugin._checks import looks_are_free
-from monoloss_plugin.kernels.products import SUMMED_AT_ONCE
 
+SUMMED_AT_ONCE = 256
+"""At most this many terms of a float32 sum are added one after another.
+
+Rounding of equal terms is biased: 16,384 of them err by 8e-5, 256 by 9e-7 (measured).
+"""
+
+DOMINANT = 0.9
+"""An entry that holds more than this share of its latent's sum is multiplied in float64."""
+
+_HUGE = 1e30
+"""Sums beyond this, or below its inverse, leave float32's range."""
+_ENTRIES_AT_ONCE = 4096
 SPARSE_BELOW = 1 / 16
-"""Share of entries up to which the sparse way is taken.
+"""The sparse way is taken if at most this share of the entries is not zero.
 
-At the MonoLoss paper's sizes on 2 CPU cores the loss is 6.6 times faster at a share of 1/128,
-1.6 times at 1/16, and no faster at 1/8.
+At the MonoLoss paper's sizes on 2 CPU cores, the sparse way is 6.6 times faster at a share of
+1/128, 1.6 times at 1/16, and no faster at 1/8.
 """
 _SAMPLED_ROWS = 64
 _LATENTS_AT_ONCE = 512
@@ -32,19 +40,19 @@ _LATENTS_AT_ONCE = 512
 
 @dataclass(frozen=True)
 class Support:
-    """Entries of latents (N, M), E of them, in ascending order of the latent.
+    """E entries of latents (N, M), sorted by latent.
 
-    Every entry that is not listed is zero; a listed one may be.
+    Every entry that is not listed is zero. A listed entry may be zero too.
     """
 
     rows: Tensor
-    """(E,) int64: the sample of each entry."""
+    """(E,) int64: each entry's sample."""
     columns: Tensor
-    """(E,) int64, ascending: the latent of each entry."""
+    """(E,) int64, ascending: each entry's latent."""
     offsets: Tensor
     """(M + 1,) int64: where each latent's entries start; the last is E."""
     values: Tensor
-    """(E,) activations; differentiable where the latents were."""
+    """(E,) activations; differentiable if the latents were."""
     num_rows: int
     """N."""
 
@@ -55,12 +63,17 @@ class Support:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(N, M), as of the latents."""
+        """(N, M)."""
         return self.num_rows, self.num_latents
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the activations."""
+        return self.values.dtype
+
+    @property
     def device(self) -> torch.device:
-        """Where the entries are."""
+        """The device of the entries."""
         return self.values.device
 
     def counts(self) -> Tensor:
@@ -68,14 +81,18 @@ class Support:
         return self.offsets.diff()
 
     def sums(self, of_entries: Tensor) -> Tensor:
-        """Return the sum of a quantity (E,) over each latent's entries (M,)."""
+        """Return the sum of ``of_entries`` (E,) over each latent's entries (M,)."""
         zeros = of_entries.new_zeros(self.num_latents, dtype=torch.float64)
         return zeros.index_add_(0, self.columns, of_entries.double()).to(of_entries.dtype)
 
-    def extremes(self) -> tuple[Tensor, Tensor]:
-        """Return each latent's lowest and highest activation (M,), zeros that are not listed too.
+    def of_latents(self, values: Tensor) -> Tensor:
+        """Return, for each entry, its latent's value of ``values`` (M,), as (E,)."""
+        return values.index_select(0, self.columns)  # several times faster than values[columns]
 
-        Without samples, the lowest is infinity and the highest minus infinity.
+    def extremes(self) -> tuple[Tensor, Tensor]:
+        """Return each latent's lowest and highest activation (M,), also of zeros not listed.
+
+        Without samples, the lowest is infinity and the highest is minus infinity.
         """
         values = self.values.detach()
         listed = [
@@ -90,13 +107,13 @@ class Support:
         return lowest, highest
 
     def complete(self) -> Tensor:
-        """Return which latents have an entry for every sample (M,)."""
+        """Return which latents have an entry for every sample, (M,) bool."""
         return self.counts() == self.num_rows
 
     def constant_zeros(self, but: Tensor | None = None) -> Support:
-        """Return the same entries, of which zeros get no gradient, but for those of a mask (N, M).
+        """Return the same entries, without a gradient for zeros outside a mask (N, M).
 
-        COO latents may hold entries that are zero.
+        COO latents may store entries that are zero.
         """
         passes = self.values.detach() != 0
         if but is not None:
@@ -126,19 +143,35 @@ class Support:
         """
         return _bags(self.rows, self.offsets, weights, embeddings)
 
-    def add_weighted_sums_(self, sums: Tensor, weights: Tensor, embeddings: Tensor) -> None:
-        """Add :meth:`weighted_sums` to ``sums`` (M, d), which may be of a wider dtype.
+    def add_weighted_sums_(self, total: Tensor, weights: Tensor, embeddings: Tensor) -> Tensor:
+        """Add Σ weight · embedding over each latent's entries to ``total``, and return it.
 
-        Block by block of latents: what is added stays in the cache, and a wide SAE needs
-        no second (M, d) array.
+        Products are taken in the embeddings' dtype, except where they would cost accuracy: if one
+        entry holds nearly all of its latent's sum, or if a sum leaves float32's range.
+
+        Args:
+            total: (M, d) float64.
+            weights: (E,) float64.
+            embeddings: (N, d).
         """
+        magnitudes = weights.abs()
+        sums = self.sums(magnitudes)
+        if bool(((sums > _HUGE) | ((sums > 0) & (sums < 1 / _HUGE))).any()):
+            embeddings = embeddings.double()
+        dominant = magnitudes > DOMINANT * self.of_latents(sums)
+        for entries in dominant.nonzero().squeeze(1).split(_ENTRIES_AT_ONCE):
+            added = weights[entries].unsqueeze(1) * embeddings[self.rows[entries]]
+            total.index_add_(0, self.columns[entries], added)
+        weights = weights.masked_fill(dominant, 0.0).to(embeddings.dtype)
+        # Block by block: what is added stays in the cache, and there is no second (M, d) array.
         starts = range(0, self.num_latents, _LATENTS_AT_ONCE)
         bounds = [*self.offsets[::_LATENTS_AT_ONCE].tolist(), len(self.rows)]
         for start, first, last in zip(starts, bounds, bounds[1:], strict=False):
             offsets = self.offsets[start : start + _LATENTS_AT_ONCE + 1] - first
-            sums[start : start + _LATENTS_AT_ONCE] += _bags(
-                self.rows[first:last], offsets, weights[first:last], embeddings, sums.dtype
+            total[start : start + _LATENTS_AT_ONCE] += _bags(
+                self.rows[first:last], offsets, weights[first:last], embeddings, total.dtype
             )
+        return total
 
 
 def _bags(
@@ -148,7 +181,7 @@ def _bags(
     embeddings: Tensor,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return Σ weight · embedding of each bag of entries; long bags are added up in ``dtype``."""
+    """Return Σ weight · embedding of each bag of entries. Long bags are added up in ``dtype``."""
 
     def summed(starts: Tensor) -> Tensor:
         return F.embedding_bag(
@@ -160,7 +193,7 @@ def _bags(
             include_last_offset=True,
         )
 
-    # embedding_bag adds up one after another; on an accelerator, bags are as long as they are.
+    # embedding_bag adds one term after another. Split long bags, if looking for them is free.
     if not looks_are_free(rows) or int(offsets.diff().max()) <= SUMMED_AT_ONCE:
         return summed(offsets)
     pieces = offsets.diff().div(SUMMED_AT_ONCE, rounding_mode="floor") + 1
@@ -173,10 +206,10 @@ def _bags(
 
 
 def products_at(rows: Tensor, offsets: Tensor, of_latents: Tensor, of_samples: Tensor) -> Tensor:
-    """Return the product of each entry's latent and sample.
+    """Return, for each entry, the product of its latent's vector and its sample's vector.
 
     Args:
-        rows: (E,), of a :class:`Support` of E entries.
+        rows: (E,), of a :class:`Support`.
         offsets: (M + 1,), of the same.
         of_latents: (M, d).
         of_samples: (N, d).
@@ -191,13 +224,13 @@ def products_at(rows: Tensor, offsets: Tensor, of_latents: Tensor, of_samples: T
 
 
 def _csr(offsets: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    _take_note_of_csr()
+    _silence_csr_warning()
     return torch.sparse_csr_tensor(offsets, columns, values, shape, check_invariants=False)
 
 
 @functools.cache
-def _take_note_of_csr() -> None:
-    """Have torch say that its CSR tensors are in beta, which it does once, to nobody."""
+def _silence_csr_warning() -> None:
+    """Use up torch's only warning that its CSR tensors are in beta."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         one = torch.zeros(1, dtype=torch.int64)
@@ -211,32 +244,29 @@ def support_of(latents: Tensor, also: Tensor | None = None) -> Support:
 
     Args:
         latents: (N, M), dense or sparse COO.
-        also: (N, M) bool: entries of dense latents to list besides, whatever their value.
+        also: (N, M) bool: more entries of dense latents to list, whatever their value.
     """
     if latents.layout == torch.sparse_coo:
         latents = latents.coalesce()
-        rows, columns = latents.detach().indices()
-        columns, order = columns.sort(stable=True)
-        rows = rows[order]
-        values = _StoredValues.apply(latents, order)
+        (rows, columns), values = latents.indices(), latents.values()
     else:
-        flat, values = _listed(latents.detach().flatten(), also)
-        rows = flat.div(latents.shape[1], rounding_mode="floor")
-        columns, order = (flat - rows * latents.shape[1]).sort(stable=True)
-        rows, values = rows[order], values[order]
-        if latents.requires_grad and torch.is_grad_enabled():
-            values = _ValuesAt.apply(latents, values, flat[order])
+        flat = latents.flatten()
+        entries = _entries_of(flat.detach(), also)
+        values = flat.index_select(0, entries)
+        rows = entries.div(latents.shape[1], rounding_mode="floor")
+        columns = entries - rows * latents.shape[1]
+    columns, order = columns.sort(stable=True)
     bounds = torch.arange(latents.shape[1] + 1, device=columns.device)
     offsets = torch.searchsorted(columns, bounds)
-    return Support(rows, columns, offsets, values, latents.shape[0])
+    values = values.index_select(0, order)
+    return Support(rows.index_select(0, order), columns, offsets, values, latents.shape[0])
 
 
 def is_sparse(latents: Tensor, also: Tensor | None = None) -> bool:
-    """Say whether latents (N, M) are better taken by their support.
+    """Return whether the sparse way is faster for latents (N, M).
 
-    On a CPU a few rows are looked at, so the answer may be off for rows that are not alike; both
-    ways give the same numbers. On an accelerator a look would make it wait: only what is sparse
-    already counts as such.
+    On a CPU this looks at a few rows, so it may be wrong if rows differ much; both ways give the
+    same numbers. On an accelerator a look would make the device wait, so only COO latents count.
     """
     if latents.layout == torch.sparse_coo:
         return True
@@ -250,7 +280,7 @@ def is_sparse(latents: Tensor, also: Tensor | None = None) -> bool:
 
 
 def sampled_rows(num_rows: int) -> Tensor:
-    """Return a few rows to look at, spread evenly but in step with no period of the data."""
+    """Return a few rows to look at, spread evenly but not at regular steps."""
     if num_rows <= _SAMPLED_ROWS:
         return torch.arange(num_rows)
     golden_ratio = (5**0.5 - 1) / 2
@@ -258,55 +288,15 @@ def sampled_rows(num_rows: int) -> Tensor:
     return (spread * num_rows).long()
 
 
-def _listed(flat: Tensor, also: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return where a flat tensor is not zero, or ``also`` holds, ascending, and what is there."""
+def _entries_of(flat: Tensor, also: Tensor | None) -> Tensor:
+    """Return the indices, in ascending order, where ``flat`` is not zero or ``also`` is true."""
     if also is not None:
-        entries = ((flat != 0) | also.flatten()).nonzero().squeeze(1)
-        return entries, flat.take(entries)
+        return ((flat != 0) | also.flatten()).nonzero().squeeze(1)
     aligned = flat.is_contiguous() and flat.storage_offset() % 2 == len(flat) % 2 == 0
     if flat.dtype != torch.float32 or not aligned:
-        entries = flat.nonzero().squeeze(1)
-        return entries, flat.take(entries)
-    # Nearly all neighbours are zero together: eight bytes at a time are looked at half as often.
+        return flat.nonzero().squeeze(1)
+    # Most neighbours are both zero. To look at two at a time, as eight bytes, takes half as long.
     two_by_two = flat.view(torch.int64)
     pairs = two_by_two.nonzero().squeeze(1)
-    values = two_by_two.take(pairs).view(torch.float32)
-    on = values.nonzero().squeeze(1)
-    return 2 * pairs[on >> 1] + (on & 1), values[on]
-
-
-class _ValuesAt(torch.autograd.Function):
-    """Values of dense latents at distinct entries; backward writes each gradient once."""
-
-    @staticmethod
-    def forward(ctx: Any, latents: Tensor, values: Tensor, flat: Tensor) -> Tensor:
-        ctx.save_for_backward(flat)
-        ctx.shape = latents.shape
-        return values
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
-        (flat,) = ctx.saved_tensors
-        return upstream[0].new_zeros(ctx.shape).put_(flat, upstream[0]), None, None
-
-
-class _StoredValues(torch.autograd.Function):
-    """The values of coalesced COO latents in another order; the gradient has their pattern."""
-
-    @staticmethod
-    def forward(ctx: Any, latents: Tensor, order: Tensor) -> Tensor:
-        ctx.save_for_backward(latents.indices(), order)
-        ctx.shape = latents.shape
-        return latents.values()[order]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
-        indices, order = ctx.saved_tensors
-        values = torch.empty_like(upstream[0])
-        values[order] = upstream[0]
-        gradient = torch.sparse_coo_tensor(
-            indices, values, ctx.shape, is_coalesced=True, check_invariants=False
-        )
-        return gradient, None
+    on = two_by_two.take(pairs).view(torch.float32).nonzero().squeeze(1)
+    return 2 * pairs.index_select(0, on >> 1) + (on & 1)

@@ -1,4 +1,4 @@
-"""Which samples show a latent over its whole range of activation."""
+"""The samples that show a latent over its whole range of activation."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ class ActivationBands(NamedTuple):
     middle: Tensor
     bottom: Tensor
     num_active: int
-    """How many samples activate the latent at all."""
+    """Number of samples that activate the latent."""
 
 
 def activation_bands(activations: Tensor, count: int = 5) -> ActivationBands:
     """Return the samples that activate a latent most, in the middle, and least.
 
-    Only positive activations count. With fewer than 3 ``count`` of them the bands overlap; with
-    fewer than ``count`` they are shorter.
+    Only positive activations count. If there are fewer than three times ``count``, the bands
+    overlap. If there are fewer than ``count``, the bands are shorter.
 
     Args:
-        activations: (N,) of one latent.
-        count: samples a band.
+        activations: (N,), of one latent.
+        count: samples per band.
 
     Raises:
-        ValueError: activations not of one latent, or count below 1.
+        ValueError: activations of more than one latent, or count below 1.
 
     Examples:
         >>> import torch

@@ -1,4 +1,4 @@
-"""The papers' figures with matplotlib; each returns a Figure to save or show."""
+"""The papers' figures, with matplotlib. Each function returns a Figure to save or show."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ class LatentRow:
 def curves_figure(
     curves: Mapping[str, Sequence[Tensor]], *, ylabel: str = "MonoScore", title: str = ""
 ) -> Figure:
-    """Draw sorted MonoScore curves: latents by decreasing score against their normalized index.
+    """Draw MonoScore curves: the scores in decreasing order, against the latent's rank in [0, 1].
 
     Args:
-        curves: for each name the (M,) curve of each run (:meth:`MonoScoreResult.curve`): every
-            run as a thin line, their mean as a thick one.
-        ylabel: of the vertical axis.
-        title: of the figure.
+        curves: for each name, the (M,) curve of each run (:meth:`MonoScoreResult.curve`). Every
+            run is a thin line, and their mean is a thick line.
+        ylabel: label of the vertical axis.
+        title: title of the figure.
 
     Raises:
-        TypeError: not curves by name.
-        ValueError: a name without curves, or curves of different lengths.
+        TypeError: curves are not given by name.
+        ValueError: a name has no curves, or curves of different lengths.
 
     Source: Nasiri-Sarvi et al. 2026, appendix D, figures 26 to 28.
     """
@@ -74,16 +74,16 @@ def curves_figure(
 def activating_images_figure(
     pairs: Sequence[tuple[LatentRow, LatentRow]], images: Tensor, *, count: int = 5, title: str = ""
 ) -> Figure:
-    """Draw, for pairs of latents side by side, their top, middle and bottom activating images.
+    """Draw pairs of latents side by side, with their top, middle and bottom activating images.
 
     Args:
-        pairs: two latents each (such as one without and one with MonoLoss), over the same images.
+        pairs: two latents each, such as one without and one with MonoLoss, over the same images.
         images: (N, H, W) grey or (N, H, W, 3) colour.
-        count: images a band.
-        title: of the figure.
+        count: images per band.
+        title: title of the figure.
 
     Raises:
-        ValueError: no pairs.
+        ValueError: there are no pairs.
 
     Source: Nasiri-Sarvi et al. 2026, figures 3 and 5.
     """

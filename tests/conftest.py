@@ -26,6 +26,27 @@ from torch import Tensor  # noqa: E402
 from monoloss_plugin.kernels import support  # noqa: E402
 from tests import oracle  # noqa: E402
 
+_SLOW = (
+    "tests/adapters/test_transformers.py",
+    "tests/e2e/",
+    "tests/features/test_commands.py",
+    "tests/features/test_extraction.py",
+    "tests/features/test_store.py",
+    "tests/finetuning/test_gathering.py",
+    "tests/hub/test_saes.py",
+    "tests/test_arguments.py",
+    "tests/test_documents.py",
+    "tests/test_package.py",
+    "tests/test_torchmetrics.py",
+)
+"""Tests that ``make check`` leaves out, beside those that are marked one by one."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid.startswith(_SLOW):
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture
 def hub() -> LoopbackHub:

@@ -159,6 +159,7 @@ def test_sums_stay_in_float32_under_autocast(dtype: torch.dtype, way: str) -> No
     assert loss.item() == pytest.approx(exact.item(), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_compiled_loss_and_gradient_equal_eager_ones() -> None:
     a, e = CASES["sparse"], embeddings_with_a_zero()
     eager, compiled = a.clone().requires_grad_(), a.clone().requires_grad_()

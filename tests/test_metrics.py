@@ -327,6 +327,7 @@ def _reduce_on_a_rank(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_all_reduce_gives_every_rank_the_whole_result(tmp_path: Path) -> None:
     mp.start_processes(_reduce_on_a_rank, (str(tmp_path),), nprocs=2, start_method="spawn")
     a, e = CASES["shifted"], torch.randn(40, 7, generator=torch.Generator().manual_seed(1))

@@ -18,8 +18,6 @@ from packaging.requirements import Requirement
 
 from monoloss_plugin import __version__, _optional
 
-pytestmark = pytest.mark.xdist_group("package")  # one process builds the wheel
-
 ROOT = Path(__file__).parents[1]
 SITE_PACKAGES = sysconfig.get_paths()["purelib"]
 

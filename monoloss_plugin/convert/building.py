@@ -36,18 +36,21 @@ def build_sae(
         settings: more settings of the architecture, such as ``k``.
 
     Raises:
-        ValueError: a tensor is not finite.
+        ValueError: a tensor is not finite, missing, or of another shape.
     """
     for name, tensor in tensors.items():
         require_finite(tensor, f"source: {name}")
     d_sae, d_in = tensors["W_dec"].shape
-    if "threshold" in tensors:
-        tensors = {**tensors, "threshold": tensors["threshold"].expand(d_sae)}
     sae_class, config_class = get_sae_class(architecture)
     config = config_class(d_in=d_in, d_sae=d_sae, device="meta", **settings)
     config.metadata["monoloss"] = {"converted_from": converted_from, "terms": terms or {}}
     sae: SAE[Any] = sae_class(config)
     sae.cfg.device = "cpu"
+    if "threshold" in tensors and not tensors["threshold"].ndim:
+        tensors = {**tensors, "threshold": tensors["threshold"].expand(d_sae)}
     own = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-    sae.load_state_dict(own, strict=True, assign=True)
+    try:
+        sae.load_state_dict(own, strict=True, assign=True)
+    except RuntimeError as error:  # which lists what is missing or of another shape
+        raise ValueError(f"source: {error}") from None
     return sae.to(torch.device("cpu")).eval()

@@ -177,7 +177,7 @@ class Stranger:
         ),
         (
             {"model_state_dict": untied(W_dec=torch.ones(3, 4)), "config": {"model_type": "relu"}},
-            r"W_dec is \(3, 4\), expected \(48, 64\)",
+            r"got \(64, 48\) and \(3, 4\)",
         ),
         (
             {"model_state_dict": untied(), "config": {"model_type": "relu", "n_latents": 9}},
@@ -197,7 +197,7 @@ class Stranger:
                 "model_state_dict": {**topk_state(True), "decoder.weight": torch.ones(48, 64)},
                 "config": {"model_type": "topk", "topk_k": 2},
             },
-            r"decoder.weight is \(48, 64\), expected \(64, 48\)",
+            r"got \(64, 48\) and \(64, 48\)",
         ),
     ],
 )

@@ -10,7 +10,8 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ from monoloss_plugin.convert.checkpoint import (
 
 if TYPE_CHECKING:
     from sae_lens import SAE
+
+    from monoloss_plugin.features import FeatureSet
 
 _TOPK = {
     "W_enc": "encoder.weight.T",
@@ -47,11 +50,12 @@ _COUNTERS = "(num_batches_not_active|stats_|latents_|activation).*"
 """What the forward pass does not use, such as counters of dead latents."""
 _BATCH = 2048
 """The paper's batch size. BatchTopK selects among the activations of one batch."""
+_MOST_BATCHES = 32
+
+Features: TypeAlias = "Tensor | Iterable[Batch] | FeatureSet"
 
 
-def from_monoloss(
-    source: str | os.PathLike[str], *, features: Tensor | Iterable[Batch] | None = None
-) -> SAE[Any]:
+def from_monoloss(source: str | os.PathLike[str], *, features: Features | None = None) -> SAE[Any]:
     """Convert a checkpoint of the MonoLoss authors.
 
     A BatchTopK checkpoint keeps the largest ``topk_k`` times B activations of each batch, and
@@ -61,8 +65,9 @@ def from_monoloss(
 
     Args:
         source: a file with ``model_state_dict`` and ``config``.
-        features: for BatchTopK, which needs them: (N, d_in) like those that the SAE was trained on,
-            or batches of them. A tensor is taken in batches of 2,048, the paper's.
+        features: for BatchTopK, which needs them: features like those that the SAE was trained on.
+            A tensor (N, d_in), which is taken in batches of 2,048, the paper's; or batches; or a
+            feature set, of which 32 such batches are taken, scaled to unit norm.
 
     Returns:
         An SAE with the checkpoint's latents and reconstruction.
@@ -134,7 +139,7 @@ def _terms(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _threshold(sae: SAE[Any], k: int, features: Tensor | Iterable[Batch]) -> Tensor:
+def _threshold(sae: SAE[Any], k: int, features: Features) -> Tensor:
     """Return what separates the activations that a batch keeps from the others, on average."""
     between = []
     for batch in _batches(features):
@@ -152,10 +157,17 @@ def _threshold(sae: SAE[Any], k: int, features: Tensor | Iterable[Batch]) -> Ten
     return torch.tensor(sum(between) / len(between), dtype=torch.float32)
 
 
-def _batches(features: Tensor | Iterable[Batch]) -> Iterator[Tensor]:
-    batches: Iterable[Any] = features
-    if isinstance(features, Tensor):
+def _batches(features: Features) -> Iterator[Tensor]:
+    from monoloss_plugin.features import FeatureBatches, FeatureSet
+
+    batches: Iterable[Any]
+    if isinstance(features, FeatureSet):
+        size = min(_BATCH, len(features))
+        batches = islice(FeatureBatches(features, batch_size=size), _MOST_BATCHES)
+    elif isinstance(features, Tensor):
         batches = as_rows(features, "features").split(_BATCH)
+    else:
+        batches = features
     for batch in batches:
         rows = as_rows(getattr(batch, "features", batch), "features").float()
         if len(rows):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -48,8 +48,6 @@ class DemoResult:
     encoder_accuracy: float
     summaries: dict[str, list[dict[str, float]]]
     """For "without" and "with", the measures of each seed."""
-    files: dict[str, Path] = field(default_factory=dict)
-    """The figures and results that were written."""
 
     def mean_and_spread(self, run: str, measure: str) -> tuple[float, float]:
         """Return the mean over seeds and its standard deviation (0 for one seed)."""
@@ -59,7 +57,7 @@ class DemoResult:
 
 def run_demo(
     architecture: str, terms: Sequence[LossTerm], seeds: Sequence[int], out: Path
-) -> DemoResult:
+) -> tuple[DemoResult, dict[str, Path]]:
     """Run the demo and write its SAEs, figures and results to a folder.
 
     Args:
@@ -67,6 +65,9 @@ def run_demo(
         terms: the loss terms of the "with" runs.
         seeds: train one pair of SAEs for each.
         out: the folder; it is made if it does not exist.
+
+    Returns:
+        What was measured, and the figures and results that were written, by name.
     """
     if out.exists():
         require_folder(out, "out")
@@ -83,18 +84,12 @@ def run_demo(
             evaluation = evaluate(SAE.load_from_disk(folder), data.held_out, progress=True)
             evaluations[run].append(evaluation)
             summaries[run].append({**evaluation.summary(), "seconds": seconds})
-    result = DemoResult(
-        architecture=architecture,
-        terms=[{"term": type(term).__name__, **asdict(term)} for term in terms],
-        seeds=list(seeds),
-        encoder_accuracy=data.accuracy,
-        summaries=summaries,
-    )
-    content = {name: value for name, value in asdict(result).items() if name != "files"}
-    _draw(result, data, evaluations, out)
-    result.files["results"] = without(out / "results.json")
-    result.files["results"].write_text(json.dumps(content, indent=2) + "\n")
-    return result
+    described = [{"term": type(term).__name__, **asdict(term)} for term in terms]
+    result = DemoResult(architecture, described, list(seeds), data.accuracy, summaries)
+    results = without(out / "results.json")
+    results.write_text(json.dumps(asdict(result), indent=2) + "\n")
+    files = {**_draw(result, data, evaluations, out), "results": results}
+    return result, files
 
 
 def sae_folder(out: Path, seed: int, run: str) -> Path:
@@ -104,8 +99,8 @@ def sae_folder(out: Path, seed: int, run: str) -> Path:
 
 def _draw(
     result: DemoResult, data: DigitFeatures, evaluations: dict[str, list[Evaluation]], out: Path
-) -> None:
-    """Write the figures, and note their files in the result."""
+) -> dict[str, Path]:
+    """Write the figures, and return their files."""
     name = " + ".join(str(term["name"]) for term in result.terms)
     curves = {f"{run} {name}": [e.monoscore.curve() for e in evaluations[run]] for run in RUNS}
     figures = {"curves": curves_figure(curves, title=f"{result.architecture} SAE, held-out digits")}
@@ -124,6 +119,7 @@ def _draw(
             figures[what] = activating_images_figure(
                 pairs, data.held_out_images, count=BAND, title=f"{name}: {title}"
             )
+    files = {what: without(out / f"{what.replace(' ', '_')}.png") for what in figures}
     for what, figure in figures.items():
-        result.files[what] = without(out / f"{what.replace(' ', '_')}.png")
-        figure.savefig(result.files[what], dpi=150)
+        figure.savefig(files[what], dpi=150)
+    return files

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from monoloss_plugin._checks import require_text
 from monoloss_plugin._places import as_path
-from monoloss_plugin.convert.building import build_sae
 from monoloss_plugin.convert.checkpoint import (
     SAE_LENS,
+    build_sae,
     read_checkpoint,
     read_count,
     read_tensors,

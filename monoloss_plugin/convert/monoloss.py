@@ -19,9 +19,9 @@ from torch import Tensor
 from monoloss_plugin._checks import as_rows
 from monoloss_plugin._places import as_path
 from monoloss_plugin.batch import Batch
-from monoloss_plugin.convert.building import build_sae
 from monoloss_plugin.convert.checkpoint import (
     SAE_LENS,
+    build_sae,
     read_checkpoint,
     read_count,
     read_tensors,

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from monoloss_plugin._checks import require_text
 from monoloss_plugin._places import as_path
-from monoloss_plugin.convert.building import build_sae
-from monoloss_plugin.convert.checkpoint import read_checkpoint, read_count, read_tensors
+from monoloss_plugin.convert.checkpoint import build_sae, read_checkpoint, read_count, read_tensors
 
 if TYPE_CHECKING:
     from sae_lens import SAE

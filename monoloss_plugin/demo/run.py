@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+import monoloss_plugin.adapters.sae_lens  # noqa: F401  # gives SAETrainer its add_loss
 from monoloss_plugin._places import require_folder, without
-from monoloss_plugin.demo.architectures import NUM_LATENTS
+from monoloss_plugin.demo.architectures import ARCHITECTURES, NUM_LATENTS
 from monoloss_plugin.demo.digits import DigitFeatures, digit_features
 from monoloss_plugin.demo.pictures import (
     BAND,
@@ -19,14 +21,21 @@ from monoloss_plugin.demo.pictures import (
     pairs_of_the_same_latent,
     pairs_of_the_same_rank,
 )
-from monoloss_plugin.demo.saes import train_sae
 from monoloss_plugin.embeddings import unit_rows
 from monoloss_plugin.evaluation import MEASURES as EVALUATED
 from monoloss_plugin.evaluation import Evaluation, evaluate
+from monoloss_plugin.features import FeatureBatches, FeatureSet
 from monoloss_plugin.losses import LossTerm
 from monoloss_plugin.report import activating_images_figure, curves_figure
 
-from sae_lens import SAE  # isort: skip  # after the adapter, whose error names the extra
+# After the adapter, whose import error names the extra to install.
+from sae_lens import SAE, SAETrainer  # isort: skip
+from sae_lens.config import LoggingConfig, SAETrainerConfig  # isort: skip
+from sae_lens.registry import get_sae_training_class  # isort: skip
+
+_STEPS = 1500
+_BATCH = 256
+_LEARNING_RATE = 1e-3
 
 RUNS = ("without", "with")
 
@@ -90,6 +99,44 @@ def run_demo(
     results.write_text(json.dumps(asdict(result), indent=2) + "\n")
     files = {**_draw(result, data, evaluations, out), "results": results}
     return result, files
+
+
+def train_sae(
+    features: FeatureSet, architecture: str, terms: Sequence[LossTerm], *, seed: int, folder: Path
+) -> float:
+    """Train an SAE, save it for inference, and return the seconds that training took.
+
+    Args:
+        features: N images of width d_in.
+        architecture: a key of :data:`~monoloss_plugin.demo.architectures.ARCHITECTURES`.
+        terms: the terms to add to the host's loss; none for the baseline.
+        seed: of the weights and the order of batches, the same with and without terms.
+        folder: where SAELens writes the inference model, for ``SAE.load_from_disk``.
+    """
+    torch.manual_seed(seed)
+    sae_class, config_class = get_sae_training_class(architecture)
+    sae = sae_class(
+        config_class(d_in=features.width, d_sae=NUM_LATENTS, **ARCHITECTURES[architecture])
+    )
+    trainer = SAETrainer(
+        cfg=SAETrainerConfig(
+            total_training_samples=_STEPS * _BATCH,
+            train_batch_size_samples=_BATCH,
+            lr=_LEARNING_RATE,
+            lr_end=_LEARNING_RATE,
+            dead_feature_window=300,
+            logger=LoggingConfig(log_to_wandb=False),
+        ),
+        sae=sae,
+        data_provider=FeatureBatches(features, batch_size=_BATCH, seed=seed).tensors(),
+    )
+    for term in terms:
+        trainer.add_loss(term)
+    started = time.perf_counter()
+    trainer.fit()
+    seconds = time.perf_counter() - started
+    sae.save_inference_model(folder)
+    return seconds
 
 
 def sae_folder(out: Path, seed: int, run: str) -> Path:

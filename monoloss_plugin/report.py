@@ -1,17 +1,17 @@
-"""The papers' figures with matplotlib; each returns a Figure to save or show."""
+"""The papers' pictures of an SAE: MonoScore curves, and the images that activate a latent."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from monoloss_plugin._checks import as_list, as_tensor
+from monoloss_plugin._checks import as_list, as_tensor, require_at_least
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin._places import kind_of
-from monoloss_plugin.report.bands import activation_bands
 
 try:
     import numpy as np
@@ -19,7 +19,58 @@ try:
 except ModuleNotFoundError as error:
     raise missing_extra(error, "report") from error
 
+__all__ = [
+    "ActivationBands",
+    "LatentRow",
+    "activating_images_figure",
+    "activation_bands",
+    "curves_figure",
+]
+
 _COLOURS = ("#7f7f7f", "#d1495b", "#00798c", "#edae49")
+
+
+class ActivationBands(NamedTuple):
+    """Samples that activate a latent, strongest first within each band."""
+
+    top: Tensor
+    middle: Tensor
+    bottom: Tensor
+    num_active: int
+    """How many samples activate the latent at all."""
+
+
+def activation_bands(activations: Tensor, count: int = 5) -> ActivationBands:
+    """Return the samples that activate a latent most, in the middle, and least.
+
+    Only positive activations count. With fewer than 3 ``count`` of them the bands overlap; with
+    fewer than ``count`` they are shorter.
+
+    Args:
+        activations: (N,) of one latent.
+        count: samples a band.
+
+    Raises:
+        ValueError: activations not of one latent, or count below 1.
+
+    Examples:
+        >>> import torch
+        >>> bands = activation_bands(torch.tensor([0.0, 3.0, 1.0, 2.0]), count=1)
+        >>> bands.top.tolist(), bands.middle.tolist(), bands.bottom.tolist()
+        ([1], [3], [2])
+
+    Source: Nasiri-Sarvi et al. 2026, section 4.1, figures 3 and 5.
+    """
+    if activations.ndim != 1:
+        raise ValueError(
+            f"activations: expected (N,) of one latent, got shape {tuple(activations.shape)}"
+        )
+    require_at_least(1, count, "count")
+    num_active = int((activations > 0).sum())
+    order = activations.argsort(descending=True, stable=True)[:num_active]
+    start = max(0, (num_active - count) // 2)
+    bottom = order[max(0, num_active - count) :]
+    return ActivationBands(order[:count], order[start : start + count], bottom, num_active)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from monoloss_plugin._places import kind_of
 
 _MOST = 2**31 - 1
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def visible(text: object) -> str:
@@ -77,7 +77,7 @@ def as_rows(value: Any, name: str, *, keep_sparse: bool = False) -> Tensor:
         ValueError: fewer than two dimensions.
     """
     tensor = as_tensor(value, name)
-    if tensor.dtype not in _FLOATS:
+    if tensor.dtype not in FLOATS:
         raise TypeError(
             f"{name}: expected a floating-point tensor of 16 bits or more, got {tensor.dtype}"
         )

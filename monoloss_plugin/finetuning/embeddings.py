@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from monoloss_plugin._checks import as_tensor
+from monoloss_plugin._checks import as_rows
 
 if TYPE_CHECKING:
     from monoloss_plugin.features import FeatureSet
@@ -98,12 +98,8 @@ class WithEmbeddings(Dataset[Any]):
             )
         if not isinstance(key, str) or not key:
             raise TypeError(f"key: expected a name, got {key!r}")
-        embeddings = as_tensor(embeddings, "embeddings")
-        if not embeddings.is_floating_point():
-            raise TypeError(
-                f"embeddings: expected floating-point numbers (N, d), got {embeddings.dtype}"
-            )
-        if embeddings.ndim != 2 or len(embeddings) != len(dataset):
+        embeddings = as_rows(embeddings, "embeddings")
+        if len(embeddings) != len(dataset):
             raise ValueError(
                 f"embeddings: expected ({len(dataset)}, d), one row for each sample, got "
                 f"{tuple(embeddings.shape)}"

@@ -86,9 +86,9 @@ def _from_pretrained(model: Any, checkpoint: Any, options: dict[str, Any]) -> An
     if hasattr(model, "from_config"):  # an Auto class, which chooses the class by the config
         from transformers import AutoConfig
 
-        of_hub = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder")
-        found = {name: options[name] for name in (*of_hub, "token") if name in options}
-        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False, **found)
+        config, _ = AutoConfig.from_pretrained(
+            checkpoint, return_unused_kwargs=True, **{**options, "trust_remote_code": False}
+        )
         with torch.device("meta"):
             plain = type(model.from_config(config, trust_remote_code=False))
 

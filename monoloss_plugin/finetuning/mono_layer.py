@@ -282,8 +282,6 @@ def _start_as(head: MonoHead, old: nn.Linear) -> None:
     linear, d = head.mono.linear, old.in_features
     width, relu = linear.out_features, head.mono.relu
     classifier = old.weight.float()
-    into = torch.zeros(width, d, device=classifier.device)
-    out = torch.zeros(len(classifier), width, device=classifier.device)
     if width >= d:
         directions, shares = torch.eye(d, device=classifier.device), classifier
     else:  # the directions by which the classifier tells its classes apart
@@ -293,16 +291,13 @@ def _start_as(head: MonoHead, old: nn.Linear) -> None:
     # which is x if features are not negative.
     signs = (1, -1) if relu and (width < d or width >= 2 * d) else (1,)
     rank = min(len(directions), width // len(signs))
-    used = 0
-    for sign in signs:
-        into[used : used + rank] = sign * directions[:rank]
-        out[:, used : used + rank] = sign * shares[:, :rank]
-        used += rank
-    if width > used:  # more latents get random directions, which the head does not use yet
-        fresh = torch.randn(width - used, d, device=into.device)
-        into[used:] = nn.functional.normalize(fresh, dim=1)
-    linear.weight.copy_(into)
+    into = torch.cat([sign * directions[:rank] for sign in signs])
+    out = torch.cat([sign * shares[:, :rank] for sign in signs], dim=1)
+    # More latents get random directions, which the head does not use yet.
+    more = width - len(into)
+    fresh = nn.functional.normalize(torch.randn(more, d, device=into.device), dim=1)
+    linear.weight.copy_(torch.cat([into, fresh]))
     linear.bias.zero_()
-    head.weight.copy_(out)
+    head.weight.copy_(nn.functional.pad(out, (0, more)))
     if old.bias is not None:
         head.bias.copy_(old.bias)

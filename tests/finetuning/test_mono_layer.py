@@ -365,7 +365,7 @@ def test_embeddings_stay_with_their_samples() -> None:
         WithEmbeddings(dicts, torch.eye(2), key="h")[0]
     with pytest.raises(TypeError, match="samples that are tuples or dicts, got Tensor"):
         WithEmbeddings(x, torch.zeros(50, 2))[0]
-    with pytest.raises(TypeError, match="expected floating-point numbers"):
+    with pytest.raises(TypeError, match="embeddings: expected a floating-point tensor"):
         WithEmbeddings(TensorDataset(x, y), torch.zeros(50, 2).long())
 
 

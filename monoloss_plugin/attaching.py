@@ -6,14 +6,13 @@ method of the same name for each::
     class _Attachment(Attachment[AttachedTerm]):
         replaces = ("loss",)
 
-        def loss(self, host, inner, x):
+        def loss(self, inner, x):
             value = inner(x)  # the host's own method
             for attached in self.terms.values():
                 value = value + ...
             return value
 
-    attached = AttachedTerm(MonoLoss(lam=0.1))
-    handle = _Attachment.of(host).add(attached)
+    handle = _Attachment.of(host).add(AttachedTerm(MonoLoss(lam=0.1)))
     handle.remove()
 """
 
@@ -139,8 +138,12 @@ class Attachment(Generic[Attached]):
 
         Returns:
             A handle that removes this term and no other.
+
+        Raises:
+            ValueError: the object already carries a term of this name.
         """
         name = attached.term.name
+        self.require_free(self.target, name)
 
         def remove() -> None:
             if self.terms.get(name) is attached:

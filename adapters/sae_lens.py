@@ -102,7 +102,7 @@ def add_loss(
         A handle; call its ``remove()`` to take the term away.
 
     Raises:
-        TypeError: the target or the loss is of another kind.
+        TypeError: the target or the loss has the wrong type.
         ValueError: a term of that name is attached already, the architecture does not give the term
             what it needs, or an argument is out of range.
 

@@ -48,10 +48,10 @@ def activation_bands(activations: Tensor, count: int = 5) -> ActivationBands:
 
     Args:
         activations: (N,) of one latent.
-        count: samples a band.
+        count: samples in each band.
 
     Raises:
-        ValueError: activations not of one latent, or count below 1.
+        ValueError: the activations are not of one latent, or ``count`` is below 1.
 
     Examples:
         >>> import torch
@@ -90,12 +90,12 @@ def curves_figure(
     Args:
         curves: for each name the (M,) curve of each run (:meth:`MonoScoreResult.curve`): every
             run as a thin line, their mean as a thick one.
-        ylabel: of the vertical axis.
-        title: of the figure.
+        ylabel: label of the vertical axis.
+        title: title of the figure.
 
     Raises:
-        TypeError: not curves by name.
-        ValueError: a name without curves, or curves of different lengths.
+        TypeError: the curves are not lists by name.
+        ValueError: a name has no curves, or curves have different lengths.
 
     Source: Nasiri-Sarvi et al. 2026, appendix D, figures 26 to 28.
     """
@@ -128,13 +128,13 @@ def activating_images_figure(
     """Draw, for pairs of latents side by side, their top, middle and bottom activating images.
 
     Args:
-        pairs: two latents each (such as one without and one with MonoLoss), over the same images.
+        pairs: pairs of latents of the same images, such as one without and one with MonoLoss.
         images: (N, H, W) grey or (N, H, W, 3) colour.
-        count: images a band.
-        title: of the figure.
+        count: images in each band.
+        title: title of the figure.
 
     Raises:
-        ValueError: no pairs.
+        ValueError: there are no pairs.
 
     Source: Nasiri-Sarvi et al. 2026, figures 3 and 5.
     """

@@ -118,7 +118,7 @@ def from_monoloss(source: str | os.PathLike[str], *, features: Features | None =
 
 
 def _is_true(setting: Any) -> bool:
-    """Read a switch, which a command line may have left as a word."""
+    """Return whether a setting is on; a command line may have stored it as a word."""
     return setting.lower() in ("true", "yes", "1") if isinstance(setting, str) else bool(setting)
 
 
@@ -140,7 +140,7 @@ def _terms(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def _threshold(sae: SAE[Any], k: int, features: Features) -> Tensor:
-    """Return what separates the activations that a batch keeps from the others, on average."""
+    """Return the threshold between kept and dropped activations, averaged over batches."""
     between = []
     for batch in _batches(features):
         if batch.shape[1] != sae.cfg.d_in:

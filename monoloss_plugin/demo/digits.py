@@ -97,7 +97,7 @@ def digit_features(out: Path, seed: int = 0) -> DigitFeatures:
 
 
 def digit_images(features: FeatureSet) -> Tensor:
-    """Find the images of the digits' features by their image_id.
+    """Return the images that the digits' features come from.
 
     Args:
         features: from ``load_features("digits", split)``, which are bundled, or from
@@ -107,11 +107,11 @@ def digit_images(features: FeatureSet) -> Tensor:
         (N, 8, 8) grey, in [0, 1], in the order of the features.
 
     Raises:
-        ValueError: the features have no image_id, or one that no digit has.
+        ValueError: the set has no image_id, or an image_id that no digit has.
     """
     ids = features.ids_of(torch.arange(len(features)))
     if ids is None:
-        raise ValueError("features: they have no image_id to find the digits by")
+        raise ValueError("features: the set has no image_id to find the digits by")
     digits = load_digits()
     numbers = {file: number for number, file in enumerate(_files(digits.target))}
     if unknown := [image_id for image_id in ids if image_id not in numbers]:

@@ -77,7 +77,7 @@ class WithEmbeddings(Dataset[Any]):
         key: the embedding's key in samples that are dicts. To a tuple it is appended.
 
     Raises:
-        TypeError: the dataset is of another kind, or the embeddings are not floating-point.
+        TypeError: the dataset has the wrong type, or the embeddings are not floating-point.
         ValueError: the embeddings do not have one row for each sample.
 
     Examples:

@@ -32,7 +32,7 @@ class LatentTerm(AttachedTerm):
     """A loss term on the latents that a layer gives.
 
     Raises:
-        TypeError: the term, the layer or an option is of another kind.
+        TypeError: the term, the layer or an option has the wrong type.
         ValueError: the term needs something that a fine-tuned model does not have.
     """
 

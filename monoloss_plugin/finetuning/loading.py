@@ -40,7 +40,7 @@ def load_with_mono_layer(
         The model, with the layer's options and all weights of the checkpoint.
 
     Raises:
-        TypeError: the model or the checkpoint is of another kind.
+        TypeError: the model or the checkpoint has the wrong type.
         ValueError: the checkpoint has no MonoLayer.
         RuntimeError: the weights do not fit the model.
 

@@ -42,12 +42,7 @@ _KEY = "_monoloss_attachment"
 
 @dataclass
 class AttachedTerm:
-    """A loss term and the options it was attached with.
-
-    Raises:
-        TypeError: the term is not a loss term, or the warm-up is not an integer.
-        ValueError: the warm-up is negative.
-    """
+    """A loss term and the options it was attached with."""
 
     term: LossTerm
     warm_up_steps: int = 0
@@ -280,11 +275,9 @@ class LamConversion:
 
 
 def require_embeddings(given: Any, key: str = "") -> None:
-    """Raise TypeError unless embeddings are a callable or, if the host allows it, a key.
+    """Raise TypeError unless embeddings are a callable or a key.
 
-    Args:
-        given: the argument.
-        key: what the host calls a key, such as "a column's name"; empty if it takes none.
+    ``key`` is what the host calls a key, such as "a column's name"; empty if it takes none.
     """
     named = bool(key) and isinstance(given, str) and given != ""
     if not named and (isinstance(given, type) or not callable(given)):

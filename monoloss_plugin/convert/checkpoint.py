@@ -28,12 +28,7 @@ SAE_LENS = {name: name for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
 
 
 def read_checkpoint(path: Path) -> Any:
-    """Read tensors and plain values. Nothing that could run code is unpickled.
-
-    Raises:
-        FileNotFoundError, IsADirectoryError: there is no such file.
-        ValueError: the file is not a checkpoint, or holds objects of other classes.
-    """
+    """Read tensors and plain values. Nothing that could run code is unpickled."""
     require_file(path, "source")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -57,11 +52,8 @@ def read_tensors(
         names: for each of SAELens's names, the name in the state dict; or several names, of which
             the first that it has is read. ``.T`` after a name says that the matrix is stored
             transposed.
-        ignored: a pattern of the names that the forward pass does not use.
-
-    Raises:
-        ValueError: a tensor is missing or holds no numbers, the matrices do not fit each other, or
-            the state dict has more tensors, so it is of another format.
+        ignored: a pattern of the names that the forward pass does not use. Any other tensor that
+            is left over means that this is another format.
     """
     if not isinstance(state, Mapping) or not state:
         raise ValueError(f"source: expected a state dict, got {type(state).__name__}")
@@ -109,9 +101,6 @@ def build_sae(
         converted_from: the library that they come from, for the SAE's metadata.
         terms: the loss terms that the SAE was trained with, for its metadata.
         settings: more settings of the architecture, such as ``k``.
-
-    Raises:
-        ValueError: a tensor is not finite, missing, or of another shape.
     """
     for name, tensor in tensors.items():
         require_finite(tensor, f"source: {name}")
@@ -132,11 +121,7 @@ def build_sae(
 
 
 def read_count(value: Any, name: str, most: int) -> int:
-    """Return a whole number from 1 to ``most``, stored as an int, a float or a tensor of one.
-
-    Raises:
-        ValueError: the value is something else.
-    """
+    """Return a whole number from 1 to ``most``, stored as an int, a float or a tensor of one."""
     given = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
     plain = isinstance(given, (int, float)) and not isinstance(given, bool)
     if not plain or given != given // 1 or not 1 <= given <= most:

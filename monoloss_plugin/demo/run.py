@@ -76,7 +76,7 @@ def run_demo(
         out: the folder; it is made if it does not exist.
 
     Returns:
-        What was measured, and the figures and results that were written, by name.
+        What was measured, and the files of the figures and results, by name.
     """
     if out.exists():
         require_folder(out, "out")
@@ -106,12 +106,7 @@ def train_sae(
 ) -> float:
     """Train an SAE, save it for inference, and return the seconds that training took.
 
-    Args:
-        features: N images of width d_in.
-        architecture: a key of :data:`~monoloss_plugin.demo.architectures.ARCHITECTURES`.
-        terms: the terms to add to the host's loss; none for the baseline.
-        seed: of the weights and the order of batches, the same with and without terms.
-        folder: where SAELens writes the inference model, for ``SAE.load_from_disk``.
+    The seed decides the weights and the order of batches, the same with and without terms.
     """
     torch.manual_seed(seed)
     sae_class, config_class = get_sae_training_class(architecture)

@@ -142,13 +142,7 @@ class Column:
 class Frozen:
     """Calls an encoder without gradients. A module is put in eval mode and never trained.
 
-    Args:
-        encoder: maps its input to (B, d).
-        model: the model in training, which must not be the encoder too.
-        takes: finds the encoder's input in a batch; by default the encoder gets the batch itself.
-
-    Raises:
-        ValueError: encoder and model share parameters.
+    ``takes`` finds the encoder's input in a batch; by default the encoder gets the batch itself.
     """
 
     def __init__(

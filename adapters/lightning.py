@@ -43,13 +43,13 @@ class MonoLossCallback(Callback):
         loss: such as ``MonoLoss(lam=0.1, lam_units="raw")``.
         embeddings: maps the batch to (B, d): a callable, a frozen encoder that takes the batch, or
             the key of a batch that is a dict.
-        latents: the layer whose output they are, or its path in the module; by default its
+        latents: the layer that gives the latents, or its path in the module; by default its
             MonoLayer.
         warm_up_steps: the weight grows linearly from 0 over this many optimizer steps.
         sync: compute the term over the global batch of all processes, with its exact gradient.
 
     Raises:
-        TypeError: an argument is of another kind; in ``fit``, the training step returns no loss.
+        TypeError: an argument has the wrong type; in ``fit``, the training step returns no loss.
         ValueError: ``lam_units`` is not "raw"; in ``fit``, the module optimizes manually, there is
             no such layer, or a callback adds a term of the same name.
 

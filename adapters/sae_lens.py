@@ -21,7 +21,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +102,7 @@ def add_loss(
         A handle; call its ``remove()`` to take the term away.
 
     Raises:
-        TypeError: the target or the loss is of another kind.
+        TypeError: the target or the loss has the wrong type.
         ValueError: a term of that name is attached already, the architecture does not give the term
             what it needs, or an argument is out of range.
 
@@ -123,11 +123,11 @@ def add_loss(
     attached = AttachedTerm(loss, warm_up_steps, embeddings)
     if embeddings is not None:
         require_embeddings(embeddings)
-    places = _places(target, saes)
-    for place in places:
-        _check(place, attached)
+    found = _find_saes(target, saes)
+    for sae, owner in found:
+        _check(sae, owner, attached)
     _warn_of_no_effect(target, attached)
-    handles = [_attach(place, attached) for place in places]
+    handles = [_attach(sae, owner, attached) for sae, owner in found]
 
     def remove() -> None:
         for handle in handles:
@@ -168,15 +168,14 @@ def strip_checkpoint(checkpoint: str | Path) -> list[str]:
     return removed
 
 
-class _Place(NamedTuple):
-    """One SAE to attach to, and its trainer or the runner that will make the trainer."""
-
-    sae: TrainingSAE[Any]
-    trainer: SAETrainer[Any, Any] | None = None
-    runner: LanguageModelSAETrainingRunner | None = None
+_Owner: TypeAlias = SAETrainer[Any, Any] | LanguageModelSAETrainingRunner
+"""What can undo the whitening of an SAE's inputs."""
 
 
-def _places(target: Any, saes: Iterable[str] | None) -> list[_Place]:
+def _find_saes(
+    target: Any, saes: Iterable[str] | None
+) -> list[tuple[TrainingSAE[Any], _Owner | None]]:
+    """Return the SAEs to attach to, each with its trainer or the runner that will make one."""
     if saes is not None and (isinstance(saes, str) or not isinstance(saes, Iterable)):
         raise TypeError(f"saes: expected a list of names, got {saes!r}")
     if isinstance(target, (MultiSAETrainer, MultiSAETrainingRunner)):
@@ -184,17 +183,13 @@ def _places(target: Any, saes: Iterable[str] | None) -> list[_Place]:
         names = list(target.saes) if saes is None else list(saes)
         if not names or not set(names) <= set(target.saes):
             raise ValueError(f"saes: expected some of {list(target.saes)}, got {names}")
-        return [_Place(target.saes[name], trainers.get(name)) for name in names]
+        return [(target.saes[name], trainers.get(name)) for name in names]
     if saes is not None:
         raise ValueError(f"saes: only for a target with several SAEs, not {type(target).__name__}")
-    if isinstance(target, SAETrainer):
-        return [_Place(target.sae, trainer=target)]
-    if isinstance(target, LanguageModelSAETrainingRunner):
-        return [_Place(target.sae, runner=target)]
-    if isinstance(target, SyntheticSAERunner):
-        return [_Place(target.sae)]
-    if isinstance(target, TrainingSAE):
-        return [_Place(target)]
+    if isinstance(target, (SAETrainer, LanguageModelSAETrainingRunner)):
+        return [(target.sae, target)]
+    if isinstance(target, (SyntheticSAERunner, TrainingSAE)):
+        return [(target if isinstance(target, TrainingSAE) else target.sae, None)]
     raise TypeError(
         "target: expected a SAELens SAETrainer, MultiSAETrainer, training runner or TrainingSAE, "
         f"got {type(target).__name__}"
@@ -218,10 +213,9 @@ def _warn_of_no_effect(target: Any, attached: AttachedTerm) -> None:
         attached.warn_of_long_warm_up(steps - getattr(target, "n_training_steps", 0))
 
 
-def _check(place: _Place, attached: AttachedTerm) -> None:
+def _check(sae: TrainingSAE[Any], owner: _Owner | None, attached: AttachedTerm) -> None:
     """Raise ValueError if the term cannot work on this SAE, before anything changes."""
-    sae, term = place.sae, attached.term
-    architecture = sae.cfg.architecture()
+    term, architecture = attached.term, sae.cfg.architecture()
     Attachment.require_free(sae, term.name)
     if term.name in sae.get_coefficients():
         raise ValueError(
@@ -241,7 +235,7 @@ def _check(place: _Place, attached: AttachedTerm) -> None:
     # Whitening makes cosine similarities meaningless. Only the trainer can undo it.
     whitened = sae.cfg.normalize_activations == "covariance_whitening"
     compares_inputs = term.needs_embeddings and attached.embeddings is None
-    if whitened and compares_inputs and place.trainer is None and place.runner is None:
+    if whitened and compares_inputs and owner is None:
         raise ValueError(
             f"{term.name}: with normalize_activations='covariance_whitening' the SAE sees "
             "whitened inputs, whose similarities mean nothing; add the loss to the SAETrainer, "
@@ -249,19 +243,18 @@ def _check(place: _Place, attached: AttachedTerm) -> None:
         )
 
 
-def _attach(place: _Place, attached: AttachedTerm) -> LossHandle:
+def _attach(sae: TrainingSAE[Any], owner: _Owner | None, attached: AttachedTerm) -> LossHandle:
     """Attach a term to one SAE."""
-    attachment, name = _Attachment.of(place.sae), attached.term.name
-    if place.runner is not None:
-        return attachment.add(attached, _RunnerAttachment.of(place.runner).add(attached).remove)
-    if place.trainer is None:
+    attachment, name = _Attachment.of(sae), attached.term.name
+    if owner is None:
         return attachment.add(attached)
-    trainer = place.trainer
-    attachment.scaler = trainer.activation_scaler
-    trainer.coefficient_schedulers[name] = CoefficientScheduler(
+    if isinstance(owner, LanguageModelSAETrainingRunner):
+        return attachment.add(attached, _RunnerAttachment.of(owner).add(attached).remove)
+    attachment.scaler = owner.activation_scaler
+    owner.coefficient_schedulers[name] = CoefficientScheduler(
         warm_up_steps=attached.warm_up_steps, final_value=attached.term.lam
     )
-    return attachment.add(attached, lambda: trainer.coefficient_schedulers.pop(name, None))
+    return attachment.add(attached, lambda: owner.coefficient_schedulers.pop(name, None))
 
 
 class _Attachment(Attachment[AttachedTerm]):

@@ -63,7 +63,7 @@ def add_loss(
         embeddings: a frozen encoder, or any callable, from the batch's images to (B, d). It sees
             the images that the model sees: after mixup, the mixed ones. If you leave it out, pass
             embeddings in each call: ``task(images, target, embeddings=h)``.
-        latents: the layer whose output they are, or its path; by default the model's MonoLayer.
+        latents: the layer that gives the latents, or its path; by default the model's MonoLayer.
         warm_up_steps: the weight grows linearly from 0 over this many calls, counted from now.
             timm's checkpoints do not keep the count.
         sync: compute the term over the global batch of all processes, with its exact gradient.
@@ -72,7 +72,7 @@ def add_loss(
         A handle; call its ``remove()`` to take the term away.
 
     Raises:
-        TypeError: an argument is of another kind.
+        TypeError: an argument has the wrong type.
         ValueError: there is no such layer, or no MonoLayer and you name no layer; a term of that
             name is attached already; ``lam_units`` is not "raw"; or the task is compiled already.
     """
@@ -141,8 +141,8 @@ def mix_with_embeddings(
         Images, soft targets (B, classes), and embeddings (B, d).
 
     Raises:
-        TypeError: an argument is of another kind.
-        ValueError: the mixup is of another kind, or the shape of an argument does not fit.
+        TypeError: an argument has the wrong type.
+        ValueError: the mixup is one of those, or an argument has the wrong shape.
     """
     if not isinstance(mixup, Mixup):
         raise TypeError(f"mixup: expected timm's Mixup, got {type(mixup).__name__}")

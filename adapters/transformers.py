@@ -64,7 +64,7 @@ def add_loss(
             (add the loss before training, which drops unknown columns); or a frozen encoder, a
             module from ``pixel_values`` to (B, d); or any callable from the batch's inputs, a dict,
             to (B, d).
-        latents: the layer whose output they are, or its path; by default the model's MonoLayer.
+        latents: the layer that gives the latents, or its path; by default the model's MonoLayer.
         warm_up_steps: the weight grows linearly from 0 over this many optimizer steps.
         sync: compute the term over the global batch of all processes, with its exact gradient.
 
@@ -72,7 +72,7 @@ def add_loss(
         A handle; call its ``remove()`` to take the term away.
 
     Raises:
-        TypeError: an argument is of another kind.
+        TypeError: an argument has the wrong type.
         ValueError: there is no such layer, or no MonoLayer and you name no layer; a term of that
             name is attached already; ``lam_units`` is not "raw"; or the Trainer uses
             ``DataParallel`` or ``model_init``.
@@ -215,8 +215,8 @@ class _Attachment(Attachment[LatentTerm]):
 def _scale(trainer: Trainer, num_items_in_batch: Any) -> float:
     """Return what a micro-batch's term is multiplied by to be its share of the step's mean.
 
-    The host divides a loss by the number of micro-batches, unless it takes the loss for scaled
-    already: because the model divided it by the items of the whole step. Then we must divide.
+    The host divides a loss by the number of micro-batches, unless the model or the loss function
+    has divided it by the items of the whole step already. Then we must divide the term.
     """
     scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
     if scaled is None:

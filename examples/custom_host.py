@@ -2,19 +2,21 @@
 
 python examples/custom_host.py [--lam 3e-3] [--steps 300]
 
-`Host` stands for a library you use and cannot change. `add_loss` is all that an adapter needs.
+`Host` stands for a library you use and cannot change. `HostAttachment` is a whole adapter for it.
 """
 
 import argparse
+import logging
 
 import torch
 from torch import nn
 
 from monoloss_plugin import LossTerm, MonoLoss, load_features
+from monoloss_plugin.attaching import AttachedTerm, Attachment, LamConversion
 from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.features import FeatureBatches
 from monoloss_plugin.finetuning import LatentRecorder
-from monoloss_plugin.losses import LossHandle, StepTensors, lam_factor
+from monoloss_plugin.losses import LossHandle, StepTensors
 
 
 class Host(nn.Module):
@@ -38,34 +40,30 @@ class Host(nn.Module):
             optimizer.step()
 
 
-def add_loss(host: Host, term: LossTerm) -> LossHandle:
-    """Add a term to the loss of this one host; everything else of it stays."""
-    if "loss" in host.__dict__:
-        raise ValueError(f"{term.name}: a term is attached already; remove it first")
-    recorder, inner, factor = LatentRecorder(host, "encode"), host.loss, None
+class HostAttachment(Attachment[AttachedTerm]):
+    """The terms of one host, and the method that ours replaces on it."""
 
-    def loss_with_term(x):
-        nonlocal factor
-        base = inner(x)
-        if factor is None:  # <- what the paper's weight is against this host's loss
-            scale = float(x.square().sum(1).mean())  # read once: it makes a GPU wait
-            factor = lam_factor(
-                term.lam_units,
-                width=x.shape[1],
-                mean_square_norm=scale,
-                reduction="sum",
-                degree=term.degree,
-            )
+    replaces = ("loss",)
+
+    def __init__(self, host):
+        super().__init__(host)
+        self.conversion = LamConversion("This host", "sum", logging.getLogger(__name__))
+
+    def loss(self, inner, x):
+        with LatentRecorder(self.target, "encode") as recorder:
+            value = inner(x)
         # A ReLU's latents pass no gradient where they are zero: "active" says so, and is faster.
         step = StepTensors(recorder.take(), embeddings=x, gradient_at="active")
-        return base + factor * term.lam * term.compute_loss(step).value
+        for attached in self.terms.values():
+            # The paper's weight against this host's loss. The log shows it once.
+            factor = self.conversion.factor(attached, x, record={})
+            value = value + factor * attached.term.lam * attached.term.compute_loss(step).value
+        return value
 
-    def undo():
-        host.__dict__.pop("loss", None)
-        recorder.remove()
 
-    host.__dict__["loss"] = loss_with_term  # past nn.Module: it must not enter the state dict
-    return LossHandle(term.name, undo)
+def add_loss(host, term: LossTerm) -> LossHandle:
+    """Add a term to the loss of this one host; everything else of it stays."""
+    return HostAttachment.of(host).add(AttachedTerm(term))
 
 
 options = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -6,14 +6,13 @@ method of the same name for each::
     class _Attachment(Attachment[AttachedTerm]):
         replaces = ("loss",)
 
-        def loss(self, host, inner, x):
+        def loss(self, inner, x):
             value = inner(x)  # the host's own method
             for attached in self.terms.values():
                 value = value + ...
             return value
 
-    attached = AttachedTerm(MonoLoss(lam=0.1))
-    handle = _Attachment.of(host).add(attached)
+    handle = _Attachment.of(host).add(AttachedTerm(MonoLoss(lam=0.1)))
     handle.remove()
 """
 
@@ -43,12 +42,7 @@ _KEY = "_monoloss_attachment"
 
 @dataclass
 class AttachedTerm:
-    """A loss term and the options it was attached with.
-
-    Raises:
-        TypeError: the term is not a loss term, or the warm-up is not an integer.
-        ValueError: the warm-up is negative.
-    """
+    """A loss term and the options it was attached with."""
 
     term: LossTerm
     warm_up_steps: int = 0
@@ -139,8 +133,12 @@ class Attachment(Generic[Attached]):
 
         Returns:
             A handle that removes this term and no other.
+
+        Raises:
+            ValueError: the object already carries a term of this name.
         """
         name = attached.term.name
+        self.require_free(self.target, name)
 
         def remove() -> None:
             if self.terms.get(name) is attached:
@@ -277,11 +275,9 @@ class LamConversion:
 
 
 def require_embeddings(given: Any, key: str = "") -> None:
-    """Raise TypeError unless embeddings are a callable or, if the host allows it, a key.
+    """Raise TypeError unless embeddings are a callable or a key.
 
-    Args:
-        given: the argument.
-        key: what the host calls a key, such as "a column's name"; empty if it takes none.
+    ``key`` is what the host calls a key, such as "a column's name"; empty if it takes none.
     """
     named = bool(key) and isinstance(given, str) and given != ""
     if not named and (isinstance(given, type) or not callable(given)):

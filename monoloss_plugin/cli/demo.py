@@ -47,14 +47,13 @@ def demo(
     SAEs on its features with SAELens's own trainer, one without and one with the loss terms, and
     compares them on held-out images. It needs no network, and a minute or two on two cores.
     """
-    terms = _terms(lam, regularizer or [])
-    if any(term.needs_selection for term in terms) and "topk" not in arch:
-        raise typer.BadParameter(
-            f"needs a Top-k selection; {arch} has none", param_hint="--regularizer"
-        )
+    try:
+        terms = _terms(arch, lam, regularizer or [])
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     from monoloss_plugin.demo.run import MEASURES, RUNS, run_demo
 
-    result = run_demo(arch, terms, range(seeds), out)
+    result, files = run_demo(arch, terms, range(seeds), out)
     name = " + ".join(term.name for term in terms)
     rows = []
     for measure, label in MEASURES.items():
@@ -64,12 +63,12 @@ def demo(
         f"Encoder: {result.encoder_accuracy:.1%} of the held-out digits right. "
         f"{arch} SAE, mean ± standard deviation over {seeds} seed{'s' * (seeds > 1)}:",
         table("on held-out images", *(f"{run} {name}" for run in RUNS), rows=rows),
-        *(f"{what}: {path}" for what, path in result.files.items()),
+        *(f"{what}: {path}" for what, path in files.items()),
         f"SAEs, for SAE.load_from_disk: {out}/seed-*/with",
         f"to publish one: monoloss publish sae {out}/seed-0/with USER/NAME --dry-run --features "
         f"{out}/features/held-out --baseline {out}/seed-0/without",
     ]
-    return Output({**asdict(result), "folder": out}, text)
+    return Output({**asdict(result), "files": files, "folder": out}, text)
 
 
 def _cell(mean: float, spread: float, measure: str) -> str:
@@ -77,27 +76,25 @@ def _cell(mean: float, spread: float, measure: str) -> str:
     return f"{mean:.{digits}f} ± {spread:.{digits}f}"
 
 
-def _terms(lam: float, regularizers: list[str]) -> list[LossTerm]:
-    terms: list[LossTerm] = []
-    try:
-        if lam != 0:
-            terms.append(MonoLoss(lam=lam))
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--lam") from error
+def _terms(arch: str, lam: float, regularizers: list[str]) -> list[LossTerm]:
+    """Return the terms that the options ask for.
+
+    Raises:
+        ValueError: an option makes no sense, or does not fit the architecture.
+    """
+    terms: list[LossTerm] = [MonoLoss(lam=lam)] if lam else []
     for entry in regularizers:
         name, _, weight = entry.partition("=")
-        term = REGULARIZERS.get(name.replace("-", "_"))
-        if term is None:
-            raise typer.BadParameter(
-                f"expected one of {', '.join(REGULARIZERS)}, got {name!r}",
-                param_hint="--regularizer",
+        name = name.replace("-", "_")
+        if name not in REGULARIZERS:
+            raise ValueError(
+                f"regularizer: expected one of {', '.join(REGULARIZERS)}, got {name!r}"
             )
-        try:
-            terms.append(term(lam=float(weight or 0.002)))
-        except ValueError as error:
-            raise typer.BadParameter(str(error), param_hint="--regularizer") from error
+        terms.append(REGULARIZERS[name](lam=float(weight or 0.002)))
     if not terms:
-        raise typer.BadParameter("nothing to compare: give --lam above 0 or a --regularizer")
+        raise ValueError("nothing to compare: give --lam above 0 or a --regularizer")
     if len({term.name for term in terms}) < len(terms):
-        raise typer.BadParameter("give each regularizer once", param_hint="--regularizer")
+        raise ValueError("regularizer: give each regularizer once")
+    if any(term.needs_selection for term in terms) and "topk" not in arch:
+        raise ValueError(f"regularizer: needs a Top-k selection; {arch} has none")
     return terms

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,27 +22,33 @@ publish = typer.Typer(
     no_args_is_help=True,
 )
 
-_BATCHES = 32
-"""The number of batches whose mean sets a threshold."""
-
 _Repository = Annotated[
     str, typer.Argument(help="USER/NAME on the Hub. It is made if there is none.")
 ]
-_License = Annotated[
-    str | None, typer.Option("--license", help="Licence for the card, such as mit.")
-]
-_Tag = Annotated[
-    list[str] | None, typer.Option("--tag", help="A tag for the card. You can give several.")
-]
-_Private = Annotated[bool, typer.Option("--private", help="Make a new repository private.")]
-_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files of the same name.")]
-_DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Upload nothing; list the files that would be uploaded.")
-]
-_Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.")]
 
 
-@command(publish)
+def _upload_options(
+    license: Annotated[
+        str | None, typer.Option("--license", help="Licence for the card, such as mit.")
+    ] = None,
+    tags: Annotated[
+        list[str] | None, typer.Option("--tag", help="A tag for the card. You can give several.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a new repository private.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace files of the same name.")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Upload nothing; list the files that would be uploaded."),
+    ] = False,
+) -> None:
+    """Show typer the options of every command that uploads."""
+
+
+@command(publish, _upload_options)
 def sae(
     folder: Annotated[
         Path, typer.Argument(help="The folder that SAELens's save_inference_model wrote.")
@@ -72,17 +77,13 @@ def sae(
         bool,
         typer.Option("--take-any-norm", help="Make it scale its inputs to unit norm itself."),
     ] = False,
-    license: _License = None,
     base_model: Annotated[
         str | None, typer.Option(help="The encoder's repository on the Hub, for the card.")
     ] = None,
     dataset: Annotated[
         str | None, typer.Option(help="The images' repository on the Hub, for the card.")
     ] = None,
-    tag: _Tag = None,
-    private: _Private = False,
-    overwrite: _Overwrite = False,
-    dry_run: _DryRun = False,
+    **upload: Any,
 ) -> Output:
     """Publish an SAE. With --features, measure it, and publish its numbers and curves too."""
     from monoloss_plugin.features import FeatureSet
@@ -104,18 +105,14 @@ def sae(
         features=opened,
         unit_norm=False if raw else None,
         take_any_norm=take_any_norm,
-        license=license,
         base_model=base_model,
         dataset=dataset,
-        tags=tag or (),
-        private=private,
-        overwrite=overwrite,
-        dry_run=dry_run,
+        **{**upload, "tags": upload["tags"] or ()},
     )
     return _output(done, f"SAE.from_pretrained({done.repo_id!r}, {done.name!r})")
 
 
-@command(publish)
+@command(publish, _upload_options)
 def features(
     folder: Annotated[Path, typer.Argument(help="A folder that monoloss extract wrote.")],
     repository: _Repository,
@@ -126,14 +123,10 @@ def features(
     config: Annotated[
         str, typer.Option(help="A name that tells the features of several encoders apart.")
     ] = "default",
-    license: _License = None,
     source_dataset: Annotated[
         str | None, typer.Option(help="The images' repository on the Hub, for the card.")
     ] = None,
-    tag: _Tag = None,
-    private: _Private = False,
-    overwrite: _Overwrite = False,
-    dry_run: _DryRun = False,
+    **upload: Any,
 ) -> Output:
     """Publish features as a dataset of Parquet files."""
     from monoloss_plugin.hub import publish_features
@@ -143,12 +136,8 @@ def features(
         repository,
         split=split,
         config=config,
-        license=license,
         source_dataset=source_dataset,
-        tags=tag or (),
-        private=private,
-        overwrite=overwrite,
-        dry_run=dry_run,
+        **{**upload, "tags": upload["tags"] or ()},
     )
     return _output(
         done, f"datasets.load_dataset({done.repo_id!r}, {config!r}, split={done.name!r})"
@@ -160,7 +149,7 @@ def pretrained(
         str,
         typer.Argument(help="USER/NAME on the Hub, digits (bundled), or a folder such as ./saes."),
     ],
-    revision: _Revision = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
 ) -> Output:
     """List the SAEs of a repository."""
     from monoloss_plugin.hub import list_pretrained
@@ -202,8 +191,7 @@ def convert(
     features: Annotated[
         Path | None,
         typer.Option(
-            help=f"For a BatchTopK SAE of monoloss: features. {_BATCHES} batches of them set its "
-            "threshold."
+            help="For a BatchTopK SAE of monoloss: features. 32 batches of them set its threshold."
         ),
     ] = None,
     dict_class: Annotated[
@@ -216,12 +204,13 @@ def convert(
 ) -> Output:
     """Convert another library's SAE to SAELens's format, to load or publish it."""
     from monoloss_plugin import convert as converters
+    from monoloss_plugin.features import FeatureSet
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"out: {out} is there already; give a new folder")
     if library == "monoloss":
-        batches = None if features is None else _batches(features)
-        converted = converters.from_monoloss(source, features=batches)
+        opened = None if features is None else FeatureSet.open(features)
+        converted = converters.from_monoloss(source, features=opened)
     elif library == "dictionary-learning":
         converted = converters.from_dictionary_learning(source, dict_class=dict_class)
     else:
@@ -237,14 +226,6 @@ def convert(
         "d_sae": cfg.d_sae,
     }
     return Output(content, [f"{cfg.architecture()}, {cfg.d_in} to {cfg.d_sae} latents: {out}"])
-
-
-def _batches(folder: Path) -> Any:
-    from monoloss_plugin.features import FeatureBatches, FeatureSet
-
-    features = FeatureSet.open(folder)
-    batches = FeatureBatches(features, batch_size=min(2048, len(features)))
-    return islice(batches, _BATCHES)
 
 
 def _measured(folder: Path, features: FeatureSet, raw: bool) -> Evaluation:

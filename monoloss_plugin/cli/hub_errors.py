@@ -1,4 +1,4 @@
-"""What the Hub's errors mean to a user of the command line."""
+"""Explain the Hub's errors to a user of the command line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 def explain(error: BaseException) -> str | None:
-    """Say in one line what to do about an error of the Hub's client; None for another error."""
+    """Return one line that says what to do about an error of the Hub's client; else None."""
     if type(error) is RuntimeError and error.__cause__ is not None:
         error = error.__cause__  # the client says "Error while uploading" and gives the reason
     if type(error).__module__.partition(".")[0] not in _HTTP_LIBRARIES:

@@ -31,10 +31,14 @@ _READABLE = (ModuleNotFoundError, OSError, ValueError)
 _BETWEEN_LINES = 30.0
 """Seconds between two lines of a progress bar if stderr is no terminal."""
 
-_Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-_Json = Annotated[
-    bool, typer.Option("--json", help="Print the result as one JSON object, and nothing else.")
-]
+
+def _options_of_every_command(
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as one JSON object, and nothing else.")
+    ] = False,
+) -> None:
+    """Show typer the options of every command."""
 
 
 class Output(NamedTuple):
@@ -69,8 +73,15 @@ def one_of(*allowed: str) -> Callable[[str | None], str | None]:
     return check
 
 
-def command(app: typer.Typer) -> Callable[[Callable[..., Output]], Callable[..., None]]:
-    """Make a function that returns its output a command, with ``--quiet`` and ``--json``."""
+def command(
+    app: typer.Typer, shared: Callable[..., None] | None = None
+) -> Callable[[Callable[..., Output]], Callable[..., None]]:
+    """Make a function that returns its output a command, with ``--quiet`` and ``--json``.
+
+    Args:
+        app: the group of commands.
+        shared: a function that has more options as its parameters; the command gets them by name.
+    """
 
     def register(function: Callable[..., Output]) -> Callable[..., None]:
         @functools.wraps(function)
@@ -85,15 +96,14 @@ def command(app: typer.Typer) -> Callable[[Callable[..., Output]], Callable[...,
                 if output.failure:
                     _end(output.failure, FAILED)
 
-        signature = inspect.signature(function, eval_str=True)
-        given = [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values()]
-        for name, kind in (("quiet", _Quiet), ("as_json", _Json)):
-            given.append(
-                inspect.Parameter(
-                    name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind
-                )
-            )
-        run.__signature__ = signature.replace(parameters=given)  # type: ignore[attr-defined]
+        given = [
+            parameter.replace(kind=parameter.KEYWORD_ONLY)
+            for one in (function, shared, _options_of_every_command)
+            if one is not None
+            for parameter in inspect.signature(one, eval_str=True).parameters.values()
+            if parameter.kind is not parameter.VAR_KEYWORD
+        ]
+        run.__signature__ = inspect.Signature(given)  # type: ignore[attr-defined]
         run.__annotations__ = {one.name: one.annotation for one in given}
         app.command()(run)
         return run

@@ -1,4 +1,4 @@
-"""Read checkpoints that other libraries wrote with ``torch.save``."""
+"""Read checkpoints that other libraries wrote with ``torch.save``, and build SAELens SAEs."""
 
 from __future__ import annotations
 
@@ -11,19 +11,24 @@ import torch
 from torch import Tensor
 
 from monoloss_plugin._checks import require_finite, visible
+from monoloss_plugin._optional import missing_extra
 from monoloss_plugin._places import require_file
+
+try:
+    from sae_lens import SAE
+    from sae_lens.registry import get_sae_class
+except ModuleNotFoundError as error:
+    raise missing_extra(error, "sae-lens") from error
 
 _REFUSED_CLASS = re.compile(r"GLOBAL (\S+)")
 """How torch's error names the class that it refuses to unpickle."""
 
+SAE_LENS = {name: name for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+"""The names of a state dict that has SAELens's own."""
+
 
 def read_checkpoint(path: Path) -> Any:
-    """Read tensors and plain values. Nothing that could run code is unpickled.
-
-    Raises:
-        FileNotFoundError, IsADirectoryError: there is no such file.
-        ValueError: the file is not a checkpoint, or holds objects of other classes.
-    """
+    """Read tensors and plain values. Nothing that could run code is unpickled."""
     require_file(path, "source")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -37,12 +42,86 @@ def read_checkpoint(path: Path) -> Any:
         ) from error
 
 
-def read_count(value: Any, name: str, most: int) -> int:
-    """Return a whole number from 1 to ``most``, stored as an int, a float or a tensor of one.
+def read_tensors(
+    state: Any, names: Mapping[str, str | tuple[str, ...]], ignored: str = ""
+) -> dict[str, Tensor]:
+    """Return the tensors of a state dict as float32, by SAELens's names.
 
-    Raises:
-        ValueError: the value is something else.
+    Args:
+        state: the state dict.
+        names: for each of SAELens's names, the name in the state dict; or several names, of which
+            the first that it has is read. ``.T`` after a name says that the matrix is stored
+            transposed.
+        ignored: a pattern of the names that the forward pass does not use. Any other tensor that
+            is left over means that this is another format.
     """
+    if not isinstance(state, Mapping) or not state:
+        raise ValueError(f"source: expected a state dict, got {type(state).__name__}")
+    tensors: dict[str, Tensor] = {}
+    unread = {str(key) for key in state}
+    for name, given in names.items():
+        options = (given,) if isinstance(given, str) else given
+        chosen = next((one for one in options if one.removesuffix(".T") in state), options[0])
+        key = chosen.removesuffix(".T")
+        if key not in state:
+            raise ValueError(f"source: no {key} in it; it has {_listed(unread)}")
+        tensor = state[key]
+        if not isinstance(tensor, Tensor) or tensor.is_complex():
+            got = getattr(tensor, "dtype", type(tensor).__name__)
+            raise ValueError(f"source: expected a tensor of numbers as {key}, got {got}")
+        tensor = tensor.detach().float()
+        tensors[name] = tensor.mT if chosen != key and tensor.ndim == 2 else tensor
+        unread.discard(key)
+    w_enc, w_dec = tensors["W_enc"], tensors["W_dec"]
+    if w_enc.ndim != 2 or not w_enc.numel() or w_dec.shape != w_enc.mT.shape:
+        raise ValueError(
+            "source: expected an encoder (d_in, d_sae) and a decoder (d_sae, d_in), got "
+            f"{tuple(w_enc.shape)} and {tuple(w_dec.shape)}"
+        )
+    unread = {key for key in unread if not re.fullmatch(ignored, key)}
+    if unread:
+        raise ValueError(f"source: {_listed(unread)}: tensors that this format does not have")
+    return tensors
+
+
+def build_sae(
+    architecture: str,
+    tensors: dict[str, Tensor],
+    *,
+    converted_from: str,
+    terms: dict[str, Any] | None = None,
+    **settings: Any,
+) -> SAE[Any]:
+    """Return a SAELens SAE for inference.
+
+    Args:
+        architecture: ``standard``, ``topk``, ``jumprelu`` or ``gated``.
+        tensors: by SAELens's names, such as ``W_enc`` (d_in, d_sae) and ``W_dec`` (d_sae, d_in).
+            ``threshold`` may be one number for all latents.
+        converted_from: the library that they come from, for the SAE's metadata.
+        terms: the loss terms that the SAE was trained with, for its metadata.
+        settings: more settings of the architecture, such as ``k``.
+    """
+    for name, tensor in tensors.items():
+        require_finite(tensor, f"source: {name}")
+    d_sae, d_in = tensors["W_dec"].shape
+    sae_class, config_class = get_sae_class(architecture)
+    config = config_class(d_in=d_in, d_sae=d_sae, device="meta", **settings)
+    config.metadata["monoloss"] = {"converted_from": converted_from, "terms": terms or {}}
+    sae: SAE[Any] = sae_class(config)
+    sae.cfg.device = "cpu"
+    if "threshold" in tensors and not tensors["threshold"].ndim:
+        tensors = {**tensors, "threshold": tensors["threshold"].expand(d_sae)}
+    own = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+    try:
+        sae.load_state_dict(own, strict=True, assign=True)
+    except RuntimeError as error:  # which lists what is missing or of another shape
+        raise ValueError(f"source: {error}") from None
+    return sae.to(torch.device("cpu")).eval()
+
+
+def read_count(value: Any, name: str, most: int) -> int:
+    """Return a whole number from 1 to ``most``, stored as an int, a float or a tensor of one."""
     given = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
     plain = isinstance(given, (int, float)) and not isinstance(given, bool)
     if not plain or given != given // 1 or not 1 <= given <= most:
@@ -50,83 +129,5 @@ def read_count(value: Any, name: str, most: int) -> int:
     return int(given)
 
 
-class Weights:
-    """A state dict from which each tensor is taken once, so that none is overlooked.
-
-    Args:
-        state: tensors by name.
-        name: the checkpoint's name, for errors.
-        ignored: the first letters of names that the forward pass does not use.
-
-    Raises:
-        ValueError: the state dict is empty or of another kind. From the methods: a tensor is
-            missing, not a finite tensor of numbers, or of another shape.
-    """
-
-    def __init__(self, state: Any, name: str, ignored: tuple[str, ...] = ()) -> None:
-        if not isinstance(state, Mapping) or not state:
-            raise ValueError(f"{name}: expected a state dict, got {type(state).__name__}")
-        self._left = {k: v for k, v in state.items() if not str(k).startswith(ignored or ("\0",))}
-        self._name = name
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._left
-
-    def take(self, key: str, *, shape: tuple[int, ...] | None = None) -> Tensor:
-        """Return a tensor as float32."""
-        if key not in self._left:
-            raise ValueError(f"{self._name}: no {key} in it; it has {self._names_left()}")
-        tensor = self._left.pop(key)
-        if not isinstance(tensor, Tensor) or tensor.is_complex():
-            got = getattr(tensor, "dtype", type(tensor).__name__)
-            raise ValueError(f"{self._name}: expected a tensor of numbers as {key}, got {got}")
-        if shape is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{self._name}: {key} is {tuple(tensor.shape)}, expected {shape}")
-        values = tensor.detach().float()
-        require_finite(values, f"{self._name}: {key}")
-        return values
-
-    def take_number(self, key: str) -> float:
-        """Return a number, stored as it is or as a tensor."""
-        if isinstance(self._left.get(key), (int, float)):
-            return float(self._left.pop(key))
-        return float(self.take(key, shape=()))
-
-    def take_matrix(self, key: str) -> Tensor:
-        """Return a tensor of two dimensions as float32."""
-        tensor = self.take(key)
-        if tensor.ndim != 2 or not tensor.numel():
-            raise ValueError(f"{self._name}: {key} is {tuple(tensor.shape)}, expected a matrix")
-        return tensor
-
-    def take_vectors(self, w_dec: Tensor, **names: str) -> dict[str, Tensor]:
-        """Return vectors by SAELens's names, given the decoder (d_sae, d_in) and their own names.
-
-        Of SAELens's vectors ``b_dec`` has d_in entries, and every other has d_sae.
-        """
-        d_sae, d_in = w_dec.shape
-        return {
-            sae_lens: self.take(own, shape=(d_in if sae_lens == "b_dec" else d_sae,))
-            for sae_lens, own in names.items()
-        }
-
-    def take_sae_lens(self) -> dict[str, Tensor]:
-        """Return the tensors of a state dict that has SAELens's own names and shapes."""
-        encoder = self.take_matrix("W_enc")
-        decoder = self.take("W_dec", shape=tuple(encoder.T.shape))
-        vectors = self.take_vectors(decoder, b_enc="b_enc", b_dec="b_dec")
-        return {"W_enc": encoder, "W_dec": decoder, **vectors}
-
-    def drop(self, *keys: str) -> None:
-        """Leave out what the forward pass does not need, if it is there."""
-        for key in keys:
-            self._left.pop(key, None)
-
-    def finish(self) -> None:
-        """Raise ValueError if tensors are left over: this is another format."""
-        if self._left:
-            left = self._names_left()
-            raise ValueError(f"{self._name}: {left}: tensors that this format does not have")
-
-    def _names_left(self) -> str:
-        return visible(", ".join(sorted(map(str, self._left))[:12]))
+def _listed(keys: set[str]) -> str:
+    return visible(", ".join(sorted(keys)[:12]))

@@ -4,22 +4,53 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-import torch
-from torch import Tensor
 
 from monoloss_plugin._checks import require_text
 from monoloss_plugin._places import as_path
-from monoloss_plugin.convert.building import build_sae
-from monoloss_plugin.convert.checkpoint import Weights, read_checkpoint, read_count
+from monoloss_plugin.convert.checkpoint import (
+    SAE_LENS,
+    build_sae,
+    read_checkpoint,
+    read_count,
+    read_tensors,
+)
 
 if TYPE_CHECKING:
     from sae_lens import SAE
 
 _WEIGHTS, _CONFIG = "ae.pt", "config.json"
+
+
+class _Format(NamedTuple):
+    """How one of the library's classes stores its tensors, and what it is in SAELens."""
+
+    architecture: str
+    names: dict[str, str]
+    """For each of SAELens's names, the library's; see :func:`read_tensors`."""
+    settings: Mapping[str, Any] = MappingProxyType({})
+    ignored: str = ""
+
+
+_LINEAR = {"W_enc": "encoder.weight.T", "W_dec": "decoder.weight.T"}
+_TOPK = {**_LINEAR, "b_enc": "encoder.bias", "b_dec": "b_dec"}
+_GATES = {"b_gate": "gate_bias", "b_mag": "mag_bias", "r_mag": "r_mag"}
+_THRESHOLD = {"threshold": "threshold"}
+_RAW_INPUT = {"apply_b_dec_to_input": False}
+
+_FORMATS = {
+    "AutoEncoder": _Format("standard", {**_TOPK, "b_dec": "bias"}),
+    "AutoEncoderNew": _Format("standard", {**_TOPK, "b_dec": "decoder.bias"}, _RAW_INPUT),
+    "GatedAutoEncoder": _Format("gated", {**_LINEAR, **_GATES, "b_dec": "decoder_bias"}),
+    # The default encode ignores the threshold, and older checkpoints lack it.
+    "AutoEncoderTopK": _Format("topk", _TOPK, ignored="k|threshold"),
+    "BatchTopKSAE": _Format("jumprelu", _TOPK | _THRESHOLD, ignored="k"),
+    "MatryoshkaBatchTopKSAE": _Format("jumprelu", SAE_LENS | _THRESHOLD, ignored="k|group_sizes"),
+    "JumpReluAutoEncoder": _Format("jumprelu", SAE_LENS | _THRESHOLD, _RAW_INPUT),
+}
 
 
 def from_dictionary_learning(
@@ -49,23 +80,18 @@ def from_dictionary_learning(
     name = dict_class or config.get("dict_class")
     if name is None:
         raise ValueError(f"source: no {_CONFIG} beside it says trainer.dict_class; give dict_class")
-    if name not in _CLASSES:
-        raise ValueError(f"dict_class: expected one of {', '.join(_CLASSES)}, got {name!r}")
-    weights = Weights(read_checkpoint(path), path.name)
-    architecture, tensors, settings = _CLASSES[name](weights)
-    weights.finish()
+    if name not in _FORMATS:
+        raise ValueError(f"dict_class: expected one of {', '.join(_FORMATS)}, got {name!r}")
+    architecture, names, settings, ignored = _FORMATS[name]
+    state = read_checkpoint(path)
+    tensors = read_tensors(state, names, ignored)
     if architecture == "topk":
-        k = settings.get("k", config.get("k"))
-        settings["k"] = read_count(k, "k", len(tensors["W_dec"]))
-    return build_sae(architecture, tensors, converted_from="dictionary_learning", **settings)
-
-
-class _Parts(NamedTuple):
-    """A dictionary in SAELens's terms."""
-
-    architecture: str
-    tensors: dict[str, Tensor]
-    settings: dict[str, Any]
+        k = read_count(state.get("k", config.get("k")), "k", len(tensors["W_dec"]))
+        settings = {**settings, "k": k}
+    sae = build_sae(architecture, tensors, converted_from="dictionary_learning", **settings)
+    if name == "AutoEncoder":  # the library does this when it loads this class
+        sae.fold_W_dec_norm()
+    return sae
 
 
 def _trainer_config(path: Path) -> dict[str, Any]:
@@ -79,67 +105,3 @@ def _trainer_config(path: Path) -> dict[str, Any]:
     if not isinstance(trainer, dict):
         raise ValueError(f"source: {path.name} says nothing of a trainer")
     return trainer
-
-
-def _linear(weights: Weights, **vectors: str) -> dict[str, Tensor]:
-    encoder = weights.take_matrix("encoder.weight")
-    decoder = weights.take("decoder.weight", shape=tuple(encoder.T.shape)).T
-    return {"W_enc": encoder.T, "W_dec": decoder, **weights.take_vectors(decoder, **vectors)}
-
-
-def _standard(weights: Weights) -> _Parts:
-    tensors = _linear(weights, b_enc="encoder.bias", b_dec="bias")
-    # When the library loads this class, it scales the decoder's rows to norm 1, and the latents up.
-    norms = tensors["W_dec"].norm(dim=1)
-    if not torch.allclose(norms, torch.ones_like(norms)):
-        tensors["W_dec"] = tensors["W_dec"] / norms[:, None]
-        tensors["W_enc"] = tensors["W_enc"] * norms
-        tensors["b_enc"] = tensors["b_enc"] * norms
-    return _Parts("standard", tensors, {})
-
-
-def _standard_of_april(weights: Weights) -> _Parts:
-    tensors = _linear(weights, b_enc="encoder.bias", b_dec="decoder.bias")
-    return _Parts("standard", tensors, {"apply_b_dec_to_input": False})
-
-
-def _gated(weights: Weights) -> _Parts:
-    vectors = {"b_gate": "gate_bias", "b_mag": "mag_bias", "r_mag": "r_mag"}
-    return _Parts("gated", _linear(weights, b_dec="decoder_bias", **vectors), {})
-
-
-def _topk(weights: Weights) -> _Parts:
-    weights.drop("threshold")  # the default encode ignores it; older checkpoints lack it
-    stored = {"k": weights.take_number("k")} if "k" in weights else {}
-    return _Parts("topk", _linear(weights, b_enc="encoder.bias", b_dec="b_dec"), stored)
-
-
-def _batchtopk(weights: Weights) -> _Parts:
-    weights.drop("k")
-    tensors = _linear(weights, b_enc="encoder.bias", b_dec="b_dec")
-    tensors["threshold"] = weights.take("threshold", shape=())
-    return _Parts("jumprelu", tensors, {})
-
-
-def _matryoshka(weights: Weights) -> _Parts:
-    weights.drop("k", "group_sizes")
-    tensors = weights.take_sae_lens()
-    tensors["threshold"] = weights.take("threshold", shape=())
-    return _Parts("jumprelu", tensors, {})
-
-
-def _jumprelu(weights: Weights) -> _Parts:
-    tensors = weights.take_sae_lens()
-    tensors |= weights.take_vectors(tensors["W_dec"], threshold="threshold")
-    return _Parts("jumprelu", tensors, {"apply_b_dec_to_input": False})
-
-
-_CLASSES: dict[str, Callable[[Weights], _Parts]] = {
-    "AutoEncoder": _standard,
-    "AutoEncoderNew": _standard_of_april,
-    "GatedAutoEncoder": _gated,
-    "AutoEncoderTopK": _topk,
-    "BatchTopKSAE": _batchtopk,
-    "MatryoshkaBatchTopKSAE": _matryoshka,
-    "JumpReluAutoEncoder": _jumprelu,
-}

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,22 +19,43 @@ from torch import Tensor
 from monoloss_plugin._checks import as_rows
 from monoloss_plugin._places import as_path
 from monoloss_plugin.batch import Batch
-from monoloss_plugin.convert.building import build_sae
-from monoloss_plugin.convert.checkpoint import Weights, read_checkpoint, read_count
+from monoloss_plugin.convert.checkpoint import (
+    SAE_LENS,
+    build_sae,
+    read_checkpoint,
+    read_count,
+    read_tensors,
+)
 
 if TYPE_CHECKING:
     from sae_lens import SAE
 
-_KINDS = ("batchtopk", "topk", "jumprelu", "vanilla")
-_COUNTERS = ("num_batches_not_active", "stats_", "latents_", "activation")
-"""How names begin that the forward pass does not use, such as counters of dead latents."""
+    from monoloss_plugin.features import FeatureSet
+
+_TOPK = {
+    "W_enc": "encoder.weight.T",
+    # An encoder that the decoder is tied to is stored once, or twice.
+    "W_dec": ("decoder.weight.T", "decoder.linear.weight", "encoder.weight"),
+    "b_enc": "latent_bias",
+    "b_dec": "pre_bias",
+}
+_NAMES: dict[str, dict[str, Any]] = {
+    "batchtopk": SAE_LENS,
+    "topk": _TOPK,
+    "jumprelu": SAE_LENS | {"threshold": "jumprelu.log_threshold"},
+    "vanilla": SAE_LENS,
+}
+"""For each kind and each of SAELens's names, the name in the checkpoint."""
+_COUNTERS = "(num_batches_not_active|stats_|latents_|activation).*"
+"""What the forward pass does not use, such as counters of dead latents."""
 _BATCH = 2048
 """The paper's batch size. BatchTopK selects among the activations of one batch."""
+_MOST_BATCHES = 32
+
+Features: TypeAlias = "Tensor | Iterable[Batch] | FeatureSet"
 
 
-def from_monoloss(
-    source: str | os.PathLike[str], *, features: Tensor | Iterable[Batch] | None = None
-) -> SAE[Any]:
+def from_monoloss(source: str | os.PathLike[str], *, features: Features | None = None) -> SAE[Any]:
     """Convert a checkpoint of the MonoLoss authors.
 
     A BatchTopK checkpoint keeps the largest ``topk_k`` times B activations of each batch, and
@@ -42,8 +65,9 @@ def from_monoloss(
 
     Args:
         source: a file with ``model_state_dict`` and ``config``.
-        features: for BatchTopK, which needs them: (N, d_in) like those that the SAE was trained on,
-            or batches of them. A tensor is taken in batches of 2,048, the paper's.
+        features: for BatchTopK, which needs them: features like those that the SAE was trained on.
+            A tensor (N, d_in), which is taken in batches of 2,048, the paper's; or batches; or a
+            feature set, of which 32 such batches are taken, scaled to unit norm.
 
     Returns:
         An SAE with the checkpoint's latents and reconstruction.
@@ -61,56 +85,40 @@ def from_monoloss(
     config = checkpoint["config"]
     if not isinstance(config, Mapping):
         raise ValueError(f"source: expected a dict as config, got {type(config).__name__}")
-    kind = str(config.get("model_type")).lower().replace("_", "").replace("-", "")
-    kind = kind.removesuffix("sae")
+    kind = re.sub("[_-]|sae$", "", str(config.get("model_type")).lower())
     kind = "vanilla" if kind == "relu" else kind
-    if kind not in _KINDS:
-        raise ValueError(f"source: expected a model_type of {', '.join(_KINDS)}, got {kind!r}")
-    weights = Weights(checkpoint["model_state_dict"], "source", ignored=_COUNTERS)
+    if kind not in _NAMES:
+        raise ValueError(f"source: expected a model_type of {', '.join(_NAMES)}, got {kind!r}")
+    tensors = read_tensors(checkpoint["model_state_dict"], _NAMES[kind], _COUNTERS)
     settings: dict[str, Any] = {
         "converted_from": "the MonoLoss authors' code",
         "terms": _terms(config, kind),
         # Each sample gets zero mean and unit deviation over its dimensions; decoding undoes it.
         "normalize_activations": "layer_norm" if _is_true(config.get("normalize")) else "none",
     }
-    tensors = _topk(weights) if kind == "topk" else weights.take_sae_lens()
     if kind == "jumprelu":
-        tensors["threshold"] = weights.take("jumprelu.log_threshold").exp()
+        tensors["threshold"] = tensors["threshold"].exp()
         # The only one of the four that does not subtract the decoder's bias from its input.
         settings["apply_b_dec_to_input"] = False
-    weights.finish()
     latents, said = len(tensors["W_dec"]), config.get("n_latents")
     if said is not None and said != latents:
         raise ValueError(f"source: its config says n_latents = {said}, its weights have {latents}")
+    k = read_count(config.get("topk_k"), "topk_k", latents) if "topk" in kind else 0
     if kind == "topk":
-        settings["k"] = read_count(config.get("topk_k"), "topk_k", latents)
+        settings["k"] = k
     if kind == "batchtopk":
         if features is None:
             raise ValueError(
                 "features: a BatchTopK checkpoint stores no threshold; give features such as it "
                 "was trained on, to set one from"
             )
-        k = read_count(config.get("topk_k"), "topk_k", latents)
-        threshold = _threshold(build_sae("standard", tensors, **settings), k, features)
-        tensors["threshold"] = torch.tensor(threshold, dtype=torch.float32)
+        tensors["threshold"] = _threshold(build_sae("standard", tensors, **settings), k, features)
     architecture = {"batchtopk": "jumprelu", "vanilla": "standard"}.get(kind, kind)
     return build_sae(architecture, tensors, **settings)
 
 
-def _topk(weights: Weights) -> dict[str, Tensor]:
-    encoder = weights.take_matrix("encoder.weight")
-    if "decoder.weight" in weights:
-        decoder = weights.take("decoder.weight", shape=tuple(encoder.T.shape)).T
-    elif "decoder.linear.weight" in weights:  # the tied decoder's, which is the encoder's too
-        decoder = weights.take("decoder.linear.weight", shape=tuple(encoder.shape))
-    else:
-        decoder = encoder
-    vectors = weights.take_vectors(decoder, b_enc="latent_bias", b_dec="pre_bias")
-    return {"W_enc": encoder.T, "W_dec": decoder, **vectors}
-
-
 def _is_true(setting: Any) -> bool:
-    """Read a switch, which a command line may have left as a word."""
+    """Return whether a setting is on; a command line may have stored it as a word."""
     return setting.lower() in ("true", "yes", "1") if isinstance(setting, str) else bool(setting)
 
 
@@ -131,8 +139,8 @@ def _terms(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _threshold(sae: SAE[Any], k: int, features: Tensor | Iterable[Batch]) -> float:
-    """Return what separates the activations that a batch keeps from the others, on average."""
+def _threshold(sae: SAE[Any], k: int, features: Features) -> Tensor:
+    """Return the threshold between kept and dropped activations, averaged over batches."""
     between = []
     for batch in _batches(features):
         if batch.shape[1] != sae.cfg.d_in:
@@ -146,13 +154,20 @@ def _threshold(sae: SAE[Any], k: int, features: Tensor | Iterable[Batch]) -> flo
         between.append(middle if middle < last else first_left_out)
     if not between:
         raise ValueError("features: expected at least one sample, got none")
-    return sum(between) / len(between)
+    return torch.tensor(sum(between) / len(between), dtype=torch.float32)
 
 
-def _batches(features: Tensor | Iterable[Batch]) -> Iterator[Tensor]:
-    batches: Iterable[Any] = features
-    if isinstance(features, Tensor):
+def _batches(features: Features) -> Iterator[Tensor]:
+    from monoloss_plugin.features import FeatureBatches, FeatureSet
+
+    batches: Iterable[Any]
+    if isinstance(features, FeatureSet):
+        size = min(_BATCH, len(features))
+        batches = islice(FeatureBatches(features, batch_size=size), _MOST_BATCHES)
+    elif isinstance(features, Tensor):
         batches = as_rows(features, "features").split(_BATCH)
+    else:
+        batches = features
     for batch in batches:
         rows = as_rows(getattr(batch, "features", batch), "features").float()
         if len(rows):

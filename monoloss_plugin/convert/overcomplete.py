@@ -12,13 +12,19 @@ from torch import Tensor, nn
 
 from monoloss_plugin._checks import require_text
 from monoloss_plugin._places import as_path
-from monoloss_plugin.convert.building import build_sae
-from monoloss_plugin.convert.checkpoint import Weights, read_checkpoint, read_count
+from monoloss_plugin.convert.checkpoint import build_sae, read_checkpoint, read_count, read_tensors
 
 if TYPE_CHECKING:
     from sae_lens import SAE
 
 _KINDS = ("BatchTopKSAE", "TopKSAE", "JumpSAE", "SAE")
+_NAMES = {
+    "W_enc": "encoder.final_block.0.weight.T",
+    "W_dec": "dictionary._weights",
+    "b_enc": "encoder.final_block.0.bias",
+    "multiplier": "dictionary.multiplier",
+}
+"""For each of SAELens's names, and the dictionary's multiplier, the name in a state dict."""
 _UNSUPPORTED = ("QSAE", "MpSAE", "OMPSAE")
 
 
@@ -58,11 +64,21 @@ def from_overcomplete(
         frozen: Any = copy.deepcopy(source).cpu().eval()
         tensors = _read_module(frozen, kind)
         top_k = getattr(frozen, "top_k", None)
+        threshold = getattr(frozen, "running_threshold", None)
     else:
         require_text(sae_class, "sae_class")
         path = as_path(source, "source", "an SAE of overcomplete or a file")
         kind = _kind([sae_class or "none given"])
-        tensors = _read_state(path, kind, threshold)
+        tensors = _read_state(path, kind)
+    if kind == "JumpSAE":
+        tensors["threshold"] = tensors["threshold"].exp()
+    elif kind == "BatchTopKSAE":
+        if threshold is None:
+            raise ValueError(
+                "threshold: a BatchTopKSAE needs the module's running_threshold. A state dict does "
+                "not keep it, and a module has one only after it ran on training data"
+            )
+        tensors["threshold"] = torch.as_tensor(threshold).detach().float().cpu()
     tensors["b_dec"] = torch.zeros(tensors["W_dec"].shape[1])
     if kind == "TopKSAE":
         k = read_count(top_k, "top_k", len(tensors["W_dec"]))
@@ -95,37 +111,17 @@ def _read_module(frozen: Any, kind: str) -> dict[str, Tensor]:
     weight, bias = _read_encoder(frozen.encoder, dictionary)
     tensors = {"W_enc": weight.T, "W_dec": dictionary, "b_enc": bias}
     if kind == "JumpSAE":
-        tensors["threshold"] = frozen.thresholds.detach().float().exp()
-    elif kind == "BatchTopKSAE":
-        if frozen.running_threshold is None:
-            raise ValueError(
-                "source: this BatchTopKSAE has no running_threshold yet; run it on training data"
-            )
-        running = torch.as_tensor(frozen.running_threshold)
-        tensors["threshold"] = running.detach().float().cpu()
+        tensors["threshold"] = frozen.thresholds.detach().float()
     return tensors
 
 
-def _read_state(path: Path, kind: str, threshold: float | None) -> dict[str, Tensor]:
+def _read_state(path: Path, kind: str) -> dict[str, Tensor]:
     """Return a state dict's tensors by SAELens's names."""
-    weights = Weights(read_checkpoint(path), path.name)
-    dictionary = weights.take_matrix("dictionary._weights")
+    names = _NAMES | ({"threshold": "thresholds"} if kind == "JumpSAE" else {})
+    tensors = read_tensors(read_checkpoint(path), names)
+    dictionary = tensors["W_dec"]
     dictionary = dictionary / (dictionary.norm(dim=1, keepdim=True) + 1e-8)
-    dictionary = dictionary * weights.take("dictionary.multiplier", shape=()).exp()
-    encoder = weights.take("encoder.final_block.0.weight", shape=tuple(dictionary.shape))
-    tensors = {"W_enc": encoder.T, "W_dec": dictionary}
-    tensors |= weights.take_vectors(dictionary, b_enc="encoder.final_block.0.bias")
-    if kind == "JumpSAE":
-        logarithms = weights.take_vectors(dictionary, threshold="thresholds")
-        tensors["threshold"] = logarithms["threshold"].exp()
-    elif kind == "BatchTopKSAE":
-        if threshold is None:
-            raise ValueError(
-                "threshold: a BatchTopKSAE's state dict does not keep it; give the module's "
-                "running_threshold"
-            )
-        tensors["threshold"] = torch.tensor(threshold, dtype=torch.float32)
-    weights.finish()
+    tensors["W_dec"] = dictionary * tensors.pop("multiplier").exp()
     return tensors
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from monoloss_plugin.demo.digits import digit_features
-from monoloss_plugin.demo.saes import train_sae
+from monoloss_plugin.demo.run import train_sae
 from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.features import FeatureSet
 from monoloss_plugin.hub.features import DEFAULT, Split, write_features

@@ -5,6 +5,7 @@ The steps are those for any images: files in class folders, an encoder by its na
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ try:
     from PIL import Image
     from sklearn.datasets import load_digits
     from timm.models import save_for_hf
-    from torchvision.transforms.functional import pil_to_tensor
     from tqdm.auto import tqdm
 except ModuleNotFoundError as error:
     raise missing_extra(error, "demo") from error
@@ -36,6 +36,7 @@ _EPOCHS = 30
 _BATCH = 64
 _LEARNING_RATE = 2e-3
 _ENCODER: dict[str, Any] = {
+    "num_classes": 10,
     "img_size": 8,
     "patch_size": 2,
     "in_chans": 1,
@@ -43,6 +44,7 @@ _ENCODER: dict[str, Any] = {
     "depth": 3,
     "num_heads": 4,
 }
+_PREPROCESSING = {"input_size": (1, 8, 8), "mean": (0.0,), "std": (1.0,), "crop_pct": 1.0}
 
 
 @dataclass(frozen=True)
@@ -69,30 +71,33 @@ def digit_features(out: Path, seed: int = 0) -> DigitFeatures:
     """
     for earlier in ("images", "encoder", "features"):
         without(out / earlier)
-    for split, numbers in _split(seed).items():
-        _write_images(out / "images" / split, numbers)
-    train, held_out = (out / "images" / split for split in SPLITS)
-    encoder = _train_encoder(*_read_images(train), seed)
-    encoder.pretrained_cfg |= {  # type: ignore[operator]
-        "input_size": (1, 8, 8),
-        "mean": (0.0,),
-        "std": (1.0,),
-        "crop_pct": 1.0,
-    }
+    digits = load_digits()
+    grey = (digits.images * (255 / 16)).round().astype(np.uint8)
+    pixels, labels = torch.tensor(grey)[:, None] / 255, torch.tensor(digits.target)
+    files = _files(digits.target)
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
+    cut = int(_TRAIN_SHARE * len(files))
+    # Extraction takes files in the order of their names.
+    train, held_out = (sorted(part, key=files.__getitem__) for part in (order[:cut], order[cut:]))
+    for split, numbers in zip(SPLITS, (train, held_out), strict=True):
+        for number in numbers:
+            path = out / "images" / split / files[number]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(grey[number]).save(path)
+    encoder = _train_encoder(pixels[train], labels[train], seed)
     save_for_hf(encoder, str(out / "encoder"), model_args=_ENCODER)
     sets = []
     for split in SPLITS:
         folder = out / "features" / split
         extract(out / "images" / split, f"timm:local-dir:{out / 'encoder'}", folder, workers=0)
         sets.append(FeatureSet.open(folder))
-    pixels, labels = _read_images(held_out)
     with torch.no_grad():
-        accuracy = float((encoder(pixels).argmax(1) == labels).float().mean())
-    return DigitFeatures(sets[0], sets[1], pixels.squeeze(1), accuracy)
+        right = encoder(pixels[held_out]).argmax(1) == labels[held_out]
+    return DigitFeatures(sets[0], sets[1], pixels[held_out].squeeze(1), float(right.float().mean()))
 
 
 def digit_images(features: FeatureSet) -> Tensor:
-    """Find the images of the digits' features by their image_id.
+    """Return the images that the digits' features come from.
 
     Args:
         features: from ``load_features("digits", split)``, which are bundled, or from
@@ -102,51 +107,29 @@ def digit_images(features: FeatureSet) -> Tensor:
         (N, 8, 8) grey, in [0, 1], in the order of the features.
 
     Raises:
-        ValueError: the features have no image_id, or one that no digit has.
+        ValueError: the set has no image_id, or an image_id that no digit has.
     """
-    digits = load_digits()
-    files = {_file(label, number): number for number, label in enumerate(digits.target)}
     ids = features.ids_of(torch.arange(len(features)))
     if ids is None:
-        raise ValueError("features: they have no image_id to find the digits by")
-    for image_id in ids:
-        if image_id not in files:
-            raise ValueError(f"features: no digit has the image_id {image_id!r}")
-    numbers = [files[image_id] for image_id in ids]
-    return torch.tensor(digits.images[numbers] / 16, dtype=torch.float32)
-
-
-def _split(seed: int) -> dict[str, list[int]]:
-    count = len(load_digits().target)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    cut = int(_TRAIN_SHARE * count)
-    return {"train": order[:cut], "held-out": order[cut:]}
-
-
-def _file(label: int, number: int) -> str:
-    """Return a digit's image_id: its file, in the folder of its class."""
-    return f"{label}/{number:04d}.png"
-
-
-def _write_images(folder: Path, numbers: list[int]) -> None:
+        raise ValueError("features: the set has no image_id to find the digits by")
     digits = load_digits()
-    for number in numbers:
-        path = folder / _file(digits.target[number], number)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        grey = (digits.images[number] * (255 / 16)).round().astype(np.uint8)
-        Image.fromarray(grey).save(path)
+    numbers = {file: number for number, file in enumerate(_files(digits.target))}
+    if unknown := [image_id for image_id in ids if image_id not in numbers]:
+        raise ValueError(f"features: no digit has the image_id {unknown[0]!r}")
+    images = digits.images[[numbers[image_id] for image_id in ids]]
+    return torch.tensor(images / 16, dtype=torch.float32)
 
 
-def _read_images(folder: Path) -> tuple[Tensor, Tensor]:
-    """Return pixels (N, 1, 8, 8) in [0, 1] and labels (N,), in the order of extraction."""
-    paths = sorted(folder.rglob("*.png"), key=lambda path: path.relative_to(folder).as_posix())
-    pixels = torch.stack([pil_to_tensor(Image.open(path)) for path in paths]) / 255
-    return pixels, torch.tensor([int(path.parent.name) for path in paths])
+def _files(labels: Iterable[int]) -> list[str]:
+    """Return each digit's image_id: its file, in the folder of its class."""
+    return [f"{label}/{number:04d}.png" for number, label in enumerate(labels)]
 
 
 def _train_encoder(pixels: Tensor, labels: Tensor, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    encoder: nn.Module = timm.create_model("vit_tiny_patch16_224", num_classes=10, **_ENCODER)
+    encoder: nn.Module = timm.create_model(
+        "vit_tiny_patch16_224", pretrained_cfg_overlay=_PREPROCESSING, **_ENCODER
+    )
     steps = _EPOCHS * -(-len(pixels) // _BATCH)
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=_LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps)

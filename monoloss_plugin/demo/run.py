@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import statistics
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+import monoloss_plugin.adapters.sae_lens  # noqa: F401  # gives SAETrainer its add_loss
 from monoloss_plugin._places import require_folder, without
-from monoloss_plugin.demo.architectures import NUM_LATENTS
+from monoloss_plugin.demo.architectures import ARCHITECTURES, NUM_LATENTS
 from monoloss_plugin.demo.digits import DigitFeatures, digit_features
 from monoloss_plugin.demo.pictures import (
     BAND,
@@ -19,14 +21,21 @@ from monoloss_plugin.demo.pictures import (
     pairs_of_the_same_latent,
     pairs_of_the_same_rank,
 )
-from monoloss_plugin.demo.saes import train_sae
 from monoloss_plugin.embeddings import unit_rows
 from monoloss_plugin.evaluation import MEASURES as EVALUATED
 from monoloss_plugin.evaluation import Evaluation, evaluate
+from monoloss_plugin.features import FeatureBatches, FeatureSet
 from monoloss_plugin.losses import LossTerm
 from monoloss_plugin.report import activating_images_figure, curves_figure
 
-from sae_lens import SAE  # isort: skip  # after the adapter, whose error names the extra
+# After the adapter, whose import error names the extra to install.
+from sae_lens import SAE, SAETrainer  # isort: skip
+from sae_lens.config import LoggingConfig, SAETrainerConfig  # isort: skip
+from sae_lens.registry import get_sae_training_class  # isort: skip
+
+_STEPS = 1500
+_BATCH = 256
+_LEARNING_RATE = 1e-3
 
 RUNS = ("without", "with")
 
@@ -48,8 +57,6 @@ class DemoResult:
     encoder_accuracy: float
     summaries: dict[str, list[dict[str, float]]]
     """For "without" and "with", the measures of each seed."""
-    files: dict[str, Path] = field(default_factory=dict)
-    """The figures and results that were written."""
 
     def mean_and_spread(self, run: str, measure: str) -> tuple[float, float]:
         """Return the mean over seeds and its standard deviation (0 for one seed)."""
@@ -59,7 +66,7 @@ class DemoResult:
 
 def run_demo(
     architecture: str, terms: Sequence[LossTerm], seeds: Sequence[int], out: Path
-) -> DemoResult:
+) -> tuple[DemoResult, dict[str, Path]]:
     """Run the demo and write its SAEs, figures and results to a folder.
 
     Args:
@@ -67,6 +74,9 @@ def run_demo(
         terms: the loss terms of the "with" runs.
         seeds: train one pair of SAEs for each.
         out: the folder; it is made if it does not exist.
+
+    Returns:
+        What was measured, and the files of the figures and results, by name.
     """
     if out.exists():
         require_folder(out, "out")
@@ -83,18 +93,45 @@ def run_demo(
             evaluation = evaluate(SAE.load_from_disk(folder), data.held_out, progress=True)
             evaluations[run].append(evaluation)
             summaries[run].append({**evaluation.summary(), "seconds": seconds})
-    result = DemoResult(
-        architecture=architecture,
-        terms=[{"term": type(term).__name__, **asdict(term)} for term in terms],
-        seeds=list(seeds),
-        encoder_accuracy=data.accuracy,
-        summaries=summaries,
+    described = [{"term": type(term).__name__, **asdict(term)} for term in terms]
+    result = DemoResult(architecture, described, list(seeds), data.accuracy, summaries)
+    results = without(out / "results.json")
+    results.write_text(json.dumps(asdict(result), indent=2) + "\n")
+    files = {**_draw(result, data, evaluations, out), "results": results}
+    return result, files
+
+
+def train_sae(
+    features: FeatureSet, architecture: str, terms: Sequence[LossTerm], *, seed: int, folder: Path
+) -> float:
+    """Train an SAE, save it for inference, and return the seconds that training took.
+
+    The seed decides the weights and the order of batches, the same with and without terms.
+    """
+    torch.manual_seed(seed)
+    sae_class, config_class = get_sae_training_class(architecture)
+    sae = sae_class(
+        config_class(d_in=features.width, d_sae=NUM_LATENTS, **ARCHITECTURES[architecture])
     )
-    content = {name: value for name, value in asdict(result).items() if name != "files"}
-    _draw(result, data, evaluations, out)
-    result.files["results"] = without(out / "results.json")
-    result.files["results"].write_text(json.dumps(content, indent=2) + "\n")
-    return result
+    trainer = SAETrainer(
+        cfg=SAETrainerConfig(
+            total_training_samples=_STEPS * _BATCH,
+            train_batch_size_samples=_BATCH,
+            lr=_LEARNING_RATE,
+            lr_end=_LEARNING_RATE,
+            dead_feature_window=300,
+            logger=LoggingConfig(log_to_wandb=False),
+        ),
+        sae=sae,
+        data_provider=FeatureBatches(features, batch_size=_BATCH, seed=seed).tensors(),
+    )
+    for term in terms:
+        trainer.add_loss(term)
+    started = time.perf_counter()
+    trainer.fit()
+    seconds = time.perf_counter() - started
+    sae.save_inference_model(folder)
+    return seconds
 
 
 def sae_folder(out: Path, seed: int, run: str) -> Path:
@@ -104,8 +141,8 @@ def sae_folder(out: Path, seed: int, run: str) -> Path:
 
 def _draw(
     result: DemoResult, data: DigitFeatures, evaluations: dict[str, list[Evaluation]], out: Path
-) -> None:
-    """Write the figures, and note their files in the result."""
+) -> dict[str, Path]:
+    """Write the figures, and return their files."""
     name = " + ".join(str(term["name"]) for term in result.terms)
     curves = {f"{run} {name}": [e.monoscore.curve() for e in evaluations[run]] for run in RUNS}
     figures = {"curves": curves_figure(curves, title=f"{result.architecture} SAE, held-out digits")}
@@ -124,6 +161,7 @@ def _draw(
             figures[what] = activating_images_figure(
                 pairs, data.held_out_images, count=BAND, title=f"{name}: {title}"
             )
+    files = {what: without(out / f"{what.replace(' ', '_')}.png") for what in figures}
     for what, figure in figures.items():
-        result.files[what] = without(out / f"{what.replace(' ', '_')}.png")
-        figure.savefig(result.files[what], dpi=150)
+        figure.savefig(files[what], dpi=150)
+    return files

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from monoloss_plugin._checks import as_tensor
+from monoloss_plugin._checks import as_rows
 
 if TYPE_CHECKING:
     from monoloss_plugin.features import FeatureSet
@@ -77,7 +77,7 @@ class WithEmbeddings(Dataset[Any]):
         key: the embedding's key in samples that are dicts. To a tuple it is appended.
 
     Raises:
-        TypeError: the dataset is of another kind, or the embeddings are not floating-point.
+        TypeError: the dataset has the wrong type, or the embeddings are not floating-point.
         ValueError: the embeddings do not have one row for each sample.
 
     Examples:
@@ -98,12 +98,8 @@ class WithEmbeddings(Dataset[Any]):
             )
         if not isinstance(key, str) or not key:
             raise TypeError(f"key: expected a name, got {key!r}")
-        embeddings = as_tensor(embeddings, "embeddings")
-        if not embeddings.is_floating_point():
-            raise TypeError(
-                f"embeddings: expected floating-point numbers (N, d), got {embeddings.dtype}"
-            )
-        if embeddings.ndim != 2 or len(embeddings) != len(dataset):
+        embeddings = as_rows(embeddings, "embeddings")
+        if len(embeddings) != len(dataset):
             raise ValueError(
                 f"embeddings: expected ({len(dataset)}, d), one row for each sample, got "
                 f"{tuple(embeddings.shape)}"
@@ -146,13 +142,7 @@ class Column:
 class Frozen:
     """Calls an encoder without gradients. A module is put in eval mode and never trained.
 
-    Args:
-        encoder: maps its input to (B, d).
-        model: the model in training, which must not be the encoder too.
-        takes: finds the encoder's input in a batch; by default the encoder gets the batch itself.
-
-    Raises:
-        ValueError: encoder and model share parameters.
+    ``takes`` finds the encoder's input in a batch; by default the encoder gets the batch itself.
     """
 
     def __init__(

@@ -9,10 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from monoloss_plugin._checks import as_tensor
+from monoloss_plugin._checks import FLOATS, as_tensor
 from monoloss_plugin._ranks import gather_numbers
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def gather_rows(rows: Tensor) -> Tensor:
@@ -35,7 +33,7 @@ def gather_rows(rows: Tensor) -> Tensor:
     """
     rows = as_tensor(rows, "rows")
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    dtype = _DTYPES.index(rows.dtype) if rows.dtype in _DTYPES else -1
+    dtype = FLOATS.index(rows.dtype) if rows.dtype in FLOATS else -1
     trained = rows.requires_grad and torch.is_grad_enabled()
     own = [rows.shape[0] if rows.ndim else 0, rows.ndim, rows.shape[-1] if rows.ndim else 0]
     own += [dtype, int(trained)]
@@ -51,7 +49,7 @@ def gather_rows(rows: Tensor) -> Tensor:
 def _describe(every: list[list[int]]) -> str:
     return "; ".join(
         f"rank {rank}: {ndim} dimensions, width {width}, "
-        f"{_DTYPES[dtype] if dtype >= 0 else 'no floating-point numbers'}, "
+        f"{FLOATS[dtype] if dtype >= 0 else 'no floating-point numbers'}, "
         f"{'with' if trained else 'without'} gradients"
         for rank, (_, ndim, width, dtype, trained) in enumerate(every)
     )

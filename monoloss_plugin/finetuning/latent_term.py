@@ -29,12 +29,7 @@ class StepTerm(NamedTuple):
 
 @dataclass
 class LatentTerm(AttachedTerm):
-    """A loss term on the latents that a layer gives.
-
-    Raises:
-        TypeError: the term, the layer or an option is of another kind.
-        ValueError: the term needs something that a fine-tuned model does not have.
-    """
+    """A loss term on the latents that a layer gives."""
 
     latents: str | nn.Module | None = None
     """The layer or its path; by default the model's MonoLayer."""
@@ -79,11 +74,6 @@ class LatentTerm(AttachedTerm):
             embeddings: (B, d) of the same samples; they get no gradient.
             step: how many steps are done, for the warm-up; by default how many calls.
             steps: how many steps there will be, if the host knows.
-
-        Raises:
-            RuntimeError: there was no forward pass since the last call.
-            TypeError: the embeddings are not floating-point numbers.
-            ValueError: latents or embeddings do not fit, or the latents carry no gradient.
         """
         assert self.recorder is not None
         latents = self.recorder.take()

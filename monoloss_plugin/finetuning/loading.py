@@ -40,7 +40,7 @@ def load_with_mono_layer(
         The model, with the layer's options and all weights of the checkpoint.
 
     Raises:
-        TypeError: the model or the checkpoint is of another kind.
+        TypeError: the model or the checkpoint has the wrong type.
         ValueError: the checkpoint has no MonoLayer.
         RuntimeError: the weights do not fit the model.
 
@@ -86,9 +86,9 @@ def _from_pretrained(model: Any, checkpoint: Any, options: dict[str, Any]) -> An
     if hasattr(model, "from_config"):  # an Auto class, which chooses the class by the config
         from transformers import AutoConfig
 
-        of_hub = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder")
-        found = {name: options[name] for name in (*of_hub, "token") if name in options}
-        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False, **found)
+        config, _ = AutoConfig.from_pretrained(
+            checkpoint, return_unused_kwargs=True, **{**options, "trust_remote_code": False}
+        )
         with torch.device("meta"):
             plain = type(model.from_config(config, trust_remote_code=False))
 

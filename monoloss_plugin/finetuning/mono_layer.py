@@ -29,8 +29,8 @@ RECORD = "monoloss"
 class MonoLayer(nn.Module):
     """A linear layer, with an optional ReLU and an optional Top-k selection.
 
-    On a pretrained model's last features themselves, MonoLoss overfits to few images. So the paper
-    puts a linear layer before the head, and its outputs are the latents.
+    MonoLoss on a pretrained model's last features overfits to few images. So the paper puts a
+    linear layer before the head, and takes its outputs as the latents.
 
     Args:
         in_features: d, width of the features.
@@ -46,9 +46,9 @@ class MonoLayer(nn.Module):
     A state dict contains the layer's options, and does not load into a layer with other options.
 
     Raises:
-        TypeError: an option is of another kind.
-        ValueError: a size is below 1, the selection is unknown, or there is only one of selection
-            and ``k``.
+        TypeError: an option has the wrong type.
+        ValueError: a size is below 1, the selection is unknown, or you give only one of
+            ``selection`` and ``k``.
 
     Source: Nasiri-Sarvi et al. 2026, section 4.2.
     """
@@ -132,8 +132,8 @@ class MonoHead(nn.Linear):
     """A :class:`MonoLayer` and a classifier after it, in the place of the old classifier.
 
     It is still a linear layer, with ``weight`` and ``bias`` under their old names. The MonoLayer's
-    tensors are ``mono.*``. The input has the features' width and not ``in_features``, so LoRA does
-    not work on it; train it as a whole.
+    tensors are ``mono.*``. LoRA does not work on it, because its input is wider or narrower than
+    ``in_features`` says; train it as a whole.
     """
 
     def __init__(self, mono: MonoLayer, num_classes: int, bias: bool = True) -> None:
@@ -160,7 +160,7 @@ def insert_mono_layer(
     selection: Selection | None = None,
     k: int | None = None,
 ) -> MonoLayer:
-    """Put a MonoLayer before a model's classifier. At first the model computes what it did.
+    """Put a MonoLayer before a model's classifier. At first the model computes the same as before.
 
     The logits stay the same if the layer is wide enough. Without a ReLU it needs at least as many
     latents as there are classes; with one, twice as many. Widths from d to below 2 d with a ReLU
@@ -184,7 +184,7 @@ def insert_mono_layer(
     Raises:
         TypeError: the model is not a module, or the classifier is not a linear layer or has a
             MonoLayer already.
-        ValueError: there is no classifier, or an option is as :class:`MonoLayer` refuses it.
+        ValueError: there is no classifier, or :class:`MonoLayer` refuses an option.
 
     Warns:
         UserWarning: a Hugging Face model was saved with such a layer and loaded without it.
@@ -282,8 +282,6 @@ def _start_as(head: MonoHead, old: nn.Linear) -> None:
     linear, d = head.mono.linear, old.in_features
     width, relu = linear.out_features, head.mono.relu
     classifier = old.weight.float()
-    into = torch.zeros(width, d, device=classifier.device)
-    out = torch.zeros(len(classifier), width, device=classifier.device)
     if width >= d:
         directions, shares = torch.eye(d, device=classifier.device), classifier
     else:  # the directions by which the classifier tells its classes apart
@@ -293,16 +291,13 @@ def _start_as(head: MonoHead, old: nn.Linear) -> None:
     # which is x if features are not negative.
     signs = (1, -1) if relu and (width < d or width >= 2 * d) else (1,)
     rank = min(len(directions), width // len(signs))
-    used = 0
-    for sign in signs:
-        into[used : used + rank] = sign * directions[:rank]
-        out[:, used : used + rank] = sign * shares[:, :rank]
-        used += rank
-    if width > used:  # more latents get random directions, which the head does not use yet
-        fresh = torch.randn(width - used, d, device=into.device)
-        into[used:] = nn.functional.normalize(fresh, dim=1)
-    linear.weight.copy_(into)
+    into = torch.cat([sign * directions[:rank] for sign in signs])
+    out = torch.cat([sign * shares[:, :rank] for sign in signs], dim=1)
+    # More latents get random directions, which the head does not use yet.
+    more = width - len(into)
+    fresh = nn.functional.normalize(torch.randn(more, d, device=into.device), dim=1)
+    linear.weight.copy_(torch.cat([into, fresh]))
     linear.bias.zero_()
-    head.weight.copy_(out)
+    head.weight.copy_(nn.functional.pad(out, (0, more)))
     if old.bias is not None:
         head.bias.copy_(old.bias)

@@ -25,10 +25,9 @@ class LatentRecorder:
         layer: a module in it, or its path; by default its only :class:`MonoLayer`.
 
     Raises:
-        TypeError: the model or the layer is of another kind.
-        ValueError: there is no module of that path; you name no layer, and the model has no
-            MonoLayer or several; or the model is compiled already, so that a new hook may never be
-            called.
+        TypeError: the model or the layer has the wrong type.
+        ValueError: there is no module of that path; you name no layer, and the model does not have
+            exactly one MonoLayer; or the model is compiled already, and may never call a new hook.
 
     Examples:
         >>> import torch
@@ -49,7 +48,7 @@ class LatentRecorder:
             )
         modules = _find_layer(model, layer)
         self.gradient_at: GradientAt = "all"
-        """Which of the latents pass a gradient on, if the layer tells."""
+        """Which latents pass a gradient on; all of them, if the layer does not say."""
         if isinstance(modules[0], MonoLayer):
             self.gradient_at = modules[0].gradient_at
         self._name = layer if isinstance(layer, str) else type(modules[0]).__name__

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from monoloss_plugin.batch import Batch
 from monoloss_plugin.convert import from_monoloss
+from monoloss_plugin.features import FeatureSet
 from tests.convert.conftest import LATENTS, WIDTH
 
 K = 5
@@ -177,7 +178,7 @@ class Stranger:
         ),
         (
             {"model_state_dict": untied(W_dec=torch.ones(3, 4)), "config": {"model_type": "relu"}},
-            r"W_dec is \(3, 4\), expected \(48, 64\)",
+            r"got \(64, 48\) and \(3, 4\)",
         ),
         (
             {"model_state_dict": untied(), "config": {"model_type": "relu", "n_latents": 9}},
@@ -197,7 +198,7 @@ class Stranger:
                 "model_state_dict": {**topk_state(True), "decoder.weight": torch.ones(48, 64)},
                 "config": {"model_type": "topk", "topk_k": 2},
             },
-            r"decoder.weight is \(48, 64\), expected \(64, 48\)",
+            r"got \(64, 48\) and \(64, 48\)",
         ),
     ],
 )
@@ -215,3 +216,10 @@ def test_other_files_are_named(tmp_path) -> None:
         (tmp_path / "file.pt").write_bytes(content)
         with pytest.raises(ValueError, match="is not a checkpoint"):
             from_monoloss(tmp_path / "file.pt")
+
+
+def test_a_feature_set_gives_the_threshold_of_its_batches_of_unit_norm(tmp_path, digits) -> None:
+    path = save(tmp_path / "batch.pt", untied(), "batch_topk", topk_k=K)
+    scaled_up = FeatureSet.from_tensors(7 * digits)
+    of_set = from_monoloss(path, features=scaled_up).threshold
+    assert of_set.allclose(from_monoloss(path, features=digits).threshold, rtol=1e-5)

@@ -114,7 +114,7 @@ def test_what_sae_lens_has_no_like_of_is_named() -> None:
         (MpSAE(WIDTH, LATENTS), "like overcomplete's MpSAE"),
         (MAKERS["SAE"](encoder_module="mlp_ln_3"), "several layers"),
         (MAKERS["SAE"](encoder_module="mlp_ln_1"), "LayerNorm"),
-        (MAKERS["BatchTopKSAE"](), "no running_threshold yet"),
+        (MAKERS["BatchTopKSAE"](), "only after it ran"),
         (torch.nn.Linear(2, 2), "not overcomplete's"),
         (
             MAKERS["SAE"](

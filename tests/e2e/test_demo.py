@@ -12,7 +12,7 @@ from sae_lens import SAE
 from typer.testing import CliRunner
 
 from monoloss_plugin import __version__, cli
-from monoloss_plugin.demo import digits, run, saes
+from monoloss_plugin.demo import digits, run
 from monoloss_plugin.demo.architectures import ARCHITECTURES
 
 pytestmark = pytest.mark.xdist_group("demo")  # one process runs it in full
@@ -70,7 +70,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> digits.DigitFeatures:
 @pytest.mark.parametrize("arch", [a for a in ARCHITECTURES if a != "batchtopk"])
 def test_every_architecture_runs(arch, data, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(run, "digit_features", lambda out: data)
-    monkeypatch.setattr(saes, "_STEPS", 100)
+    monkeypatch.setattr(run, "_STEPS", 100)
     result = CliRunner().invoke(
         cli.app, ["demo", "--arch", arch, "--seeds", "1", "--out", str(tmp_path)]
     )
@@ -81,7 +81,7 @@ def test_every_architecture_runs(arch, data, tmp_path, monkeypatch) -> None:
 
 def test_regularizers_alone_and_over_two_seeds(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(digits, "_EPOCHS", 2)
-    monkeypatch.setattr(saes, "_STEPS", 100)
+    monkeypatch.setattr(run, "_STEPS", 100)
     mine, out = tmp_path / "mine", tmp_path / "out"
     for folder in (mine, out):
         folder.mkdir()

@@ -93,15 +93,9 @@ def test_a_layer_of_other_options_does_not_take_the_weights() -> None:
             MonoLayer(4, 8, **other).load_state_dict(saved)
 
 
-@pytest.mark.parametrize("wrong", [None, nn.Linear, 3, "", [1], "a/path"])
-def test_arguments_of_another_kind_are_named(wrong) -> None:
+def test_a_checkpoint_without_the_layer_is_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
-    with pytest.raises(TypeError, match=r"^model: "):
-        load_with_mono_layer(wrong, {})
-    with pytest.raises(TypeError, match=r"^checkpoint: expected a state dict"):
-        load_with_mono_layer(model, wrong)
-    if wrong != "a/path":
-        with pytest.raises((TypeError, ValueError), match=r"^checkpoint: expected a folder"):
-            load_with_mono_layer(transformers.ViTForImageClassification, wrong)
     with pytest.raises(ValueError, match=r"checkpoint: expected one key .*, found 0"):
         load_with_mono_layer(model, model.state_dict())
+    with pytest.raises(TypeError, match="checkpoint: expected a state dict for a model"):
+        load_with_mono_layer(model, "a/path")

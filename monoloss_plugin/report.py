@@ -1,17 +1,17 @@
-"""The papers' figures, with matplotlib. Each function returns a Figure to save or show."""
+"""The papers' pictures of an SAE: MonoScore curves, and the images that activate a latent."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from monoloss_plugin._checks import as_list, as_tensor
+from monoloss_plugin._checks import as_list, as_tensor, require_at_least
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin._places import kind_of
-from monoloss_plugin.report.bands import activation_bands
 
 try:
     import numpy as np
@@ -19,7 +19,58 @@ try:
 except ModuleNotFoundError as error:
     raise missing_extra(error, "report") from error
 
+__all__ = [
+    "ActivationBands",
+    "LatentRow",
+    "activating_images_figure",
+    "activation_bands",
+    "curves_figure",
+]
+
 _COLOURS = ("#7f7f7f", "#d1495b", "#00798c", "#edae49")
+
+
+class ActivationBands(NamedTuple):
+    """Samples that activate a latent, strongest first within each band."""
+
+    top: Tensor
+    middle: Tensor
+    bottom: Tensor
+    num_active: int
+    """How many samples activate the latent at all."""
+
+
+def activation_bands(activations: Tensor, count: int = 5) -> ActivationBands:
+    """Return the samples that activate a latent most, in the middle, and least.
+
+    Only positive activations count. If there are fewer than three times ``count``, the bands
+    overlap. If there are fewer than ``count``, the bands are shorter.
+
+    Args:
+        activations: (N,) of one latent.
+        count: samples in each band.
+
+    Raises:
+        ValueError: the activations are not of one latent, or ``count`` is below 1.
+
+    Examples:
+        >>> import torch
+        >>> bands = activation_bands(torch.tensor([0.0, 3.0, 1.0, 2.0]), count=1)
+        >>> bands.top.tolist(), bands.middle.tolist(), bands.bottom.tolist()
+        ([1], [3], [2])
+
+    Source: Nasiri-Sarvi et al. 2026, section 4.1, figures 3 and 5.
+    """
+    if activations.ndim != 1:
+        raise ValueError(
+            f"activations: expected (N,) of one latent, got shape {tuple(activations.shape)}"
+        )
+    require_at_least(1, count, "count")
+    num_active = int((activations > 0).sum())
+    order = activations.argsort(descending=True, stable=True)[:num_active]
+    start = max(0, (num_active - count) // 2)
+    bottom = order[max(0, num_active - count) :]
+    return ActivationBands(order[:count], order[start : start + count], bottom, num_active)
 
 
 @dataclass(frozen=True)
@@ -37,14 +88,14 @@ def curves_figure(
     """Draw MonoScore curves: the scores in decreasing order, against the latent's rank in [0, 1].
 
     Args:
-        curves: for each name, the (M,) curve of each run (:meth:`MonoScoreResult.curve`). Every
-            run is a thin line, and their mean is a thick line.
+        curves: for each name the (M,) curve of each run (:meth:`MonoScoreResult.curve`): every
+            run as a thin line, their mean as a thick one.
         ylabel: label of the vertical axis.
         title: title of the figure.
 
     Raises:
-        TypeError: curves are not given by name.
-        ValueError: a name has no curves, or curves of different lengths.
+        TypeError: the curves are not lists by name.
+        ValueError: a name has no curves, or curves have different lengths.
 
     Source: Nasiri-Sarvi et al. 2026, appendix D, figures 26 to 28.
     """
@@ -77,9 +128,9 @@ def activating_images_figure(
     """Draw pairs of latents side by side, with their top, middle and bottom activating images.
 
     Args:
-        pairs: two latents each, such as one without and one with MonoLoss, over the same images.
+        pairs: pairs of latents of the same images, such as one without and one with MonoLoss.
         images: (N, H, W) grey or (N, H, W, 3) colour.
-        count: images per band.
+        count: images in each band.
         title: title of the figure.
 
     Raises:

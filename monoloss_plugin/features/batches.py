@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from itertools import groupby
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -101,11 +101,10 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
                     f"{name}: expected a FeatureSet, got {type(given).__name__}; use "
                     "FeatureSet.open for a folder or a file, FeatureSet.from_tensors for arrays"
                 )
-        for name, flag in (("drop_last", drop_last), ("normalize", normalize), ("ids", ids)):
+        flags = {"drop_last": drop_last, "normalize": normalize, "ids": ids}
+        for name, flag in (flags if resident is None else {**flags, "resident": resident}).items():
             require_flag(flag, name)
-        if resident is not None:
-            require_flag(resident, "resident")
-        require_choice(shuffle, "shuffle", ("all", "buffer", "none"))
+        require_choice(shuffle, "shuffle", get_args(Shuffle))
         for name, number in (("batch_size", batch_size), ("buffer_rows", buffer_rows)):
             require_at_least(1, number, name)
         if resident and shuffle == "buffer":
@@ -121,7 +120,8 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         self._matched = rows_in_common(features, others)
         self.num_rows = len(self._matched[0])
         """Number of images that every set has."""
-        self._batch_rows = batch_size * shard[1]  # of all processes together
+        self._batch_rows = batch_size * shard[1]
+        """Rows of a batch of all processes together."""
         self._read_at_once = max(1, buffer_rows // self._batch_rows) if shuffle == "buffer" else 1
         self._buffer_rows = self._read_at_once * self._batch_rows
         if self.num_rows == 0:
@@ -133,10 +133,8 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
             )
         if resident is None:
             resident = shuffle != "buffer" and _fit_in_half(self._sets, self.device)
-        self._held: list[Tensor] | None = None
-        if resident:
-            self._held = self._read(torch.arange(self.num_rows))
-        # Elsewhere a second thread would only take cores from the trainer.
+        self._held = self._read([torch.arange(self.num_rows)]) if resident else None
+        # On the CPU a second thread would take a core from the trainer.
         self._reads_ahead = shuffle == "buffer" or (self.device.type != "cpu" and not resident)
         self._next = 0
         self._resumed = False
@@ -201,8 +199,7 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         few = _some_rows(features)
         for given in reversed(tuple(self._recent)):
             if _is_multiple(few, given.features):
-                rows = self._rows(given.epoch, given.number)
-                batch = self._batch(rows, self._read(rows))
+                batch = self._batch(self._rows(given.epoch, given.number))
                 if _is_multiple(features, batch.features):
                     self._last = batch
                     return batch.similarity.to(features.device)
@@ -216,7 +213,7 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         """Yield every row of this process once, in the order of the set, whatever the shuffle."""
         mine = torch.arange(self.num_rows)[self.shard[0] :: self.shard[1]]
         for rows in mine.split(min(batch_size, self.batch_size)):
-            yield self._batch(rows, self._read(rows))
+            yield self._batch(rows)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, and the settings that it is valid for.
@@ -261,39 +258,52 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         return whole[self.shard[0] :: self.shard[1]].clone()
 
     def _batches(self, epoch: int, numbers: range) -> Iterator[Batch]:
-        """Yield batches by their numbers. Batches of one shuffle buffer are read at once."""
+        """Yield batches by their numbers. The batches of one shuffle buffer are read at once."""
         together = groupby(numbers, lambda number: number // self._read_at_once)
-        rows = ([self._rows(epoch, number) for number in group] for _, group in together)
+        groups = ([self._rows(epoch, number) for number in group] for _, group in together)
         read = _one_ahead if self._reads_ahead else map
-        for parts, stored in read(lambda parts: (parts, self._read(torch.cat(parts))), rows):
-            sizes = [len(part) for part in parts]
-            for part, *values in zip(parts, *(one.split(sizes) for one in stored), strict=True):
-                yield self._batch(part, values)
+        for batches, held in read(lambda rows: (rows, self._held or self._read(rows)), groups):
+            for rows in batches:
+                yield self._batch(rows, held)
 
-    def _read(self, rows: Tensor) -> list[Tensor]:
-        """Return some of the rows in common, from each set, as stored, on the device."""
-        if self._held is not None:
-            return [held.index_select(0, rows.to(self.device)) for held in self._held]
-        return [
-            one.take(matched[rows]).to(self.device)
-            for one, matched in zip(self._sets, self._matched, strict=True)
-        ]
+    def _read(self, batches: list[Tensor]) -> _Held:
+        """Read the rows of some batches from each set, in the order of the set if several."""
+        rows = batches[0] if len(batches) == 1 else torch.cat(batches).sort().values
+        return _Held(
+            rows,
+            [
+                one.take(matched[rows]).to(self.device)
+                for one, matched in zip(self._sets, self._matched, strict=True)
+            ],
+        )
 
-    def _batch(self, rows: Tensor, stored: Sequence[Tensor]) -> Batch:
-        x, *others = stored
-        # A copy, since x may be a part of a whole shuffle buffer.
-        features = _unit(x) if self.normalize else x.to(torch.float32, copy=True)
+    def _batch(self, rows: Tensor, held: _Held | None = None) -> Batch:
+        """Make a batch of some of the rows in common, from memory if they are there."""
+        x, *others = (held or self._held or self._read([rows])).pick(rows)
+        features = _unit(x) if self.normalize else x.float()
         # The cosine of concatenated unit vectors is the mean of their cosines.
         unit = [_unit(one) / math.sqrt(len(others)) for one in others]
-        in_set = self._matched[0][rows]
-        labels = self.features.labels_of(in_set)
-        return Batch(
-            features,
+        batch = self.features.batch_of(self._matched[0][rows], features, ids=self.ids)
+        return batch._replace(
             embeddings=torch.cat(unit, 1) if unit else features,
-            labels=None if labels is None else labels.to(self.device),
-            ids=self.features.ids_of(in_set) if self.ids else None,
-            rows=in_set,
+            labels=None if batch.labels is None else batch.labels.to(self.device),
         )
+
+
+class _Held(NamedTuple):
+    """Rows in memory, on the device."""
+
+    rows: Tensor
+    """(n,) which of the rows in common they are; in ascending order, or those of one batch."""
+    values: list[Tensor]
+    """From each set (n, d), in its stored type."""
+
+    def pick(self, rows: Tensor) -> list[Tensor]:
+        """Return some of the rows from each set."""
+        if rows is self.rows:
+            return self.values
+        found = torch.searchsorted(self.rows, rows)
+        return [one.index_select(0, found.to(one.device)) for one in self.values]
 
 
 class _Given(NamedTuple):

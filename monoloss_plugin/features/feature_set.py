@@ -216,7 +216,7 @@ class FeatureSet(torch.utils.data.Dataset[Batch]):
             return torch.from_numpy(self._pieces[0].take(rows, axis=0))
         of_piece = np.searchsorted(self._starts, rows, side="right") - 1
         in_piece = rows - self._starts[of_piece]
-        # A join of bytes is fast for two pieces as for thousands; a set may have one per 1,000 rows.
+        # A join of bytes is fast for any number of pieces, and a set has one for each 1,000 rows.
         joined = bytearray().join(
             [
                 self._pieces[piece][row]

@@ -111,7 +111,8 @@ def load_encoder(
     folder = _local_folder(library, of_library)
     if folder is not None:
         of_library = str(folder) if library == "transformers" else f"{_LOCAL}{folder}"
-    if revision and (folder or (library != "transformers" and "hf-hub:" not in of_library)):
+    on_hub = folder is None and (library == "transformers" or of_library.startswith("hf-hub:"))
+    if revision is not None and not on_hub:
         raise ValueError(
             f"revision: only a repository of the Hub has one, got {name!r}"
             + ("" if library == "transformers" else f"; write {library}:hf-hub:ORG/NAME")

@@ -56,7 +56,6 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         seed: of the order.
         drop_last: leave out the last batch of an epoch if it is not full.
         normalize: scale features to unit norm; a zero vector stays zero.
-        ids: give the ids with each batch.
         device: where batches go.
         resident: keep the whole set on the device, in its stored type. By default on a GPU if it
             takes at most half of the free memory. On the CPU it is a copy in memory.
@@ -87,7 +86,6 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         seed: int = 0,
         drop_last: bool = True,
         normalize: bool = True,
-        ids: bool = False,
         device: torch.device | str = "cpu",
         resident: bool | None = None,
         buffer_rows: int = 1 << 17,
@@ -101,7 +99,7 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
                     f"{name}: expected a FeatureSet, got {type(given).__name__}; use "
                     "FeatureSet.open for a folder or a file, FeatureSet.from_tensors for arrays"
                 )
-        flags = {"drop_last": drop_last, "normalize": normalize, "ids": ids}
+        flags = {"drop_last": drop_last, "normalize": normalize}
         for name, flag in (flags if resident is None else {**flags, "resident": resident}).items():
             require_flag(flag, name)
         require_choice(shuffle, "shuffle", get_args(Shuffle))
@@ -110,10 +108,8 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         if resident and shuffle == "buffer":
             raise ValueError("resident: a set that is kept in memory needs no shuffle buffer")
         self.features, self.batch_size, self.normalize = features, batch_size, normalize
-        self.ids, self.device, self.shard = ids, as_device(device), require_share(shard)
         self.shuffle, self.seed, self.drop_last = shuffle, seed, drop_last
-        self.record = features.record
-        """Encoder, source and settings that made the features."""
+        self.device, self.shard = as_device(device), require_share(shard)
         self.epoch = 0
         """The current epoch, from 0."""
         self._sets = [features, *others]
@@ -283,7 +279,7 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         features = _unit(x) if self.normalize else x.float()
         # The cosine of concatenated unit vectors is the mean of their cosines.
         unit = [_unit(one) / math.sqrt(len(others)) for one in others]
-        batch = self.features.batch_of(self._matched[0][rows], features, ids=self.ids)
+        batch = self.features.batch_of(self._matched[0][rows], features)
         return batch._replace(
             embeddings=torch.cat(unit, 1) if unit else features,
             labels=None if batch.labels is None else batch.labels.to(self.device),

@@ -236,27 +236,27 @@ class FeatureSet(torch.utils.data.Dataset[Batch]):
         found: list[str] = self.ids.take(pa.array(numbers.numpy())).to_pylist()
         return found
 
-    def batch_of(self, rows: Tensor, features: Tensor, *, ids: bool = True) -> Batch:
-        """Return features (B, d) as a batch, with the labels and ids of their rows (B,)."""
-        labels = None if self.labels is None else self.labels[rows]
-        return Batch(features, labels=labels, ids=self.ids_of(rows) if ids else None, rows=rows)
+    def batch_of(self, rows: Tensor, features: Tensor) -> Batch:
+        """Return the features (B, d) of some rows (B,) as a batch with their labels."""
+        return Batch(features, labels=None if self.labels is None else self.labels[rows], rows=rows)
 
     def every_row(self, batch_size: int = 2048) -> Iterator[Batch]:
         """Yield every row once, in order. Features are float32 or wider, and not normalised."""
         wide = torch.promote_types(self.dtype, torch.float32)
         for rows in torch.arange(len(self)).split(batch_size):
-            yield self.batch_of(rows, self.take(rows).to(wide), ids=False)
+            yield self.batch_of(rows, self.take(rows).to(wide))
 
     def __getitem__(self, number: int) -> Batch:
         if not -len(self) <= number < len(self):
             raise IndexError(f"row {number} of {len(self)}")
-        features, _, labels, ids, rows = self.__getitems__([number % len(self)])
-        return Batch(features[0], None, None if labels is None else labels[0], ids, rows)
+        row = torch.tensor(number % len(self))
+        features, ids = self.take(row[None])[0], self.ids_of(row[None])
+        return self.batch_of(row, features)._replace(ids=ids)
 
     def __getitems__(self, numbers: Sequence[int]) -> Batch:
         """Return a whole batch: pass ``collate_fn=lambda batch: batch`` to a DataLoader."""
         rows = torch.as_tensor(numbers)
-        return self.batch_of(rows, self.take(rows))
+        return self.batch_of(rows, self.take(rows))._replace(ids=self.ids_of(rows))
 
     def fingerprint(self) -> str:
         """Return a checksum of 64 of its rows, which differs between sets."""

@@ -216,10 +216,9 @@ def test_epochs_and_seeds_give_different_orders(digits: FeatureSet) -> None:
 
 
 def test_features_as_they_are(digits: FeatureSet) -> None:
-    batches = FeatureBatches(digits, batch_size=100, normalize=False, ids=True)
+    batches = FeatureBatches(digits, batch_size=100, normalize=False)
     batch = next(iter(batches))
     assert torch.equal(batch.features, PIXELS[batch.rows])
-    assert batch.ids == [f"{int(i):04d}" for i in batch.rows]
     assert torch.equal(batch.embeddings, batch.features)
 
 

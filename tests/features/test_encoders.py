@@ -173,7 +173,7 @@ def test_the_checksum_of_weights_tells_encoders_apart(encoders, tmp_path) -> Non
         ({"name": "open_clip:ViT-L-14/openai", "revision": "abc"}, "write open_clip:hf-hub:ORG"),
         ({"name": "timm:resnet18", "revision": "abc"}, "revision: only a repository of the Hub"),
         ({"revision": "abc"}, "revision: only a repository of the Hub has one, got 'timm:local"),
-        ({"name": "clip-vit-l14", "revision": "abc"}, "has its own"),
+        ({"name": "vit-l16", "revision": "abc"}, "revision: only a repository of the Hub"),
         ({"output": "max"}, "output: expected one of"),
         ({"layer": "block.1"}, "no module 'block.1' in this encoder; near: blocks.1"),
         ({"layer": "blocks.1", "output": "pooled"}, "a layer takes 'cls' or 'mean'"),

@@ -76,7 +76,8 @@ def load_encoder(
             open_clip you can also write ``local-dir:`` before any path. Code in a repository is
             never run. Without a network, set ``HF_HUB_OFFLINE=1``: the libraries then take what is
             in their cache at once.
-        revision: a commit, tag or branch, if the name is one of a Hub repository.
+        revision: a commit, tag or branch, if the name is one of a Hub repository. By default that
+            of the short name.
         output: ``"pooled"`` is the library's own image embedding. ``"cls"`` is the class token,
             and ``"mean"`` the mean over the patches, of the last hidden state or of ``layer``. The
             default is ``"pooled"``, or ``"mean"`` with a layer.
@@ -96,12 +97,8 @@ def load_encoder(
     if output is not None:
         require_choice(output, "output", get_args(Output))
     if name in SHORT_NAMES:
-        if revision is not None:
-            raise ValueError(
-                f"revision: {name!r} has its own; to take another one, pass "
-                f"{SHORT_NAMES[name].name!r} with a revision"
-            )
-        name, revision, *_ = SHORT_NAMES[name]
+        name, pinned, *_ = SHORT_NAMES[name]
+        revision = pinned if revision is None else revision
     library, _, of_library = name.partition(":")
     if library not in _LIBRARIES or not of_library:
         raise ValueError(

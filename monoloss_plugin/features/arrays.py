@@ -42,9 +42,7 @@ _READERS: dict[str, Any] = {
 }
 
 
-def dataset_of(
-    x: Any, labels: Any, ids: Any, classes: Any, record: Mapping[str, Any] | None
-) -> Dataset:
+def dataset_of(x: Any, labels: Any, ids: Any, classes: Any, record: Any) -> Dataset:
     """Return arrays as a dataset over the same memory; see :meth:`FeatureSet.from_tensors`."""
     shape = tuple(as_tensor(x, "x").shape)
     rows = as_rows(x, "x").detach().cpu()

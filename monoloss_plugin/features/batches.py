@@ -29,11 +29,11 @@ from monoloss_plugin.features.matching import rows_in_common
 Shuffle = Literal["all", "buffer", "none"]
 
 _BLOCK = 4096
-"""Consecutive rows that a shuffle buffer keeps together when it reads."""
+"""A shuffle buffer reads so many consecutive rows at a place."""
 _REMEMBERED = 64
-"""Batches that :meth:`FeatureBatches.embeddings_of` can find; a trainer may be so far ahead."""
+"""Batches that :meth:`FeatureBatches.embeddings_of` can find. A trainer may fetch ahead."""
 _ROUNDING = 1e-2
-"""More than rounding to bfloat16 changes a value, far less than two images differ."""
+"""Rounding to bfloat16 changes a value by less; two images differ by far more."""
 
 
 class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
@@ -46,21 +46,20 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
 
     Args:
         features: what the SAE reads.
-        embeddings: one or several feature sets of the same images, whose similarities MonoLoss and
-            MonoScore use instead. Images are matched by ``image_id``. The cosine similarities of
-            several sets are averaged.
+        embeddings: one or several other feature sets of the same images. MonoLoss and MonoScore
+            then compare images by these. Images are matched by ``image_id``. The cosine
+            similarities of several sets are averaged.
         batch_size: B.
         shuffle: ``"all"`` shuffles the whole set. ``"buffer"`` is for sets larger than memory: it
             reads blocks of consecutive rows in a random order, ``buffer_rows`` rows at a time, and
             shuffles these. ``"none"`` keeps the order of the set.
-        seed: of the order.
+        seed: another seed gives another order.
         drop_last: leave out the last batch of an epoch if it is not full.
         normalize: scale features to unit norm; a zero vector stays zero.
-        device: where batches go.
-        resident: keep the whole set on the device, in its stored type. By default on a GPU if it
-            takes at most half of the free memory. On the CPU it is a copy in memory.
-        buffer_rows: rows of a shuffle buffer. Two buffers are in memory: the next one is read
-            while one is used.
+        device: the device of the batches.
+        resident: keep all the sets on the device, in their stored type. The default is to do so on
+            a GPU if they take at most half of its free memory. On the CPU this makes a copy.
+        buffer_rows: rows of a shuffle buffer. Two buffers are in memory: one in use, and the next.
         shard: ``(i, n)``: this is the i-th of n processes that share each epoch. All get the same
             number of batches.
 
@@ -99,12 +98,13 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
                     f"{name}: expected a FeatureSet, got {type(given).__name__}; use "
                     "FeatureSet.open for a folder or a file, FeatureSet.from_tensors for arrays"
                 )
-        flags = {"drop_last": drop_last, "normalize": normalize}
-        for name, flag in (flags if resident is None else {**flags, "resident": resident}).items():
-            require_flag(flag, name)
+        require_flag(drop_last, "drop_last")
+        require_flag(normalize, "normalize")
+        if resident is not None:
+            require_flag(resident, "resident")
         require_choice(shuffle, "shuffle", get_args(Shuffle))
-        for name, number in (("batch_size", batch_size), ("buffer_rows", buffer_rows)):
-            require_at_least(1, number, name)
+        require_at_least(1, batch_size, "batch_size")
+        require_at_least(1, buffer_rows, "buffer_rows")
         if resident and shuffle == "buffer":
             raise ValueError("resident: a set that is kept in memory needs no shuffle buffer")
         self.features, self.batch_size, self.normalize = features, batch_size, normalize
@@ -177,9 +177,10 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
     def embeddings_of(self, features: Tensor) -> Tensor:
         """Return the embeddings of a batch that :meth:`tensors` gave.
 
-        Pass it on: ``trainer.add_loss(MonoLoss(lam=3e-4), embeddings=batches.embeddings_of)``. It
-        recognises a batch by its values. So a trainer may fetch batches ahead, move them to a
-        device, change their type, or multiply them by one positive number. It must not mix rows.
+        Pass the method on: ``trainer.add_loss(MonoLoss(lam=3e-4),
+        embeddings=batches.embeddings_of)``. It recognises a batch by its values. So a trainer may
+        fetch batches ahead, move them to a device, change their type, or multiply them by one
+        positive number. It must not mix rows.
 
         Args:
             features: (B, d), one of the last 64 batches.
@@ -188,7 +189,7 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
             (B, d') on the device of ``features``.
 
         Raises:
-            ValueError: it is none of these batches.
+            ValueError: the features are none of these batches.
         """
         if self._last is not None and _is_multiple(features, self._last.features):
             return self._last.similarity.to(features.device)
@@ -212,10 +213,9 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
             yield self._batch(rows)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, and the settings that it is valid for.
+        """Return the position of this process, and the settings that it is valid for.
 
-        It is the position of this process. The workers of a DataLoader have their own; there, count
-        the batches yourself.
+        With the workers of a DataLoader, count the batches yourself: each worker has its own.
         """
         return {**self._settings(), "epoch": self.epoch, "batch": self._next}
 
@@ -248,7 +248,7 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         }
 
     def _rows(self, epoch: int, number: int) -> Tensor:
-        """Return which of the rows in common are in a batch of this process."""
+        """Return which rows in common are in a batch of this process."""
         order = epoch_order(self.num_rows, self.shuffle, self.seed, epoch, self._buffer_rows)
         whole = order[number * self._batch_rows :][: self._batch_rows]
         return whole[self.shard[0] :: self.shard[1]].clone()
@@ -311,7 +311,7 @@ class _Given(NamedTuple):
     """Some of its rows."""
 
 
-@lru_cache(maxsize=4)  # of a few sets and epochs; a batch asks for it each time
+@lru_cache(maxsize=4)  # every batch of an epoch asks for it
 def epoch_order(num_rows: int, shuffle: Shuffle, seed: int, epoch: int, buffer_rows: int) -> Tensor:
     """Return the order of N rows (N,) in an epoch. Do not write to it: it is kept.
 

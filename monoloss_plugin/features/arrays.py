@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import pickle
 import uuid
 from collections.abc import Mapping
@@ -24,15 +23,12 @@ from monoloss_plugin._places import kind_of
 from monoloss_plugin.features.record import FeatureRecord
 from monoloss_plugin.features.store import features_schema, fixed_lists
 
-logger = logging.getLogger(__name__)
-
 _COLUMNS = {
     "features": ("features", "x", "embeddings", "embedding"),
     "label": ("label", "labels", "y"),
     "image_id": ("image_id", "ids", "id"),
 }
 """Columns of a feature set, and the names that they may have in a file or a dataset."""
-_CLASSES = "classes"
 _READERS: dict[str, Any] = {
     ".npy": lambda path: np.load(path, mmap_mode="r", allow_pickle=False),
     ".npz": lambda path: dict(np.load(path, allow_pickle=False)),
@@ -100,7 +96,7 @@ def read_file(path: Path) -> Dataset:
     }
     chosen = _choose_columns(shapes, str(path))
     x, labels, ids = (by_name.get(chosen.get(column, "")) for column in _COLUMNS)
-    return dataset_of(x, labels, ids, by_name.get(_CLASSES), None)
+    return dataset_of(x, labels, ids, by_name.get("classes"), None)
 
 
 def with_standard_columns(dataset: Dataset) -> Dataset:
@@ -142,9 +138,6 @@ def _choose_columns(found: Mapping[str, str], where: str) -> dict[str, str]:
             )
         if fitting:
             chosen[column] = fitting[0]
-    unused = [name for name in found if name not in (*chosen.values(), _CLASSES)]
-    if unused:
-        logger.info("%s: %s not read, only features, labels and ids", where, ", ".join(unused))
     return chosen
 
 

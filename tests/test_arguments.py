@@ -410,7 +410,6 @@ def cases_of_features() -> dict[str, Case]:
                 "seed": 0,
                 "drop_last": True,
                 "normalize": True,
-                "ids": False,
                 "device": "cpu",
                 "resident": None,
                 "buffer_rows": 1024,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import pickle
 import uuid
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from datasets import Dataset, DatasetInfo, Features, Value
+from datasets import ClassLabel, Dataset, DatasetInfo, Features, Value
 from datasets import Sequence as Rows
 from safetensors.torch import load_file
 from torch import Tensor
@@ -24,15 +23,12 @@ from monoloss_plugin._places import kind_of
 from monoloss_plugin.features.record import FeatureRecord
 from monoloss_plugin.features.store import features_schema, fixed_lists
 
-logger = logging.getLogger(__name__)
-
 _COLUMNS = {
     "features": ("features", "x", "embeddings", "embedding"),
     "label": ("label", "labels", "y"),
     "image_id": ("image_id", "ids", "id"),
 }
 """Columns of a feature set, and the names that they may have in a file or a dataset."""
-_CLASSES = "classes"
 _READERS: dict[str, Any] = {
     ".npy": lambda path: np.load(path, mmap_mode="r", allow_pickle=False),
     ".npz": lambda path: dict(np.load(path, allow_pickle=False)),
@@ -40,13 +36,9 @@ _READERS: dict[str, Any] = {
     ".safetensors": load_file,
     ".parquet": lambda path: Dataset.from_parquet(str(path)),
 }
-_SHOWN = 12
-"""An error lists the first so many arrays of a file."""
 
 
-def dataset_of(
-    x: Any, labels: Any, ids: Any, classes: Any, record: Mapping[str, Any] | None
-) -> Dataset:
+def dataset_of(x: Any, labels: Any, ids: Any, classes: Any, record: Any) -> Dataset:
     """Return arrays as a dataset over the same memory; see :meth:`FeatureSet.from_tensors`."""
     shape = tuple(as_tensor(x, "x").shape)
     rows = as_rows(x, "x").detach().cpu()
@@ -71,7 +63,7 @@ def dataset_of(
             )
     schema = features_schema(values.shape[1], str(values.dtype), labels is not None, classes)
     schema = Features({name: schema[name] for name in columns})
-    known = FeatureRecord() if record is None else FeatureRecord.of(record)
+    known = FeatureRecord.of({} if record is None else record)
     return Dataset(
         pa.table(columns).cast(schema.arrow_schema),
         DatasetInfo(description=json.dumps(known.to_dict()), features=schema),
@@ -80,12 +72,7 @@ def dataset_of(
 
 
 def read_file(path: Path) -> Dataset:
-    """Read features from a file of arrays or of a table.
-
-    Raises:
-        ValueError: the kind of file is not known, reading it would unpickle something, or it is
-            not clear which array holds the features.
-    """
+    """Read features from a file of arrays or of a table; see :meth:`FeatureSet.open`."""
     if path.suffix not in _READERS:
         raise ValueError(
             f"source: expected a folder or a file that ends in {', '.join(_READERS)}, got {path}"
@@ -109,15 +96,11 @@ def read_file(path: Path) -> Dataset:
     }
     chosen = _choose_columns(shapes, str(path))
     x, labels, ids = (by_name.get(chosen.get(column, "")) for column in _COLUMNS)
-    return dataset_of(x, labels, ids, by_name.get(_CLASSES), None)
+    return dataset_of(x, labels, ids, by_name.get("classes"), None)
 
 
 def with_standard_columns(dataset: Dataset) -> Dataset:
-    """Return a dataset with the columns of a feature set, whatever their names are in it.
-
-    Raises:
-        ValueError: it is not clear which column holds the features, or they differ in length.
-    """
+    """Return a dataset whose columns have the names and types of a feature set."""
     chosen = _choose_columns({n: str(kind) for n, kind in dataset.features.items()}, "the dataset")
     renamed = {name: column for column, name in chosen.items() if name != column}
     dataset = dataset.select_columns(list(chosen.values())).rename_columns(renamed)
@@ -140,9 +123,7 @@ def with_standard_columns(dataset: Dataset) -> Dataset:
 def _choose_columns(found: Mapping[str, str], where: str) -> dict[str, str]:
     """Return the name that each column of a feature set has in a file or a dataset.
 
-    Args:
-        found: the names there, each with its shape or type for the error.
-        where: what holds them, for the error.
+    ``found`` has the names there, each with its shape or type, which the error shows.
     """
     chosen: dict[str, str] = {}
     for column, names in _COLUMNS.items():
@@ -150,16 +131,13 @@ def _choose_columns(found: Mapping[str, str], where: str) -> dict[str, str]:
         if column == "features" and not fitting and len(found) == 1:
             fitting = list(found)
         if len(fitting) > 1 or (column == "features" and not fitting):
-            listed = ", ".join(f"{name} {found[name]}" for name in list(found)[:_SHOWN])
+            listed = ", ".join(f"{name} {found[name]}" for name in list(found)[:12])
             raise ValueError(
                 f"source: expected one of {', '.join(names)} in {where}, found {listed or 'none'}; "
                 "pass the arrays themselves to FeatureSet.from_tensors"
             )
         if fitting:
             chosen[column] = fitting[0]
-    unused = [name for name in found if name not in (*chosen.values(), _CLASSES)]
-    if unused:
-        logger.info("%s: %s not read, only features, labels and ids", where, ", ".join(unused))
     return chosen
 
 
@@ -168,11 +146,9 @@ def _label_numbers(labels: Any, classes: list[str] | None) -> tuple[Tensor, list
     listed = labels if isinstance(labels, Tensor) and labels.ndim else as_list(labels, "labels")
     if len(listed) and isinstance(listed[0], str):
         classes = sorted(set(listed)) if classes is None else classes
-        number = {name: i for i, name in enumerate(classes)}
-        unknown = sorted(set(listed) - set(number))
-        if unknown:
-            raise ValueError(f"labels: expected names of the classes, got {unknown[0]!r}")
-        listed = [number[name] for name in listed]
+        if unknown := set(listed).difference(classes):
+            raise ValueError(f"labels: expected names of the classes, got {min(unknown)!r}")
+        listed = ClassLabel(names=classes).str2int(listed)
     numbers = as_labels(listed).cpu().long()
     if numbers.ndim != 1:
         raise ValueError(f"labels: expected (N,), got {tuple(numbers.shape)}")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from itertools import groupby
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -29,11 +29,11 @@ from monoloss_plugin.features.matching import rows_in_common
 Shuffle = Literal["all", "buffer", "none"]
 
 _BLOCK = 4096
-"""Consecutive rows that a shuffle buffer keeps together when it reads."""
+"""A shuffle buffer reads so many consecutive rows at a place."""
 _REMEMBERED = 64
-"""Batches that :meth:`FeatureBatches.embeddings_of` can find; a trainer may be so far ahead."""
+"""Batches that :meth:`FeatureBatches.embeddings_of` can find. A trainer may fetch ahead."""
 _ROUNDING = 1e-2
-"""More than rounding to bfloat16 changes a value, far less than two images differ."""
+"""Rounding to bfloat16 changes a value by less; two images differ by far more."""
 
 
 class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
@@ -46,22 +46,20 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
 
     Args:
         features: what the SAE reads.
-        embeddings: one or several feature sets of the same images, whose similarities MonoLoss and
-            MonoScore use instead. Images are matched by ``image_id``. The cosine similarities of
-            several sets are averaged.
+        embeddings: one or several other feature sets of the same images. MonoLoss and MonoScore
+            then compare images by these. Images are matched by ``image_id``. The cosine
+            similarities of several sets are averaged.
         batch_size: B.
         shuffle: ``"all"`` shuffles the whole set. ``"buffer"`` is for sets larger than memory: it
             reads blocks of consecutive rows in a random order, ``buffer_rows`` rows at a time, and
             shuffles these. ``"none"`` keeps the order of the set.
-        seed: of the order.
+        seed: another seed gives another order.
         drop_last: leave out the last batch of an epoch if it is not full.
         normalize: scale features to unit norm; a zero vector stays zero.
-        ids: give the ids with each batch.
-        device: where batches go.
-        resident: keep the whole set on the device, in its stored type. By default on a GPU if it
-            takes at most half of the free memory. On the CPU it is a copy in memory.
-        buffer_rows: rows of a shuffle buffer. Two buffers are in memory: the next one is read
-            while one is used.
+        device: the device of the batches.
+        resident: keep all the sets on the device, in their stored type. The default is to do so on
+            a GPU if they take at most half of its free memory. On the CPU this makes a copy.
+        buffer_rows: rows of a shuffle buffer. Two buffers are in memory: one in use, and the next.
         shard: ``(i, n)``: this is the i-th of n processes that share each epoch. All get the same
             number of batches.
 
@@ -87,7 +85,6 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         seed: int = 0,
         drop_last: bool = True,
         normalize: bool = True,
-        ids: bool = False,
         device: torch.device | str = "cpu",
         resident: bool | None = None,
         buffer_rows: int = 1 << 17,
@@ -101,27 +98,26 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
                     f"{name}: expected a FeatureSet, got {type(given).__name__}; use "
                     "FeatureSet.open for a folder or a file, FeatureSet.from_tensors for arrays"
                 )
-        for name, flag in (("drop_last", drop_last), ("normalize", normalize), ("ids", ids)):
-            require_flag(flag, name)
+        require_flag(drop_last, "drop_last")
+        require_flag(normalize, "normalize")
         if resident is not None:
             require_flag(resident, "resident")
-        require_choice(shuffle, "shuffle", ("all", "buffer", "none"))
-        for name, number in (("batch_size", batch_size), ("buffer_rows", buffer_rows)):
-            require_at_least(1, number, name)
+        require_choice(shuffle, "shuffle", get_args(Shuffle))
+        require_at_least(1, batch_size, "batch_size")
+        require_at_least(1, buffer_rows, "buffer_rows")
         if resident and shuffle == "buffer":
             raise ValueError("resident: a set that is kept in memory needs no shuffle buffer")
         self.features, self.batch_size, self.normalize = features, batch_size, normalize
-        self.ids, self.device, self.shard = ids, as_device(device), require_share(shard)
         self.shuffle, self.seed, self.drop_last = shuffle, seed, drop_last
-        self.record = features.record
-        """Encoder, source and settings that made the features."""
+        self.device, self.shard = as_device(device), require_share(shard)
         self.epoch = 0
         """The current epoch, from 0."""
         self._sets = [features, *others]
         self._matched = rows_in_common(features, others)
         self.num_rows = len(self._matched[0])
         """Number of images that every set has."""
-        self._batch_rows = batch_size * shard[1]  # of all processes together
+        self._batch_rows = batch_size * shard[1]
+        """Rows of a batch of all processes together."""
         self._read_at_once = max(1, buffer_rows // self._batch_rows) if shuffle == "buffer" else 1
         self._buffer_rows = self._read_at_once * self._batch_rows
         if self.num_rows == 0:
@@ -133,10 +129,8 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
             )
         if resident is None:
             resident = shuffle != "buffer" and _fit_in_half(self._sets, self.device)
-        self._held: list[Tensor] | None = None
-        if resident:
-            self._held = self._read(torch.arange(self.num_rows))
-        # Elsewhere a second thread would only take cores from the trainer.
+        self._held = self._read([torch.arange(self.num_rows)]) if resident else None
+        # On the CPU a second thread would take a core from the trainer.
         self._reads_ahead = shuffle == "buffer" or (self.device.type != "cpu" and not resident)
         self._next = 0
         self._resumed = False
@@ -183,9 +177,10 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
     def embeddings_of(self, features: Tensor) -> Tensor:
         """Return the embeddings of a batch that :meth:`tensors` gave.
 
-        Pass it on: ``trainer.add_loss(MonoLoss(lam=3e-4), embeddings=batches.embeddings_of)``. It
-        recognises a batch by its values. So a trainer may fetch batches ahead, move them to a
-        device, change their type, or multiply them by one positive number. It must not mix rows.
+        Pass the method on: ``trainer.add_loss(MonoLoss(lam=3e-4),
+        embeddings=batches.embeddings_of)``. It recognises a batch by its values. So a trainer may
+        fetch batches ahead, move them to a device, change their type, or multiply them by one
+        positive number. It must not mix rows.
 
         Args:
             features: (B, d), one of the last 64 batches.
@@ -194,15 +189,14 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
             (B, d') on the device of ``features``.
 
         Raises:
-            ValueError: it is none of these batches.
+            ValueError: the features are none of these batches.
         """
         if self._last is not None and _is_multiple(features, self._last.features):
             return self._last.similarity.to(features.device)
         few = _some_rows(features)
         for given in reversed(tuple(self._recent)):
             if _is_multiple(few, given.features):
-                rows = self._rows(given.epoch, given.number)
-                batch = self._batch(rows, self._read(rows))
+                batch = self._batch(self._rows(given.epoch, given.number))
                 if _is_multiple(features, batch.features):
                     self._last = batch
                     return batch.similarity.to(features.device)
@@ -216,13 +210,12 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         """Yield every row of this process once, in the order of the set, whatever the shuffle."""
         mine = torch.arange(self.num_rows)[self.shard[0] :: self.shard[1]]
         for rows in mine.split(min(batch_size, self.batch_size)):
-            yield self._batch(rows, self._read(rows))
+            yield self._batch(rows)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, and the settings that it is valid for.
+        """Return the position of this process, and the settings that it is valid for.
 
-        It is the position of this process. The workers of a DataLoader have their own; there, count
-        the batches yourself.
+        With the workers of a DataLoader, count the batches yourself: each worker has its own.
         """
         return {**self._settings(), "epoch": self.epoch, "batch": self._next}
 
@@ -255,45 +248,58 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         }
 
     def _rows(self, epoch: int, number: int) -> Tensor:
-        """Return which of the rows in common are in a batch of this process."""
+        """Return which rows in common are in a batch of this process."""
         order = epoch_order(self.num_rows, self.shuffle, self.seed, epoch, self._buffer_rows)
         whole = order[number * self._batch_rows :][: self._batch_rows]
         return whole[self.shard[0] :: self.shard[1]].clone()
 
     def _batches(self, epoch: int, numbers: range) -> Iterator[Batch]:
-        """Yield batches by their numbers. Batches of one shuffle buffer are read at once."""
+        """Yield batches by their numbers. The batches of one shuffle buffer are read at once."""
         together = groupby(numbers, lambda number: number // self._read_at_once)
-        rows = ([self._rows(epoch, number) for number in group] for _, group in together)
+        groups = ([self._rows(epoch, number) for number in group] for _, group in together)
         read = _one_ahead if self._reads_ahead else map
-        for parts, stored in read(lambda parts: (parts, self._read(torch.cat(parts))), rows):
-            sizes = [len(part) for part in parts]
-            for part, *values in zip(parts, *(one.split(sizes) for one in stored), strict=True):
-                yield self._batch(part, values)
+        for batches, held in read(lambda rows: (rows, self._held or self._read(rows)), groups):
+            for rows in batches:
+                yield self._batch(rows, held)
 
-    def _read(self, rows: Tensor) -> list[Tensor]:
-        """Return some of the rows in common, from each set, as stored, on the device."""
-        if self._held is not None:
-            return [held.index_select(0, rows.to(self.device)) for held in self._held]
-        return [
-            one.take(matched[rows]).to(self.device)
-            for one, matched in zip(self._sets, self._matched, strict=True)
-        ]
+    def _read(self, batches: list[Tensor]) -> _Held:
+        """Read the rows of some batches from each set, in the order of the set if several."""
+        rows = batches[0] if len(batches) == 1 else torch.cat(batches).sort().values
+        return _Held(
+            rows,
+            [
+                one.take(matched[rows]).to(self.device)
+                for one, matched in zip(self._sets, self._matched, strict=True)
+            ],
+        )
 
-    def _batch(self, rows: Tensor, stored: Sequence[Tensor]) -> Batch:
-        x, *others = stored
-        # A copy, since x may be a part of a whole shuffle buffer.
-        features = _unit(x) if self.normalize else x.to(torch.float32, copy=True)
+    def _batch(self, rows: Tensor, held: _Held | None = None) -> Batch:
+        """Make a batch of some of the rows in common, from memory if they are there."""
+        x, *others = (held or self._held or self._read([rows])).pick(rows)
+        features = _unit(x) if self.normalize else x.float()
         # The cosine of concatenated unit vectors is the mean of their cosines.
         unit = [_unit(one) / math.sqrt(len(others)) for one in others]
-        in_set = self._matched[0][rows]
-        labels = self.features.labels_of(in_set)
-        return Batch(
-            features,
+        batch = self.features.batch_of(self._matched[0][rows], features)
+        return batch._replace(
             embeddings=torch.cat(unit, 1) if unit else features,
-            labels=None if labels is None else labels.to(self.device),
-            ids=self.features.ids_of(in_set) if self.ids else None,
-            rows=in_set,
+            labels=None if batch.labels is None else batch.labels.to(self.device),
         )
+
+
+class _Held(NamedTuple):
+    """Rows in memory, on the device."""
+
+    rows: Tensor
+    """(n,) which of the rows in common they are; in ascending order, or those of one batch."""
+    values: list[Tensor]
+    """From each set (n, d), in its stored type."""
+
+    def pick(self, rows: Tensor) -> list[Tensor]:
+        """Return some of the rows from each set."""
+        if rows is self.rows:
+            return self.values
+        found = torch.searchsorted(self.rows, rows)
+        return [one.index_select(0, found.to(one.device)) for one in self.values]
 
 
 class _Given(NamedTuple):
@@ -305,7 +311,7 @@ class _Given(NamedTuple):
     """Some of its rows."""
 
 
-@lru_cache(maxsize=4)  # of a few sets and epochs; a batch asks for it each time
+@lru_cache(maxsize=4)  # every batch of an epoch asks for it
 def epoch_order(num_rows: int, shuffle: Shuffle, seed: int, epoch: int, buffer_rows: int) -> Tensor:
     """Return the order of N rows (N,) in an epoch. Do not write to it: it is kept.
 

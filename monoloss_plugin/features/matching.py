@@ -16,13 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def rows_in_common(first: FeatureSet, others: Sequence[FeatureSet]) -> list[Tensor]:
-    """Match feature sets of the same images by their ids.
-
-    Sets without ids are matched row by row, and a warning says so.
-
-    Args:
-        first: the set that decides the order.
-        others: the sets to match with it.
+    """Match feature sets by the ids of their images; row by row, with a warning, without ids.
 
     Returns:
         For each set, the rows (n,) of the images that every set has, in the order of ``first``.
@@ -58,7 +52,7 @@ def rows_in_common(first: FeatureSet, others: Sequence[FeatureSet]) -> list[Tens
 
 
 def _require_same_source(one: dict[str, Any], other: dict[str, Any]) -> None:
-    """Raise ValueError if two sources hold different images, since their ids may be the same."""
+    """Raise ValueError if two sources hold different images: their ids may still be the same."""
     if not (one and other):
         return
     checksums = ["ids_sha256", "sample_sha256"]

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, get_origin, get_type_hints
 
 from monoloss_plugin._places import kind_of
-
-_TYPES: dict[str, type] = {
-    **dict.fromkeys(("encoder", "source", "versions", "columns"), dict),
-    **dict.fromkeys(("dtype", "autocast"), str),
-    **dict.fromkeys(("width", "rows", "source_rows", "unreadable"), int),
-}
 
 
 @dataclass(frozen=True)
@@ -52,11 +46,11 @@ class FeatureRecord:
             return content
         if not isinstance(content, Mapping):
             raise TypeError(f"record: expected a dict, got {kind_of(content)}")
-        known: dict[str, Any] = {
-            part.name: content[part.name]
-            for part in fields(cls)
-            if isinstance(content.get(part.name), _TYPES[part.name])
-        }
+        known: dict[str, Any] = {}
+        for name, kind in get_type_hints(cls).items():
+            plain = dict if get_origin(kind) is dict else kind  # isinstance takes no dict[str, Any]
+            if name in content and isinstance(content[name], plain):
+                known[name] = content[name]
         return cls(**known)
 
     @classmethod

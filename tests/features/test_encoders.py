@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from monoloss_plugin.features.encoders import SHORT_NAMES, Encoder, load_encoder, loading
+from monoloss_plugin.features.encoders import SHORT_NAMES, Encoder, load_encoder
 
 
 def features_of(encoder: Encoder, images: list[Image.Image]) -> Tensor:
@@ -171,10 +170,10 @@ def test_the_checksum_of_weights_tells_encoders_apart(encoders, tmp_path) -> Non
         ({"name": "clip"}, "expected one of clip-vit-l14"),
         ({"name": "keras:vit"}, "LIBRARY:NAME with one of open_clip"),
         ({"name": "timm:"}, "LIBRARY:NAME"),
-        ({"name": "open_clip:ViT-L-14"}, "WEIGHTS with a file of weights"),
-        ({"name": "open_clip:ViT-L-14/openai", "revision": "abc"}, "only hf-hub: names"),
-        ({"name": "timm:resnet18", "revision": "abc"}, "hf-hub:timm/resnet18"),
-        ({"name": "clip-vit-l14", "revision": "abc"}, "has its own"),
+        ({"name": "open_clip:ViT-L-14/openai", "revision": "abc"}, "write open_clip:hf-hub:ORG"),
+        ({"name": "timm:resnet18", "revision": "abc"}, "revision: only a repository of the Hub"),
+        ({"revision": "abc"}, "revision: only a repository of the Hub has one, got 'timm:local"),
+        ({"name": "vit-l16", "revision": "abc"}, "revision: only a repository of the Hub"),
         ({"output": "max"}, "output: expected one of"),
         ({"layer": "block.1"}, "no module 'block.1' in this encoder; near: blocks.1"),
         ({"layer": "blocks.1", "output": "pooled"}, "a layer takes 'cls' or 'mean'"),
@@ -189,12 +188,12 @@ def test_what_is_not_there_is_named(arguments, said, encoders: Path) -> None:
     ("name", "said"),
     [
         ("timm:resnet_of_mine", "timm cannot load resnet_of_mine: .*Unknown model"),
-        ("open_clip:ViT-Z-1/openai", "it has none for this architecture"),
-        ("open_clip:ViT-L-14/mine", "a tag of open_clip .openai, laion400m_e31"),
+        ("open_clip:ViT-Z-1/openai", "Model config for 'ViT-Z-1' not found"),
+        ("open_clip:ViT-L-14/mine", "'mine' is not a known tag or valid file path"),
+        ("open_clip:RN50", "Required pretrained weights .* could not be loaded"),
     ],
 )
-def test_a_library_says_that_it_does_not_know_a_name(name, said, monkeypatch) -> None:
-    monkeypatch.setattr(loading, "_hub_answers", lambda: True)
+def test_a_library_says_that_it_does_not_know_a_name(name, said) -> None:
     with pytest.raises(ValueError, match=said):
         load_encoder(name)
 
@@ -236,15 +235,11 @@ def test_a_folder_here_does_not_change_what_a_name_means(library, encoders, monk
 
 
 @pytest.mark.parametrize("library", ["transformers", "timm", "open_clip"])
-@pytest.mark.parametrize("other", ["transformers", "timm", "open_clip", "none"])
-def test_the_folder_of_another_library_names_it(library, other, encoders, tmp_path) -> None:
-    if library == other:
-        return
-    folder = tmp_path if other == "none" else encoders / other / "vit"
-    with pytest.raises(ValueError, match=f"is not a model that {library} saved") as refused:
-        load_encoder(f"{library}:{folder}")
-    advice = f"for {other}, write {other}:{folder}"
-    assert (advice in str(refused.value)) == (other != "none")
+def test_the_folder_of_another_library_is_refused(library, encoders, tmp_path) -> None:
+    others = {"transformers", "timm", "open_clip"} - {library}
+    for folder in (tmp_path, *(encoders / other / "vit" for other in others)):
+        with pytest.raises(ValueError, match=f"encoder: {library} cannot load"):
+            load_encoder(f"{library}:{folder}")
 
 
 def damaged(source: Path, folder: Path, endings: tuple[str, ...], content: bytes | None) -> Path:
@@ -321,21 +316,13 @@ def test_code_of_open_clips_text_tower_is_not_run(encoders, tmp_path, answers_ye
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "transformers:alice/vit",
-        "timm:hf-hub:alice/vit",
-        "timm:resnet18.a1_in1k",
-        "open_clip:hf-hub:alice/vit",
-        "open_clip:RN50/openai",
-    ],
+    ["transformers:alice/vit", "timm:hf-hub:alice/vit", "timm:resnet18", "open_clip:RN50/openai"],
 )
-def test_without_the_hub_an_encoder_fails_at_once_in_one_line(name, monkeypatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("waited for another try"))
-    with pytest.raises(ConnectionError, match="encoder: the Hub cannot be reached, and") as failed:
+def test_without_the_hub_an_encoder_fails_in_one_line(name, monkeypatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"encoder: .* cannot load") as failed:
         load_encoder(name)
     assert "\n" not in str(failed.value)
-    assert not huggingface_hub.constants.HF_HUB_OFFLINE
 
 
 def test_names_that_are_none() -> None:

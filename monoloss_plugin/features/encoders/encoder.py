@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from pathlib import Path
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -59,6 +59,7 @@ class Tower:
     prefix_tokens: int | None
     """Number of tokens before the patches, the class token first; None if it is not known."""
     record: Mapping[str, Any]
+    """What is to be recorded beside the library and the name."""
     channels_last: bool = False
     """Whether a map is (B, H, W, d) and not (B, d, H, W)."""
     mode: Literal["RGB", "L"] = "RGB"
@@ -72,8 +73,6 @@ def encoder_of(tower: Tower, output: Output | None, layer: str | None) -> Encode
     """
     chosen: Output = output or ("pooled" if layer is None else "mean")
     forward = tower.pooled
-    if chosen == "pooled" and layer is not None:
-        raise ValueError("output: 'pooled' is the encoder's end; a layer takes 'cls' or 'mean'")
     if chosen != "pooled":
         states = tower.tokens if layer is None else _output_of_layer(tower, layer)
         if states is None:
@@ -81,18 +80,19 @@ def encoder_of(tower: Tower, output: Output | None, layer: str | None) -> Encode
                 f"output: {tower.record['name']} offers no last hidden state; take 'pooled', or "
                 "name a layer"
             )
-        find_states = states
-
-        def forward(inputs: Inputs) -> Tensor:
-            return _pool(find_states(inputs), chosen, tower, inputs)
-
-    chosen_record = {"output": chosen, "layer": layer}
-    record = {**tower.record, **chosen_record, "weights_sha256": weights_sha256(tower.model)}
+        forward = partial(_pooled_states, tower, states, chosen)
+    elif layer is not None:
+        raise ValueError("output: 'pooled' is the encoder's end; a layer takes 'cls' or 'mean'")
+    checksum = weights_sha256(tower.model)
+    record = {**tower.record, "output": chosen, "layer": layer, "weights_sha256": checksum}
     return Encoder(tower.model, tower.preprocess, forward, record, tower.mode)
 
 
-def _pool(states: Tensor, how: Output, tower: Tower, inputs: Inputs) -> Tensor:
+def _pooled_states(
+    tower: Tower, states_of: Callable[[Inputs], Tensor], how: Output, inputs: Inputs
+) -> Tensor:
     """Return one vector (B, d) for each image from its hidden states."""
+    states = states_of(inputs)
     if states.ndim == 2:
         return states
     if how == "cls":
@@ -142,17 +142,6 @@ def _output_of_layer(tower: Tower, layer: str) -> Callable[[Inputs], Tensor]:
         raise ValueError(f"layer: the encoder's forward pass never reaches {layer!r}")
 
     return states
-
-
-def name_of(name: str) -> str:
-    """Return a library's name of an encoder; for a local folder, the name of the folder alone."""
-    path = name.removeprefix("local-dir:")
-    return Path(path).name if path != name or path.startswith("/") else name
-
-
-def with_lists(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings with lists in place of tuples, as JSON gives them back."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
 
 
 def weights_sha256(model: nn.Module) -> str:

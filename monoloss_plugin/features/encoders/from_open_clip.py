@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import open_clip
 import torch
@@ -15,9 +13,9 @@ from huggingface_hub import snapshot_download
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
+from transformers import dynamic_module_utils
 
-from monoloss_plugin._places import local_hint
-from monoloss_plugin.features.encoders.encoder import Tower, name_of, with_lists
+from monoloss_plugin.features.encoders.encoder import Tower
 
 
 def load(name: str, revision: str | None) -> Tower:
@@ -28,26 +26,14 @@ def load(name: str, revision: str | None) -> Tower:
             ``hf-hub:org/name``, or ``local-dir:/a/folder``.
         revision: of the Hub repository, for ``hf-hub:`` names.
     """
-    architecture, weights = name, None
-    if not name.startswith(("hf-hub:", "local-dir:")):
-        if revision is not None:
-            raise ValueError("revision: only hf-hub: names of open_clip have one")
-        architecture, _, weights = name.partition("/")
-        tags = open_clip.list_pretrained_tags_by_model(architecture)
-        # Without weights, open_clip would make up random ones.
-        if weights not in tags and not Path(weights).is_file():
-            raise ValueError(
-                f"encoder: expected open_clip:{architecture}/WEIGHTS with a file of weights or a "
-                f"tag of open_clip ({', '.join(tags) or 'it has none for this architecture'}), got "
-                f"{name!r}{local_hint(architecture)}"
-            )
+    weights, of_weights = None, {}
     if revision is not None:
-        folder = snapshot_download(name.removeprefix("hf-hub:"), revision=revision)
-        architecture = f"local-dir:{folder}"
+        name = f"local-dir:{snapshot_download(name.removeprefix('hf-hub:'), revision=revision)}"
+    elif not name.startswith(("hf-hub:", "local-dir:")):
+        name, _, weights = name.partition("/")
+        of_weights = {"name": f"{name}/{Path(weights).name}"}
     with _no_remote_code():
-        model, _, preprocess = open_clip.create_model_and_transforms(
-            architecture, pretrained=weights
-        )
+        model, preprocess = open_clip.create_model_from_pretrained(name, pretrained=weights)
     visual = model.visual.eval()
 
     def pooled(inputs: Tensor) -> Tensor:
@@ -62,26 +48,22 @@ def load(name: str, revision: str | None) -> Tower:
         pooled=pooled,
         tokens=tokens,
         prefix_tokens=prefix_tokens,
-        record={
-            "library": "open_clip",
-            "library_version": open_clip.__version__,
-            "name": name_of(name),
-            "revision": revision,
-            "preprocessing": with_lists(open_clip.get_model_preprocess_cfg(model)),
-        },
+        record={**of_weights, "preprocessing": open_clip.get_model_preprocess_cfg(model)},
     )
 
 
-def _no_remote_code() -> Any:
-    """Return a context in which transformers refuses a repository's code, and asks nobody.
+@contextmanager
+def _no_remote_code() -> Iterator[None]:
+    """Let transformers refuse a repository's code, and ask nobody.
 
     open_clip loads some text models through transformers, and does not forbid their code.
     """
-    if not find_spec("transformers"):
-        return nullcontext()
-    from transformers import dynamic_module_utils
-
-    return patch.object(dynamic_module_utils, "TIME_OUT_REMOTE_CODE", 0)
+    before = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # with 0 it raises instead of asking
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = before
 
 
 def _tokens_of(visual: nn.Module) -> tuple[Callable[[Any], Tensor] | None, int | None]:

@@ -8,21 +8,12 @@ import timm
 from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 
-from monoloss_plugin.features.encoders.encoder import Tower, name_of, with_lists
+from monoloss_plugin.features.encoders.encoder import Tower
 
 
 def load(name: str, revision: str | None) -> Tower:
-    """Load a timm model without its classifier.
-
-    Args:
-        name: a name of timm's registry, ``hf-hub:org/name``, or ``local-dir:/a/folder``.
-        revision: of the Hub repository, for ``hf-hub:`` names.
-    """
+    """Load a timm model without its classifier: a name of timm, ``hf-hub:`` or ``local-dir:``."""
     if revision is not None:
-        if not name.startswith("hf-hub:"):
-            raise ValueError(
-                f"revision: only hf-hub: names of timm have one, such as hf-hub:timm/{name}"
-            )
         name = f"{name}@{revision}"
     model = timm.create_model(name, pretrained=True, num_classes=0).eval()
     data = resolve_model_data_config(model)
@@ -35,10 +26,5 @@ def load(name: str, revision: str | None) -> Tower:
         prefix_tokens=getattr(model, "num_prefix_tokens", 0),
         channels_last=getattr(model, "output_fmt", "NCHW") == "NHWC",
         mode="L" if data["input_size"][0] == 1 else "RGB",
-        record={
-            "library": "timm",
-            "library_version": timm.__version__,
-            "name": name_of(name),
-            "preprocessing": with_lists(data),
-        },
+        record={"preprocessing": data},
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 from transformers.utils import logging
 
-from monoloss_plugin.features.encoders.encoder import Inputs, Tower, name_of
+from monoloss_plugin.features.encoders.encoder import Inputs, Tower
 
 _TOWERS = {
     "clip": "CLIPVisionModelWithProjection",
@@ -34,12 +34,7 @@ _PREFIX_TOKENS = {
 
 
 def load(name: str, revision: str | None) -> Tower:
-    """Load an image model, or the image part of a model of images and text.
-
-    Args:
-        name: a Hub repository or a folder.
-        revision: a commit, tag or branch of the Hub repository.
-    """
+    """Load an image model, or the image part of a model of images and text."""
     given: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     config = AutoConfig.from_pretrained(name, **given)
     kind = config.model_type.removesuffix("_vision_model")
@@ -60,9 +55,8 @@ def load(name: str, revision: str | None) -> Tower:
     absent = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler"))
     absent += [str(mismatch[0]) for mismatch in loading["mismatched_keys"]]
     if absent:
-        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         raise ValueError(
-            f"encoder: {name} has no fitting weights for {absent[0]}{more}; "
+            f"it has no fitting weights for {absent[0]} ({len(absent)} in all); "
             f"is it a {kind} image encoder?"
         )
     model = model.float().eval()
@@ -73,11 +67,9 @@ def load(name: str, revision: str | None) -> Tower:
 
     def pooled(inputs: Inputs) -> Tensor:
         outputs = model(**inputs)
-        embedding: Tensor | None = outputs.get("image_embeds")
         if no_pooler:
-            embedding = outputs.last_hidden_state[:, 0]
-        elif embedding is None:
-            embedding = outputs.get("pooler_output")
+            outputs = {"pooler_output": outputs.last_hidden_state[:, 0]}
+        embedding: Tensor | None = outputs.get("image_embeds", outputs.get("pooler_output"))
         if embedding is None:
             raise ValueError("output: this encoder has no pooled output; take 'cls' or 'mean'")
         return embedding
@@ -86,7 +78,6 @@ def load(name: str, revision: str | None) -> Tower:
         states: Tensor = model(**inputs).last_hidden_state
         return states
 
-    settings = processor.to_dict()
     return Tower(
         model=model,
         preprocess=_Preprocess(processor),
@@ -94,13 +85,12 @@ def load(name: str, revision: str | None) -> Tower:
         tokens=tokens,
         prefix_tokens=prefix_tokens,
         record={
-            "library": "transformers",
-            "library_version": transformers.__version__,
-            "name": name_of(name),
             "revision": getattr(config, "_commit_hash", None) or revision,
             "pooling": "class token" if no_pooler else "the model's own",
             "preprocessing": {
-                k: v for k, v in settings.items() if isinstance(v, (str, int, float, list, dict))
+                name: value
+                for name, value in processor.to_dict().items()
+                if isinstance(value, (str, int, float, list, dict))
             },
         },
     )

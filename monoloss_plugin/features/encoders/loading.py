@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple, get_args
-from unittest.mock import patch
 
 from monoloss_plugin._checks import require_choice
 from monoloss_plugin._optional import missing_extra
@@ -50,14 +50,8 @@ The paper names the families but no checkpoints. These are the usual ones. timm'
 weights and have no revisions.
 """
 
+_LIBRARIES = ("open_clip", "transformers", "timm")
 _LOCAL = "local-dir:"  # timm and open_clip write this before a folder
-_FOLDERS = {
-    "open_clip": ("open_clip_config.json", "model_cfg"),
-    "transformers": ("config.json", "model_type"),
-    "timm": ("config.json", "architecture"),
-}
-"""The libraries. Each writes this file into a model's folder, with this key in it."""
-_WAIT = 5  # seconds for the Hub to answer
 
 
 def load_encoder(
@@ -80,8 +74,10 @@ def load_encoder(
 
             For a local folder, write ``LIBRARY:./folder`` or ``LIBRARY:/a/folder``. For timm and
             open_clip you can also write ``local-dir:`` before any path. Code in a repository is
-            never run.
-        revision: a commit, tag or branch, if the name is one of a Hub repository.
+            never run. Without a network, set ``HF_HUB_OFFLINE=1``: the libraries then take what is
+            in their cache at once.
+        revision: a commit, tag or branch, if the name is one of a Hub repository. By default that
+            of the short name.
         output: ``"pooled"`` is the library's own image embedding. ``"cls"`` is the class token,
             and ``"mean"`` the mean over the patches, of the last hidden state or of ``layer``. The
             default is ``"pooled"``, or ``"mean"`` with a layer.
@@ -94,7 +90,6 @@ def load_encoder(
         TypeError: ``name`` is not a string.
         FileNotFoundError, NotADirectoryError: there is no such folder.
         ValueError: the name, output or layer does not exist, or the library cannot load it.
-        ConnectionError: the Hub cannot be reached, and the encoder is not in the cache.
         ModuleNotFoundError: the library is not installed.
     """
     if not isinstance(name, str):
@@ -102,91 +97,59 @@ def load_encoder(
     if output is not None:
         require_choice(output, "output", get_args(Output))
     if name in SHORT_NAMES:
-        if revision is not None:
-            raise ValueError(
-                f"revision: {name!r} has its own; to take another one, pass "
-                f"{SHORT_NAMES[name].name!r} with a revision"
-            )
-        name, revision, *_ = SHORT_NAMES[name]
+        name, pinned, *_ = SHORT_NAMES[name]
+        revision = pinned if revision is None else revision
     library, _, of_library = name.partition(":")
-    if library not in _FOLDERS or not of_library:
+    if library not in _LIBRARIES or not of_library:
         raise ValueError(
             f"encoder: expected one of {', '.join(SHORT_NAMES)}, or LIBRARY:NAME with one of "
-            f"{', '.join(_FOLDERS)}, got {name!r}"
+            f"{', '.join(_LIBRARIES)}, got {name!r}"
         )
     folder = _local_folder(library, of_library)
     if folder is not None:
         of_library = str(folder) if library == "transformers" else f"{_LOCAL}{folder}"
+    on_hub = folder is None and (library == "transformers" or of_library.startswith("hf-hub:"))
+    if revision is not None and not on_hub:
+        raise ValueError(
+            f"revision: only a repository of the Hub has one, got {name!r}"
+            + ("" if library == "transformers" else f"; write {library}:hf-hub:ORG/NAME")
+        )
     try:
-        from huggingface_hub import constants
-
         module = import_module(f"monoloss_plugin.features.encoders.from_{library}")
     except ModuleNotFoundError as error:
         raise missing_extra(error, "vision") from error
-    unreachable = folder is None and not _hub_answers()
-    # Offline, a library looks into its cache at once; online it would try for half a minute.
-    with patch.object(constants, "HF_HUB_OFFLINE", constants.HF_HUB_OFFLINE or unreachable):
-        try:
-            tower = module.load(of_library, revision)
-        except Exception as error:  # the libraries raise all kinds of errors for damaged files
-            reason = " ".join(str(error).split())
-            if reason.startswith(("encoder: ", "revision: ")):
-                raise
-            hint = local_hint(of_library) if folder is None else ""
-            if unreachable:
-                raise ConnectionError(
-                    f"encoder: the Hub cannot be reached, and {library} does not have {of_library} "
-                    f"in its cache{hint}"
-                ) from error
-            if "trust_remote_code" in reason:  # the library's advice, which does not hold here
-                reason = "it needs code of its own repository, and such code is never run"
-            raise ValueError(
-                f"encoder: {library} cannot load {of_library}: {type(error).__name__}: {reason}"
-                f"{hint}"
-            ) from error
-    encoder = encoder_of(tower, output, layer)
+    try:
+        tower = module.load(of_library, revision)
+    except Exception as error:  # the libraries raise all kinds of errors for damaged files
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:  # the library's advice, which does not hold here
+            reason = "it needs code of its own repository, and such code is never run"
+        hint = local_hint(of_library) if folder is None else ""
+        raise ValueError(
+            f"encoder: {library} cannot load {of_library}: {type(error).__name__}: {reason}{hint}"
+        ) from error
+    made_by = {
+        "library": library,
+        "library_version": import_module(library).__version__,
+        "name": of_library if folder is None else folder.name,
+        "revision": revision,
+    }
+    # As JSON gives it back, since a feature set stores it so.
+    record = json.loads(json.dumps({**made_by, **tower.record}))
+    encoder = encoder_of(replace(tower, record=record), output, layer)
     encoder.model.requires_grad_(False)
     return encoder
 
 
 def _local_folder(library: str, name: str) -> Path | None:
-    """Return the folder that a library's name stands for; None for a name on the Hub.
-
-    Raises:
-        FileNotFoundError, NotADirectoryError: there is no such folder.
-        ValueError: another library wrote the folder, or the name could mean two things.
-    """
+    """Return the folder that a library's name stands for; None for a name on the Hub."""
     folder = local_path(name)
     if name.startswith(_LOCAL):
         folder = Path(name.removeprefix(_LOCAL)).expanduser()
-    if folder is None:
-        if library == "transformers" and (hint := local_hint(name)):
-            # transformers itself would load the folder of that name.
-            raise ValueError(f"encoder: {name!r} is a name on the Hub{hint}")
-        return None
-    require_folder(folder, "encoder")
-    writers = [one for one, (file, key) in _FOLDERS.items() if _has_key(folder / file, key)]
-    if library not in writers:
-        advice = "".join(f"; for {one}, write {one}:{folder}" for one in writers)
-        raise ValueError(
-            f"encoder: {folder} is not a model that {library} saved: it has no "
-            f"{_FOLDERS[library][0]} with {_FOLDERS[library][1]!r} in it{advice}"
-        )
-    return folder.absolute()
-
-
-def _has_key(file: Path, key: str) -> bool:
-    try:
-        return key in json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, TypeError, ValueError):
-        return False
-
-
-def _hub_answers() -> bool:
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
-
-    try:
-        return bool(get_session().head(constants.ENDPOINT, timeout=_WAIT).status_code < 500)
-    except Exception:  # of the HTTP client that huggingface_hub uses
-        return False
+    if folder is not None:
+        require_folder(folder, "encoder")
+        return folder.absolute()
+    if library == "transformers" and (hint := local_hint(name)):
+        # transformers itself would load the folder of that name.
+        raise ValueError(f"encoder: {name!r} is a name on the Hub{hint}")
+    return None

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from monoloss_plugin.features import FeatureSet, extraction, store
 from monoloss_plugin.features.encoders import Encoder
 from monoloss_plugin.features.extraction import extract
+from monoloss_plugin.features.shards import EncodedRows, ShardWriter, features_schema, shards_in
 from monoloss_plugin.features.sources import open_source
 from monoloss_plugin.features.store import BusyError, SettingsError, join, verify
 from tests.features.test_sources import digits_dataset
@@ -152,7 +153,7 @@ def test_a_killed_run_loses_at_most_the_work_since_it_last_saved(killed) -> None
     with pytest.raises(ValueError, match="is not complete; run it again to go on"):
         FeatureSet.open(killed / "unfinished")
     # Killed at its third batch; each takes 0.2 s, and it saves every 0.3 s.
-    assert 10 <= store.rows_of(store.finished_shards(killed / "unfinished")[-1]).stop < 30
+    assert 10 <= shards_in(killed / "unfinished")[-1].rows.stop < 30
 
 
 def test_two_processes_give_what_one_gives(pixels, image_folder, tmp_path, small_files) -> None:
@@ -169,9 +170,9 @@ def test_processes_may_divide_the_work_in_other_ways(pixels, image_folder, tmp_p
     out = tmp_path / "out"
     extract(image_folder, pixels, out, shard=(1, 3), **OPTIONS)
     extract(image_folder, pixels, out, shard=(0, 2), **{**OPTIONS, "save_every": 60})
-    kept = next((out / "parts").glob("0000000051-0000000061-*"))
-    late = store.read_shard(kept)  # made by a process that knew nothing of the others
-    store.write_shard(out, dataclasses.replace(late, rows=range(45, 61)))
+    # A process that knew nothing of the others: its shard overlaps two of theirs.
+    writer = ShardWriter(out, features_schema(480, "float16", True, list("0123456789")), 0)
+    writer.add(EncodedRows(range(45, 61), np.zeros((16, 480), np.float16), [0] * 16, ["x"] * 16))
     done = extract(image_folder, pixels, out, shard=(0, 1), **OPTIONS)
     assert done.complete
     extract(image_folder, pixels, tmp_path / "whole", **OPTIONS)
@@ -197,16 +198,19 @@ def test_shares_of_separate_machines_join(
         join(tmp_path / "other", [tmp_path / "1"])
 
 
-def test_joining_takes_complete_sets_and_refuses_damaged_files(
-    pixels, image_folder, tmp_path, small_files
-) -> None:
-    extract(image_folder, pixels, tmp_path / "a", **OPTIONS)
-    assert join(tmp_path / "b", [tmp_path / "a"])
-    assert_equal(tmp_path / "a", tmp_path / "b")
-    file = sorted((tmp_path / "a").glob("data-00001*"))[0]
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"data-00001.*: 100 bytes instead of"):
-        join(tmp_path / "c", [tmp_path / "a"])
+def test_joining_refuses_damaged_files_and_complete_sets(pixels, image_folder, tmp_path) -> None:
+    extract(image_folder, pixels, tmp_path / "a", shard=(0, 2), **OPTIONS)
+    file = next((tmp_path / "a" / "parts").glob("*.arrow"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:100])
+    with pytest.raises(ValueError, match=rf"{file.name} differs from its checksum; run its"):
+        join(tmp_path / "b", [tmp_path / "a"])
+    assert not list((tmp_path / "b").glob(".unfinished-*"))
+    file.write_bytes(whole)
+    assert not join(tmp_path / "b", [tmp_path / "a"])
+    extract(image_folder, pixels, tmp_path / "a", shard=(1, 2), **OPTIONS)
+    with pytest.raises(ValueError, match="a is complete already; open it as it is"):
+        join(tmp_path / "b", [tmp_path / "a"])
 
 
 @pytest.mark.parametrize("rows", [40, 45])
@@ -315,12 +319,13 @@ def test_nothing_is_written_through_a_link(pixels, image_folder, tmp_path) -> No
             extract(image_folder, pixels, out, shard=(1, 2), **OPTIONS)
         link.unlink()
     assert extract(image_folder, pixels, out, shard=(1, 2), **OPTIONS).complete
+    assert not any(path.is_symlink() for path in out.iterdir())
+    assert verify(out) == []
     (tmp_path / "joined").mkdir()
     (tmp_path / "joined" / "extraction.json").symlink_to(tmp_path / "nowhere")
-    join(tmp_path / "joined", [out])
-    for folder in (out, tmp_path / "joined"):
-        assert not any(path.is_symlink() for path in folder.iterdir())
-        assert verify(folder) == []
+    extract(image_folder, pixels, tmp_path / "part", shard=(0, 2), **OPTIONS)
+    join(tmp_path / "joined", [tmp_path / "part"])
+    assert not any(path.is_symlink() for path in (tmp_path / "joined").iterdir())
     assert outside.read_text() == "years of work"
     assert not (tmp_path / "nowhere").exists()
 
@@ -338,40 +343,35 @@ def data_files(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("lost", ["data", "state.json", "dataset_info.json"])
-def test_a_damaged_set_is_repaired_by_running_again(
-    lost, pixels, image_folder, tmp_path, small_files
+def test_a_damaged_set_is_made_anew_by_running_again(
+    lost, pixels, image_folder, tmp_path, small_files, caplog
 ) -> None:
     out = tmp_path / "out"
     extract(image_folder, pixels, out, **OPTIONS)
-    extract(image_folder, pixels, tmp_path / "before", **OPTIONS)
+    before = content(out)
     path = data_files(out)[1] if lost == "data" else out / lost
-    encoded_again = store.Contents.read(out).files[path.name].rows if lost == "data" else 0
-    assert encoded_again < 75
     path.unlink()
     assert verify(str(out)) == [f"{path.name}: missing"]
     with pytest.raises(ValueError, match=f"is damaged .{path.name}: missing.; run its extraction"):
         FeatureSet.open(out)
-    repaired = extract(image_folder, pixels, out, **OPTIONS)
-    assert repaired.complete
-    assert repaired.images == encoded_again
-    assert_equal(out, tmp_path / "before")
+    done = extract(image_folder, pixels, out, **OPTIONS)
+    assert (done.complete, done.images) == (True, 150)
+    assert f"is damaged ({path.name}: missing); making all of it again" in caplog.text
+    assert content(out) == before
 
 
-def test_settings_that_were_cut_or_overwritten_are_found_and_repaired(
-    pixels, image_folder, tmp_path
-) -> None:
+def test_settings_that_were_cut_or_overwritten_are_found(pixels, image_folder, tmp_path) -> None:
     out = tmp_path / "out"
     extract(image_folder, pixels, out, **OPTIONS)
-    extract(image_folder, pixels, tmp_path / "before", **OPTIONS)
+    before = content(out)
     for name in ("state.json", "dataset_info.json"):
-        file = (out / name).read_bytes()
-        for altered in (file[:-20], b"", b"{}", file.replace(b"1", b"2")):
+        for altered in (before[name][:-20], b"", before[name].replace(b"1", b"2")):
             (out / name).write_bytes(altered)
-            assert verify(out) == [f"{name}: altered, its checksum differs"]
-            with pytest.raises(ValueError, match=f"is damaged .{name}: altered"):
+            (problem,) = verify(out)
+            assert problem.startswith(f"{name}: ")
+            with pytest.raises(ValueError, match=f"is damaged .{name}: "):
                 FeatureSet.open(out)
-            assert extract(image_folder, pixels, out, **OPTIONS).images == 0
-            assert_equal(out, tmp_path / "before")
+        (out / name).write_bytes(before[name])
     (out / "features.json").write_bytes(b"")
     for look in (verify, FeatureSet.open):
         with pytest.raises(
@@ -380,7 +380,7 @@ def test_settings_that_were_cut_or_overwritten_are_found_and_repaired(
             look(out)
     (out / "features.json").unlink()
     assert extract(image_folder, pixels, out, **OPTIONS).images == 150
-    assert_equal(out, tmp_path / "before")
+    assert content(out) == before
 
 
 def test_a_shard_in_the_making_that_is_damaged_is_made_again(
@@ -404,7 +404,7 @@ def test_verify_finds_what_was_cut_altered_or_lost(
     read: list[int] = []
     assert verify(out, read.append) == []
     first, second, third, *_ = data_files(out)
-    assert sum(read) == sum(path.stat().st_size for path in data_files(out))
+    assert sum(read) == sum(file.bytes for file in store.files_of(out).values())
     altered = bytearray(first.read_bytes())
     altered[len(altered) // 2] ^= 1
     first.write_bytes(altered)

@@ -111,7 +111,7 @@ def extract(
         batch_size: images to encode at once. By default it grows while a batch takes less than a
             few seconds, up to 256 images on a CPU and 1,024 on a GPU. If a batch does not fit the
             GPU's memory, its halves are encoded.
-        workers: processes that decode and preprocess images (threads for a stream).
+        workers: processes that decode and preprocess images.
         shard: ``(i, n)``: do the i-th of n shares of the work, where several processes or machines
             divide it. Under torchrun, by default ``RANK`` and ``WORLD_SIZE``. Every process reads
             all of a stream, but decodes and encodes only its share.
@@ -218,11 +218,8 @@ def _encode(
     def size() -> int:
         return encoder.batch_size
 
-    if loader.source.num_images is not None:
-        batches = loader.batches_by_number(left, size)
-    else:
-        batches = loader.batches_of_stream(_read_to_end(loader.source, folder), left, size)
-    for batch in batches:
+    stream = None if loader.source.num_images is not None else _read_on(loader.source, folder)
+    for batch in loader.batches(left, size, stream):
         if store.is_complete(folder):  # other processes have done these rows too
             return
         yield encoder.encode(batch)
@@ -249,17 +246,16 @@ def _save(
     return images
 
 
-def _rows_of_share(source: Source, share: tuple[int, int], total: int) -> Iterable[range]:
-    """Return the i-th of n equal parts of a source; of a stream, every n-th block."""
+def _rows_of_share(source: Source, share: tuple[int, int], total: int) -> Iterator[range]:
+    """Yield the rows of a share: the i-th of n equal parts, or of a stream every n-th block."""
     part, parts = share
-    if source.num_images is not None:
-        return [range(part * total // parts, (part + 1) * total // parts)]
-    starts = range(part * _BLOCK, total, parts * _BLOCK)
-    return (range(start, min(start + _BLOCK, total)) for start in starts)
+    size = _BLOCK if source.num_images is None else -(-total // parts)
+    for start in range(part * size, total, parts * size):
+        yield range(start, min(start + size, total))
 
 
-def _read_to_end(source: Source, folder: Path) -> Iterator[Row]:
-    """Yield a stream's rows from the first that no process has done, and note their number."""
+def _read_on(source: Source, folder: Path) -> Iterator[Row]:
+    """Yield a stream's rows from the first that no process has done; at its end, note the total."""
     first = next(missing_rows(folder, [range(sys.maxsize)])).start
     row = None
     # The row before is read too: if the stream ends with it, its end is seen.

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,10 +70,7 @@ def describe_error(error: Exception, row: Row) -> str:
 
 @dataclass(frozen=True)
 class ImageLoader(Dataset[Prepared]):
-    """Makes batches of a source's images, in workers that run beside the encoder.
-
-    As a ``torch`` dataset, it makes the batch of some row numbers.
-    """
+    """Makes batches of a source's images, in processes that run beside the encoder."""
 
     source: Source
     preprocess: Callable[[Any], Any]
@@ -91,50 +86,31 @@ class ImageLoader(Dataset[Prepared]):
         except Exception as error:  # a decoder may raise anything on a damaged file
             return error
 
-    def __getitem__(self, numbers: range) -> Prepared:
-        rows = [self.source[number] for number in numbers]
+    def __getitem__(self, wanted: range | list[Row]) -> Prepared:
+        """Make the batch of some rows, given by their numbers or, of a stream, themselves."""
+        rows = [self.source[one] if isinstance(one, int) else one for one in wanted]
         return _batch(rows, [self.prepare(row) for row in rows])
 
-    def batches_by_number(
-        self, spans: Iterable[range], batch_size: Callable[[], int]
+    def batches(
+        self, spans: Iterable[range], batch_size: Callable[[], int], stream: Iterable[Row] | None
     ) -> Iterator[Prepared]:
-        """Yield batches of some spans of rows, in order, prepared by processes.
+        """Yield batches of some spans of rows, in order.
 
         Args:
-            spans: of row numbers.
+            spans: of row numbers; of a stream, there may be no end of them.
             batch_size: is asked for the size of each batch.
+            stream: the rows of a source that has no rows by number. They are read in this process,
+                and only once.
         """
-        loader = DataLoader(
+        numbers = _cut(spans, batch_size)
+        yield from DataLoader(
             self,
-            sampler=_cut(spans, batch_size),  # whatever __getitem__ takes
+            sampler=numbers if stream is None else _take(iter(stream), numbers),
             batch_size=None,
             num_workers=self.workers,
             pin_memory=self.pin_memory,
             prefetch_factor=4 if self.workers else None,
         )
-        yield from loader
-
-    def batches_of_stream(
-        self, stream: Iterable[Row], spans: Iterable[range], batch_size: Callable[[], int]
-    ) -> Iterator[Prepared]:
-        """Yield batches of some spans of a stream's rows, in order, prepared by threads.
-
-        The stream is read in this process, once and to its end. Threads are enough, since decoding
-        does not hold Python's lock.
-        """
-        waiting: deque[tuple[list[Row], list[Future[Any]]]] = deque()
-
-        def next_batch() -> Prepared:
-            rows, futures = waiting.popleft()
-            return _batch(rows, [future.result() for future in futures])
-
-        with ThreadPoolExecutor(max(1, self.workers)) as threads:
-            for rows in _rows_of_batches(stream, spans, batch_size):
-                waiting.append((rows, [threads.submit(self.prepare, row) for row in rows]))
-                if len(waiting) > 2:
-                    yield next_batch()
-            while waiting:
-                yield next_batch()
 
 
 def _batch(rows: Sequence[Row], prepared: Sequence[Any]) -> Prepared:
@@ -159,20 +135,15 @@ def _cut(spans: Iterable[range], batch_size: Callable[[], int]) -> Iterator[rang
             span = span[size:]
 
 
-def _rows_of_batches(
-    stream: Iterable[Row], spans: Iterable[range], batch_size: Callable[[], int]
-) -> Iterator[list[Row]]:
-    """Yield the rows of each batch. The stream is read to its end."""
-    left = iter(spans)
-    span = next(left, None)
-    rows: list[Row] = []
-    for row in stream:
-        while span is not None and row.number >= span.stop:
-            span = next(left, None)
-        if span is not None and row.number >= span.start:
-            rows.append(row)
-            if len(rows) >= batch_size() or row.number + 1 == span.stop:
-                yield rows
-                rows = []
-    if rows:
+def _take(stream: Iterator[Row], batches: Iterable[range]) -> Iterator[list[Row]]:
+    """Yield the rows of each batch from a stream, until it ends."""
+    for numbers in batches:
+        rows = []
+        for row in stream:
+            if row.number >= numbers.start:
+                rows.append(row)
+            if row.number == numbers[-1]:
+                break
+        if not rows:
+            return
         yield rows

@@ -226,7 +226,7 @@ def _write_record(folder: Path, total: int) -> None:
     _write_json(folder, INFO, {"description": description, "features": columns.to_dict()})
     names = [f"{PARTS}/{shard.path.name}" for shard in shards]
     split = record.source.get("split")
-    state = {  # as Dataset.save_to_disk writes it
+    state: dict[str, Any] = {  # as Dataset.save_to_disk writes it
         "_data_files": [{"filename": name} for name in names],
         "_fingerprint": hashlib.sha256(description.encode()).hexdigest()[:16],
         "_format_columns": None,

@@ -359,7 +359,7 @@ def test_a_run_that_begins_on_a_busy_machine_becomes_quick(
     stopped: list[int] = []
 
     def busy_at_first(inputs: Tensor) -> Tensor:
-        quick = max(sizes, default=0) >= 32
+        quick = max(sizes, default=0) >= 16
         sizes.append(len(inputs))
         if quick and not stopped:
             stopped.append(len(sizes))

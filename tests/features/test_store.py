@@ -150,9 +150,9 @@ def test_a_killed_run_loses_at_most_the_work_since_it_last_saved(killed) -> None
 
 
 def test_two_processes_give_what_one_gives(pixels, image_folder, tmp_path) -> None:
-    for part in (1, 0):
+    for part, images in ((1, 74), (0, 76)):  # of 153 files, 3 of them damaged
         done = extract(image_folder, pixels, tmp_path / "two", shard=(part, 2), **OPTIONS)
-        assert done.images == 75
+        assert done.images == images
     assert done.complete
     extract(image_folder, pixels, tmp_path / "one", **{**OPTIONS, "save_every": 60})
     assert_equal(tmp_path / "two", tmp_path / "one")

@@ -30,6 +30,7 @@ from benchmarks.trainer import batchtopk_trainer
 from monoloss_plugin.features import FeatureBatches, FeatureRecord, FeatureSet, store
 from monoloss_plugin.features.encoders import Encoder
 from monoloss_plugin.features.extraction import extract
+from monoloss_plugin.features.shards import EncodedRows, ShardWriter, features_schema
 
 _LMDB, _PLAIN = "LMDB, 4 workers", "x[perm] in memory"
 
@@ -245,12 +246,12 @@ def _write_set(folder: Path, x: Tensor) -> None:
     store.begin(folder, FeatureRecord(dtype=dtype, width=x.shape[1]))
     with store.claim(folder, "all"):
         store.note_total(folder, len(x))
-        schema = store.features_schema(x.shape[1], dtype, True, None)
-        writer = store.ShardWriter(folder, schema, save_every=60.0)
+        schema = features_schema(x.shape[1], dtype, True, None)
+        writer = ShardWriter(folder, schema, save_every=60.0)
         for part in torch.arange(len(x)).split(1024):
             rows = range(int(part[0]), int(part[-1]) + 1)
             ids = [f"{row:08d}.jpg" for row in rows]
-            writer.add(rows, x[part].numpy(), [0] * len(rows), ids)
+            writer.add(EncodedRows(rows, x[part].numpy(), [0] * len(rows), ids))
         writer.save()
     store.complete(folder)
 

@@ -109,7 +109,7 @@ MISSING = {
     ("monoloss_plugin.adapters.transformers", "transformers"): "transformers",
     ("monoloss_plugin.adapters.timm", "timm"): "timm",
     ("monoloss_plugin.adapters.lightning", "lightning"): "lightning",
-    ("monoloss_plugin.features.extraction", "psutil"): "psutil",
+    ("monoloss_plugin.features.extraction", "PIL"): "pillow",
 }
 
 # One process imports torch, and a copy of it tries each; copies of this one, with its threads, may

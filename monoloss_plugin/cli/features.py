@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -20,20 +19,11 @@ features = typer.Typer(help="Look at feature datasets and put them together.", n
 def extract(
     source: Annotated[
         str,
-        typer.Argument(
-            help="A folder of images such as ./photos (class subfolders become labels), "
-            "open-images:FOLDER, a folder of Dataset.save_to_disk, or a Hub dataset such as "
-            "imagenet-1k or cifar10."
-        ),
+        typer.Argument(help="./FOLDER of images, open-images:FOLDER, or a dataset on the Hub."),
     ],
     encoder: Annotated[
         str,
-        typer.Option(
-            "--encoder",
-            "-e",
-            help="clip-vit-l14, siglip2-so400m, vit-l16, or LIBRARY:NAME with open_clip, "
-            "transformers or timm.",
-        ),
+        typer.Option("--encoder", "-e", help="A short name such as clip-vit-l14, or LIBRARY:NAME."),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the feature dataset.")],
     split: Annotated[
@@ -71,21 +61,16 @@ def extract(
             callback=one_of("bfloat16", "float16"),
         ),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="A GPU where there is one, by default.")
-    ] = None,
+    device: Annotated[str | None, typer.Option(help="By default a GPU if there is one.")] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Images to encode at once; by default, what fits the memory.")
+        int | None, typer.Option(help="Images to encode at once; by default it is found.")
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that decode images.")] = None,
     shard: Annotated[
-        str | None,
-        typer.Option(
-            help="I/N: do share I of N, from 0. Under torchrun, by default its rank and size."
-        ),
+        str | None, typer.Option(help="I/N: do share I of N, from 0; torchrun sets it by itself.")
     ] = None,
     save_every: Annotated[
-        float, typer.Option(help="Seconds; a killed run loses at most this much work.")
+        float, typer.Option(help="Seconds of work that a killed run may lose.")
     ] = 60.0,
     max_unreadable: Annotated[
         int, typer.Option(help="Stop if more images than this cannot be read.")
@@ -145,16 +130,17 @@ def verify(folder: Annotated[Path, typer.Argument(help="A feature dataset.")]) -
     from monoloss_plugin.features import store
 
     files = store.files_of(folder)
-    size = sum(path.stat().st_size for path in files if path.is_file())
+    size = sum(file.bytes for file in files.values())
     with tqdm(total=size, unit="B", unit_scale=True, desc="Verifying", disable=not size) as bar:
         problems = store.verify(folder, bar.update)
     complete = store.is_complete(folder)
-    content = {"folder": folder, "shards": len(files), "complete": complete, "problems": problems}
+    content = {"folder": folder, "files": len(files), "complete": complete, "problems": problems}
     if problems:
-        advice = "delete an altered file, and run the extraction again to repair the set"
+        advice = "delete an altered file, and run the extraction again"
         return Output(content, (), f"{'; '.join(problems)}; {advice}")
+    count = "1 file" if len(files) == 1 else f"{len(files)} files"
     unfinished = "" if complete else "; the set is not complete yet"
-    return Output(content, [f"checked {_count(files)}, and all is well{unfinished}"])
+    return Output(content, [f"checked {count}, and all is well{unfinished}"])
 
 
 @command(features)
@@ -193,11 +179,9 @@ def join(
     """Copy what other machines extracted from the same source into one folder."""
     from monoloss_plugin.features import store
 
-    complete = store.join(folder, others)
-    files = store.files_of(folder)
-    content = {"folder": folder, "shards": len(files), "complete": complete}
-    text = f"{_count(files)} in {folder}; the set is {'' if complete else 'not yet '}complete"
-    return Output(content, [text])
+    complete, rows = store.join(folder, others), store.count_rows(folder)
+    text = f"{rows} features in {folder}; the set is {'' if complete else 'not yet '}complete"
+    return Output({"folder": folder, "rows": rows, "complete": complete}, [text])
 
 
 @command(features)
@@ -212,11 +196,6 @@ def encoders() -> Output:
     header = ("name", "width", "weights", "revision", "what")
     content = {"encoders": [dict(zip(header, row, strict=True)) for row in rows]}
     return Output(content, [table(*header, rows=rows)])
-
-
-def _count(shards: Sized) -> str:
-    """Say how many files of features there are."""
-    return "1 file of features" if len(shards) == 1 else f"{len(shards)} files of features"
 
 
 def _listed(classes: list[str]) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 from monoloss_plugin._checks import as_labels, as_list, as_rows, as_tensor, require_finite
 from monoloss_plugin._places import kind_of
 from monoloss_plugin.features.record import FeatureRecord
-from monoloss_plugin.features.store import features_schema, fixed_lists
+from monoloss_plugin.features.shards import features_schema, fixed_lists
 
 _COLUMNS = {
     "features": ("features", "x", "embeddings", "embedding"),

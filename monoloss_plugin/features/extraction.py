@@ -27,19 +27,20 @@ from monoloss_plugin.features import store
 from monoloss_plugin.features.encoders import Encoder, load_encoder
 from monoloss_plugin.features.encoders.encoder import weights_sha256
 from monoloss_plugin.features.record import FeatureRecord
+from monoloss_plugin.features.shards import (
+    EncodedRows,
+    ShardWriter,
+    Unreadable,
+    features_schema,
+    missing_rows,
+)
 from monoloss_plugin.features.sources import Row, Source, open_source
 
 try:  # what only extraction needs
     from tqdm.auto import tqdm
 
-    from monoloss_plugin.features import images
-    from monoloss_plugin.features.forward import (
-        BatchSize,
-        Forward,
-        Precision,
-        fitting_batch_size,
-        repeated,
-    )
+    from monoloss_plugin.features.batch_encoder import BatchEncoder, Precision
+    from monoloss_plugin.features.images import ImageLoader, describe_error
 except ModuleNotFoundError as error:
     raise missing_extra(error, "vision") from error
 
@@ -65,7 +66,7 @@ class Extraction:
     """Number of images that this run encoded."""
     rows: int
     """Number of images in the folder, with those of other processes and earlier runs."""
-    unreadable: list[store.Unreadable]
+    unreadable: list[Unreadable]
     """The images that were left out of the folder."""
     classes: list[str] | None
     """Names of the labels' classes; None where labels have no names."""
@@ -107,9 +108,10 @@ def extract(
         autocast: run the encoder in this precision instead of float32.
         device: of the encoder. By default a GPU if there is one, with the number ``LOCAL_RANK``
             under torchrun.
-        batch_size: images to encode at once. By default as many as fit the free memory and take a
-            few seconds at most.
-        workers: processes that decode and preprocess images (threads for a stream).
+        batch_size: images to encode at once. By default it grows while a batch takes less than a
+            few seconds, up to 256 images on a CPU and 1,024 on a GPU. If a batch does not fit the
+            GPU's memory, its halves are encoded.
+        workers: processes that decode and preprocess images.
         shard: ``(i, n)``: do the i-th of n shares of the work, where several processes or machines
             divide it. Under torchrun, by default ``RANK`` and ``WORLD_SIZE``. Every process reads
             all of a stream, but decodes and encodes only its share.
@@ -147,142 +149,114 @@ def extract(
     require_number(save_every, "save_every")
     if not save_every >= 0:
         raise ValueError(f"save_every: expected seconds, 0 or more, got {save_every}")
-    share = _share(shard)
-    folder = as_path(out, "out")
+    share, folder, on = _share(shard), as_path(out, "out"), _device(device)
     opened = source if isinstance(source, Source) else open_source(source)
     if isinstance(encoder, str):
         encoder = load_encoder(encoder)
     elif not isinstance(encoder, Encoder):
         raise TypeError(f"encoder: expected an Encoder or a name, got {kind_of(encoder)}")
-    forward = Forward(encoder, _device(device), autocast, getattr(torch, dtype))
-    prepare = images.Preparation(encoder.preprocess, encoder.mode)
-    probe = _first_readable(opened, prepare)
-    width = forward(repeated(probe, 1)).shape[1]
+    if workers is None:
+        workers = _workers(on)
+    loader = ImageLoader(opened, encoder.preprocess, encoder.mode, workers, on.type == "cuda")
+    probe = _first_readable(loader)
+    on_device = BatchEncoder(encoder, probe, on, getattr(torch, dtype), autocast, batch_size)
     settings = FeatureRecord(
         encoder=_record_of(encoder),
         source=opened.record,
         dtype=dtype,
         autocast=autocast,
-        width=width,
+        width=on_device.width,
         versions={name: version(name) for name in _VERSIONS},
     )
     store.begin(folder, settings)
     store.repair(folder)
-    started, encoded = time.perf_counter(), 0
+    started, images = time.perf_counter(), 0
     if not store.is_complete(folder):
         with store.claim(folder, f"share-{share[0]}-of-{share[1]}"):
-            schema = store.features_schema(width, dtype, opened.label is not None, opened.classes)
-            encoded = _encode_share(
-                opened,
-                share,
-                prepare,
-                forward,
-                BatchSize(batch_size) if batch_size else fitting_batch_size(forward, probe),
-                store.ShardWriter(folder, schema, save_every),
-                workers=_workers(forward.device) if workers is None else workers,
-                max_unreadable=max_unreadable,
-                progress=progress,
+            schema = features_schema(
+                on_device.width, dtype, opened.label is not None, opened.classes
+            )
+            left = _rows_left(opened, folder, share)
+            images = _save(
+                _encode(loader, on_device, folder, left),
+                ShardWriter(folder, schema, save_every),
+                max_unreadable,
+                tqdm(total=_total(left), desc="Extracting", unit=" images", disable=not progress),
             )
     complete = store.complete(folder)
-    done = store.progress_of(folder)
     return Extraction(
         folder=folder,
-        images=encoded,
-        rows=done.rows,
-        unreadable=done.unreadable,
+        images=images,
+        rows=store.count_rows(folder),
+        unreadable=store.unreadable_of(folder),
         classes=opened.classes,
         complete=complete,
         seconds=time.perf_counter() - started,
     )
 
 
-def _encode_share(
-    source: Source,
-    share: tuple[int, int],
-    prepare: images.Preparation,
-    forward: Forward,
-    size: BatchSize,
-    writer: store.ShardWriter,
-    *,
-    workers: int,
-    max_unreadable: int,
-    progress: bool,
-) -> int:
-    """Encode and save what a share lacks, and return how many images that was."""
+def _rows_left(source: Source, folder: Path, share: tuple[int, int]) -> Iterable[range]:
+    """Return the rows of a share that no shard has: a list, or without end for a stream."""
     if source.num_images is not None:
-        store.note_total(writer.folder, source.num_images)
-    total = store.total_rows(writer.folder) or sys.maxsize
-    missing = store.missing_rows(writer.folder, _rows_of_share(source, share, total))
-    unreadable = store.progress_of(writer.folder).unreadable
-    _check_unreadable(unreadable, max_unreadable)
-    left = None if total == sys.maxsize else list(missing)
-    if left == []:
-        return 0
-    if source.num_images is not None:
-        pin_memory = forward.device.type == "cuda"
-        batches = images.batches_by_number(
-            source, prepare, left or (), size, workers=workers, pin_memory=pin_memory
-        )
-    else:
-        stream = _read_to_end(source, writer.folder)
-        batches = images.batches_of_stream(stream, prepare, left or missing, size, workers=workers)
-    rows = None if left is None else sum(map(len, left))
-    with tqdm(total=rows, desc="Extracting", unit=" images", disable=not progress) as bar:
-        return _encode(batches, forward, size, writer, unreadable, max_unreadable, bar)
+        store.note_total(folder, source.num_images)
+    total = store.total_rows(folder)
+    left = missing_rows(folder, _rows_of_share(source, share, total or sys.maxsize))
+    return left if total is None else list(left)
+
+
+def _total(spans: Iterable[range]) -> int | None:
+    return sum(map(len, spans)) if isinstance(spans, list) else None
 
 
 def _encode(
-    batches: Iterator[images.Prepared],
-    forward: Forward,
-    size: BatchSize,
-    writer: store.ShardWriter,
-    unreadable: list[store.Unreadable],
-    max_unreadable: int,
-    bar: Any,
+    loader: ImageLoader, encoder: BatchEncoder, folder: Path, left: Iterable[range]
+) -> Iterator[EncodedRows]:
+    """Encode the rows that are left, batch by batch."""
+    if not left or store.is_complete(folder):
+        return
+
+    def size() -> int:
+        return encoder.batch_size
+
+    stream = None if loader.source.num_images is not None else _read_on(loader.source, folder)
+    for batch in loader.batches(left, size, stream):
+        if store.is_complete(folder):  # other processes have done these rows too
+            return
+        yield encoder.encode(batch)
+
+
+def _save(
+    batches: Iterable[EncodedRows], writer: ShardWriter, max_unreadable: int, bar: Any
 ) -> int:
-    """Encode and save batches, and return how many images were encoded."""
-    encoded, started = 0, time.perf_counter()
-    try:
-        for batch in batches:
-            if store.is_complete(writer.folder):  # other processes have done these rows too
-                break
-            features = torch.empty((0, writer.width), dtype=forward.dtype)
-            if batch.inputs is not None:
-                features = forward.in_parts(batch.inputs, len(batch.readable)).cpu()
-                encoded += len(features)
-                batch, features = images.without_infinite(batch, features)
-            writer.add(
-                batch.rows,
-                features.numpy(),
-                [row.label for row in batch.readable],
-                [row.image_id for row in batch.readable],
-                batch.unreadable,
-            )
-            unreadable += batch.unreadable
-            _check_unreadable(unreadable, max_unreadable)
-            ended = time.perf_counter()
-            size.measured(len(batch.rows), ended - started, forward.most)
-            started = ended
-            bar.update(len(batch.rows))
-            if unreadable:
-                bar.set_postfix(unreadable=len(unreadable))
-    finally:
-        writer.save()
-    return encoded
+    """Save batches, and return how many images were encoded."""
+    images, unreadable = 0, store.unreadable_of(writer.folder)
+    with bar:
+        _check_unreadable(unreadable, max_unreadable)
+        try:
+            for batch in batches:
+                writer.add(batch)
+                images += len(batch.ids)
+                unreadable += batch.unreadable
+                bar.update(len(batch.rows))
+                if unreadable:
+                    bar.set_postfix(unreadable=len(unreadable))
+                _check_unreadable(unreadable, max_unreadable)
+        finally:
+            writer.save()
+    return images
 
 
-def _rows_of_share(source: Source, share: tuple[int, int], total: int) -> Iterable[range]:
-    """Return the i-th of n equal parts of a source; of a stream, every n-th block."""
+def _rows_of_share(source: Source, share: tuple[int, int], total: int) -> Iterator[range]:
+    """Yield the rows of a share: the i-th of n equal parts, or of a stream every n-th block."""
     part, parts = share
-    if source.num_images is not None:
-        return [range(part * total // parts, (part + 1) * total // parts)]
-    starts = range(part * _BLOCK, total, parts * _BLOCK)
-    return (range(start, min(start + _BLOCK, total)) for start in starts)
+    size = _BLOCK if source.num_images is None else -(-total // parts)
+    for start in range(part * size, total, parts * size):
+        yield range(start, min(start + size, total))
 
 
-def _read_to_end(source: Source, folder: Path) -> Iterator[Row]:
-    """Yield a stream's rows from the first that no process has done, and note their number."""
-    first = next(store.missing_rows(folder, [range(sys.maxsize)])).start
+def _read_on(source: Source, folder: Path) -> Iterator[Row]:
+    """Yield a stream's rows from the first that no process has done; at its end, note the total."""
+    first = next(missing_rows(folder, [range(sys.maxsize)])).start
     row = None
     # The row before is read too: if the stream ends with it, its end is seen.
     for row in source.stream(max(0, first - 1)):
@@ -291,7 +265,7 @@ def _read_to_end(source: Source, folder: Path) -> Iterator[Row]:
         store.note_total(folder, row.number + 1)
 
 
-def _check_unreadable(unreadable: list[store.Unreadable], most: int) -> None:
+def _check_unreadable(unreadable: list[Unreadable], most: int) -> None:
     if len(unreadable) > most:
         last = "; ".join(f"{one.image_id} ({one.error})" for one in unreadable[-3:])
         raise TooManyUnreadableError(
@@ -300,18 +274,18 @@ def _check_unreadable(unreadable: list[store.Unreadable], most: int) -> None:
         )
 
 
-def _first_readable(source: Source, prepare: images.Preparation) -> Any:
+def _first_readable(loader: ImageLoader) -> Any:
     """Return the encoder's input of the first readable image, to try the encoder on.
 
     Raises:
         ValueError: none of the first images can be read.
     """
     said = None
-    for row in itertools.islice(source.stream(), _TRIED):
-        prepared = prepare(row)
+    for row in itertools.islice(loader.source.stream(), _TRIED):
+        prepared = loader.prepare(row)
         if not isinstance(prepared, Exception):
             return prepared
-        said = said or f"{row.image_id}: {images.describe_error(prepared, row)}"
+        said = said or f"{row.image_id}: {describe_error(prepared, row)}"
     if said is None:
         raise ValueError("source: expected at least one image, got an empty stream")
     raise ValueError(f"source: not one of the first images could be read; {said}")

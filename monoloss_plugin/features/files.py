@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
 logger = logging.getLogger(__name__)
@@ -51,9 +50,7 @@ def image_folder(folder: Path, split: str | None) -> tuple[Dataset, dict[str, An
         logger.warning(
             "every image in %s is in the folder %r, which makes one class; if it is not a class, "
             "take %s itself",
-            root,
-            classes[0],
-            root / classes[0],
+            *(root, classes[0], root / classes[0]),
         )
     record = {"kind": "folder", "name": folder.resolve().name, "split": split}
     return _of_files(root, names, names, classes, record)
@@ -93,42 +90,28 @@ def open_images(root: Path, split: str | None) -> tuple[Dataset, dict[str, Any]]
         if folder.is_dir()
         for name in _image_files(folder)
     }
-    listing = _open_images_listing(root, split)
-    ids = sorted(files)
-    if listing is not None:
-        text = {"ImageID": pa.string(), "Subset": pa.string()}  # an id may look like a number
-        columns = pyarrow.csv.ConvertOptions(include_columns=list(text), column_types=text)
-        table = pyarrow.csv.read_csv(listing, convert_options=columns)
-        listed = table.filter(pa.compute.equal(table["Subset"], split))["ImageID"].unique()
-        listed = listed.to_pylist()
+    ids, listing = sorted(files), None
+    if (found := _open_images_listing(root, split)) is not None:
+        listing, listed = found
         ids = [image_id for image_id in listed if image_id in files]
-        logger.info(
-            "Open Images %s: found %d of the %d images that %s lists",
-            split,
-            len(ids),
-            len(listed),
-            listing.name,
-        )
+        counts = len(ids), len(listed)
+        logger.info("Open Images %s: found %d of %d images in %s", split, *counts, listing)
     if not ids:
         raise ValueError(f"source: no images of split {split!r} in {root}")
-    record = {
-        "kind": "open-images",
-        "name": "Open Images V7",
-        "split": split,
-        "listing": None if listing is None else listing.name,
-    }
+    record = {"kind": "open-images", "name": "Open Images V7", "split": split, "listing": listing}
     return _of_files(root, [files[image_id] for image_id in ids], ids, None, record)
 
 
-def _open_images_listing(root: Path, split: str) -> Path | None:
-    """Return the CSV file that lists a split's images: it has columns ImageID and Subset."""
+def _open_images_listing(root: Path, split: str) -> tuple[str, list[str]] | None:
+    """Return the name of a CSV file with columns ImageID and Subset, and the ids of a split."""
     places = [root, root / "metadata", root / split, root / split / "metadata"]
     found = [path for place in places for path in sorted(place.glob("*.csv"))]
     for path in sorted(found, key=lambda path: split not in path.name):
         with path.open(newline="") as lines:
-            columns = next(csv.reader(lines), [])
-        if {"ImageID", "Subset"} <= set(columns):
-            return path
+            rows = csv.DictReader(lines)
+            if {"ImageID", "Subset"} <= set(rows.fieldnames or ()):
+                ids = dict.fromkeys(row["ImageID"] for row in rows if row["Subset"] == split)
+                return path.name, list(ids)
     return None
 
 
@@ -139,12 +122,14 @@ def _of_files(
     classes: list[str] | None,
     record: dict[str, Any],
 ) -> tuple[Dataset, dict[str, Any]]:
-    """Return image files as a dataset of their paths, and their record."""
+    """Return image files as a dataset of their paths, and their record with a checksum of ids."""
     ids = [_text(image_id) for image_id in ids]
-    paths = pa.array((_arrow_path(str(root / name)) for name in names), pa.string())
-    nothing = pa.nulls(len(names), pa.binary())
+    paths = [str(root / name) for name in names]
+    # Arrow cannot hold a path that is not UTF-8.
+    held = pa.array((path if _text(path) == path else None for path in paths), pa.string())
+    nothing = pa.nulls(len(paths), pa.binary())
     columns: dict[str, Any] = {
-        "image": pa.StructArray.from_arrays([nothing, paths], names=["bytes", "path"]),
+        "image": pa.StructArray.from_arrays([nothing, held], names=["bytes", "path"]),
         "image_id": pa.array(ids, pa.string()),
     }
     features = {"image": Image(decode=False), "image_id": Value("string")}
@@ -154,15 +139,9 @@ def _of_files(
         columns["label"] = pa.array(labels, pa.int64())
         features["label"] = ClassLabel(names=classes)
     rows = Dataset(pa.table(columns).cast(Features(features).arrow_schema))
-    digest = hashlib.sha256("\n".join(ids).encode())
-    return rows, {**record, "images": len(names), "ids_sha256": digest.hexdigest()}
+    return rows, {**record, "ids_sha256": hashlib.sha256("\n".join(ids).encode()).hexdigest()}
 
 
 def _text(name: str) -> str:
     """Return a file's name with escapes for what UTF-8 cannot hold."""
     return name.encode(errors="backslashreplace").decode()
-
-
-def _arrow_path(path: str) -> str | None:
-    """Return a path; None if it is not UTF-8, since Arrow cannot hold it."""
-    return path if _text(path) == path else None

@@ -9,9 +9,9 @@ import hashlib
 import itertools
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 from datasets import (
     ClassLabel,
@@ -26,9 +26,14 @@ from datasets import (
 )
 from datasets import config as datasets_config
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+)
 
-from monoloss_plugin._places import kind_of, local_hint, local_path
+from monoloss_plugin._places import as_path, kind_of, local_hint, local_path
 from monoloss_plugin.features.files import image_folder, open_images
 
 OPEN_IMAGES = "open-images:"
@@ -146,20 +151,19 @@ def open_source(
         ConnectionError: the Hub cannot be reached, and the dataset is not in the cache.
     """
     if isinstance(source, (Dataset, IterableDataset)):
-        record = {"kind": "dataset", "name": source.info.dataset_name, "split": str(source.split)}
-        return _from_dataset(source, record, image, label, image_id)
-    if not isinstance(source, (str, os.PathLike)):
+        rows, name = source, source.info.dataset_name
+        record = {"kind": "dataset", "name": name, "split": str(source.split)}
+    elif not isinstance(source, (str, os.PathLike)):
         raise TypeError(
             "source: expected a folder, the name of a Hub dataset, a datasets.Dataset or an "
             f"IterableDataset, got {kind_of(source)}"
         )
-    if isinstance(source, str) and source.startswith(OPEN_IMAGES):
-        root = Path(source.removeprefix(OPEN_IMAGES)).expanduser()
-        return _from_files(*open_images(root, split))
-    folder = local_path(source)
-    if folder is None:
+    elif isinstance(source, str) and source.startswith(OPEN_IMAGES):
+        rows, record = open_images(as_path(source.removeprefix(OPEN_IMAGES), "source"), split)
+    elif (folder := local_path(source)) is None:
         name = HUB_NAMES.get(str(source), str(source))
-        rows = _one_split(_load_from_hub(name, config, split, revision, streaming), split)
+        options = {"name": config, "split": split, "revision": revision, "streaming": streaming}
+        rows = _one_split(_from_hub(name, options), split)
         record = {
             "kind": "hub",
             "name": name,
@@ -167,54 +171,49 @@ def open_source(
             "split": split or str(rows.split),
             "revision": revision,
         }
-        return _from_dataset(rows, record, image, label, image_id)
-    if not folder.is_dir():
+    elif not folder.is_dir():
         raise FileNotFoundError(f"source: no such folder: {folder}")
-    if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+    elif (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
         rows = _one_split(load_from_disk(str(folder)), split)
         record = {"kind": "dataset", "name": folder.name, "split": split}
-        return _from_dataset(rows, record, image, label, image_id)
-    return _from_files(*image_folder(folder, split))
+    else:
+        rows, record = image_folder(folder, split)
+    return _with_columns(rows, record, image, label, image_id)
 
 
-def _load_from_hub(
-    name: str, config: str | None, split: str | None, revision: str | None, streaming: bool
-) -> Any:
+def _from_hub(name: str, options: dict[str, Any]) -> Any:
     """Load a dataset from the Hub, or from the cache of ``datasets`` if the Hub does not answer."""
     hint = local_hint(name) or f"; for a folder, write './{name}'"
-
-    def load() -> Any:
-        return load_dataset(name, config, split=split, revision=revision, streaming=streaming)
-
-    try:  # load_dataset asks a Hub that does not answer again and again
-        HfApi().repo_info(name, repo_type="dataset", revision=revision, timeout=_TIMEOUT)
+    unreachable = ""
+    try:  # load_dataset would ask a Hub that does not answer again and again
+        HfApi().repo_info(name, repo_type="dataset", revision=options["revision"], timeout=_TIMEOUT)
     except HFValidationError:
         raise ValueError(
             "source: expected a folder, such as './photos', or the name of a Hub dataset, such as "
             f"'user/name', got {name!r}{hint}"
         ) from None
-    except Exception as error:  # the client's library of transfer differs by its version
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) else 500
-        if status in (401, 404) and type(error) in (HfHubHTTPError, RepositoryNotFoundError):
-            raise FileNotFoundError(
-                f"source: the Hub has no dataset {name}, or shows it only with a token; log in "
-                f"with `hf auth login`, or set HF_TOKEN{hint}"
-            ) from error
-        if status < 500:  # the client's error says what to do
+    except GatedRepoError:
+        raise
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"source: the Hub has no dataset {name}, or shows it only with a token; log in with "
+            f"`hf auth login`, or set HF_TOKEN{hint}"
+        ) from error
+    except Exception as error:  # of the HTTP client that huggingface_hub uses
+        if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
             raise
-        online = datasets_config.HF_HUB_OFFLINE
-        datasets_config.HF_HUB_OFFLINE = True
+        unreachable = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+    offline = datasets_config.HF_HUB_OFFLINE or bool(unreachable)
+    with patch.object(datasets_config, "HF_HUB_OFFLINE", offline):
         try:
-            return load()
-        except (OSError, ValueError):
-            reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+            return load_dataset(name, **options)
+        except (OSError, ValueError) as error:
+            if not unreachable:
+                raise
             raise ConnectionError(
-                f"source: the Hub could not be reached ({reason}), and {name} is not in the cache "
-                f"of datasets{hint}"
+                f"source: the Hub could not be reached ({unreachable}), and {name} is not in the "
+                f"cache of datasets{hint}"
             ) from error
-        finally:
-            datasets_config.HF_HUB_OFFLINE = online
-    return load()
 
 
 def _one_split(rows: Any, split: str | None) -> Any:
@@ -227,27 +226,26 @@ def _one_split(rows: Any, split: str | None) -> Any:
     return rows[split]
 
 
-def _from_dataset(
+def _with_columns(
     rows: Dataset | IterableDataset,
     record: dict[str, Any],
     image: str | None,
     label: str | None,
     image_id: str | None,
 ) -> Source:
+    """Find the columns that are not given, and describe the images in the record."""
     features = rows.features
     if features is None:
         raise ValueError("source: this stream does not name its columns; give it features")
+    found = ", ".join(sorted(features))
     for argument, column in (("image", image), ("label", label), ("image_id", image_id)):
         if column is not None and column not in features:
-            raise ValueError(
-                f"{argument}: no column {column!r}; there are {', '.join(sorted(features))}"
-            )
+            raise ValueError(f"{argument}: no column {column!r}; there are {found}")
     if image is None:
         images = [name for name, kind in features.items() if isinstance(kind, Image)]
         if len(images) != 1:
             raise ValueError(
-                f"image: expected one image column, found {images or 'none'} "
-                f"among {', '.join(sorted(features))}"
+                f"image: expected one image column, found {images or 'none'} among {found}"
             )
         (image,) = images
     if label is None:
@@ -256,8 +254,8 @@ def _from_dataset(
         label = named[0] if named else classes[0] if len(classes) == 1 else None
     if image_id is None:
         image_id = next((name for name in _IDS if name in features), None)
-    columns = [image, *(name for name in (label, image_id) if name is not None)]
-    rows = rows.with_format(None).select_columns(list(dict.fromkeys(columns)))
+    columns = sorted({name for name in (image, label, image_id) if name is not None})
+    rows = rows.with_format(None).select_columns(columns)
     rows = rows.cast_column(image, Image(decode=False))
     if label is not None and not _are_labels(features[label]):
         if not isinstance(rows, Dataset) or features[label] != Value("string"):
@@ -265,14 +263,11 @@ def _from_dataset(
                 f"label: expected classes or integers in column {label!r}, got {features[label]}"
             )
         rows = rows.class_encode_column(label)
-    record = {**record, "image": image, "label": label, "image_id": image_id}
-    if isinstance(rows, Dataset):
-        record["images"] = len(rows)
-        if len(rows) == 0:
-            raise ValueError("source: expected at least one image, got an empty dataset")
-    source = Source(rows, image, label, image_id, record)
-    record["sample_sha256"] = _sample_sha256(source)
-    return source
+    source = Source(rows, image, label, image_id)
+    if source.num_images == 0:
+        raise ValueError("source: expected at least one image, got an empty dataset")
+    names = {"image": image, "label": label, "image_id": image_id, "images": source.num_images}
+    return replace(source, record={**record, **names, "sample_sha256": _sample_sha256(source)})
 
 
 def _are_labels(kind: Any) -> bool:
@@ -295,8 +290,3 @@ def _sample_sha256(source: Source) -> str:
         digest.update(hashlib.sha256(content).digest())
         digest.update(f"{row.label} {row.image_id}".encode())
     return digest.hexdigest()
-
-
-def _from_files(rows: Dataset, record: dict[str, Any]) -> Source:
-    label = "label" if "label" in rows.features else None
-    return Source(rows, "image", label, "image_id", record)

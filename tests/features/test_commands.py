@@ -51,11 +51,12 @@ def test_extract_info_and_verify(vit, image_folder, tmp_path) -> None:
 
     verified = invoke("features", "verify", out)
     assert verified.exit_code == 0
-    assert "checked 1 file of features, and all is well" in verified.stdout
-    (out / "data-00000-of-00001.arrow").write_bytes(b"short")
+    assert "checked 3 files, and all is well" in verified.stdout
+    (data,) = (out / "parts").iterdir()
+    data.write_bytes(b"short")
     verified = invoke("features", "verify", out, "--json")
     assert verified.exit_code == 1
-    assert "data-00000-of-00001.arrow: 5 bytes instead of" in verified.stderr
+    assert f"{data.name}: 5 bytes instead of" in verified.stderr
     assert "5 bytes instead of" in json.loads(verified.stdout)["problems"][0]
 
 
@@ -68,7 +69,7 @@ def test_shares_and_join(vit, image_folder, tmp_path) -> None:
         assert done.exit_code == 0, done.output
         assert "not complete yet" in done.output
     joined = invoke("features", "join", tmp_path / "all", tmp_path / "0", tmp_path / "1")
-    assert "1 file of features in" in joined.output
+    assert "150 features in" in joined.output
     assert len(FeatureSet.open(tmp_path / "all")) == 150
 
 
@@ -124,5 +125,5 @@ def test_a_folder_in_the_making_can_be_verified(vit, image_folder, tmp_path) -> 
     out = tmp_path / "out"
     invoke("extract", image_folder, "-e", vit, "-o", out, "--shard", "0/2")
     shown = invoke("features", "verify", out).output
-    assert "checked 1 file of features, and all is well; the set is not complete yet" in shown
+    assert "checked 1 file, and all is well; the set is not complete yet" in shown
     assert not store.is_complete(out)

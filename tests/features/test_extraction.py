@@ -13,10 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from monoloss_plugin.features import FeatureSet, extraction, forward, store
+from monoloss_plugin.features import FeatureSet, batch_encoder, extraction, store
+from monoloss_plugin.features.batch_encoder import BatchEncoder
 from monoloss_plugin.features.encoders import Encoder, load_encoder
 from monoloss_plugin.features.extraction import TooManyUnreadableError, extract
-from monoloss_plugin.features.sources import open_source
+from monoloss_plugin.features.images import Prepared
+from monoloss_plugin.features.sources import Row, open_source
 from monoloss_plugin.features.store import SettingsError
 from tests.features.conftest import BAD
 from tests.features.test_sources import digits_dataset
@@ -94,7 +96,7 @@ def test_the_folder_is_a_dataset_for_anyone(vit, image_folder, tmp_path) -> None
     assert str(tmp_path) not in (tmp_path / "out" / "features.json").read_text()
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {
-        "data-00000-of-00001.arrow",
+        "parts",
         "dataset_info.json",
         "extraction.json",
         "features.json",
@@ -303,8 +305,9 @@ def test_other_weights_of_an_encoder_of_your_own_are_refused(vit, image_folder, 
         extract(image_folder, own, tmp_path / "out", **QUIET)
 
 
-def test_a_batch_too_large_for_the_device_is_encoded_in_halves(
-    vit, image_folder, tmp_path, caplog, monkeypatch
+@pytest.mark.parametrize("batch_size", [16, None])
+def test_a_batch_too_large_for_the_device_is_cut_and_the_size_remembered(
+    batch_size, vit, image_folder, tmp_path, caplog
 ) -> None:
     named = load_encoder(vit)
     sizes = []
@@ -316,49 +319,33 @@ def test_a_batch_too_large_for_the_device_is_encoded_in_halves(
         return named.forward(inputs)
 
     small = Encoder(named.model, named.preprocess, small_device, named.record)
-    extract(image_folder, small, tmp_path / "small", batch_size=16, **QUIET)
-    assert sizes.count(16) > 1  # as it is asked for
-    assert "encoding 16 images at once does not fit; encoding halves" in caplog.text
+    extract(image_folder, small, tmp_path / "small", batch_size=batch_size, **QUIET)
+    assert "images do not fit the memory; encoding " in caplog.text
+    assert max(sizes) > 5
+    assert max(sizes[3:]) <= 5
     extract(image_folder, vit, tmp_path / "whole", batch_size=16, **QUIET)
     assert same_rows(tmp_path / "small", tmp_path / "whole")
-    sizes.clear()
-    monkeypatch.setattr(forward, "_LARGEST_BATCH", 64)
-    extract(image_folder, small, tmp_path / "adapted", **QUIET)
-    assert max(sizes) == 64
-    assert max(sizes[-15:]) <= 5  # what did not fit is not tried again
 
 
-def test_the_batch_size_follows_the_free_memory(vit, monkeypatch) -> None:
-    encoder = load_encoder(vit)
-    encode = forward.Forward(encoder, torch.device("cpu"))
-    probe = encoder.preprocess(Image.new("RGB", (256, 256)))
-    assert forward.fitting_batch_size(encode, probe).now == 256
-    largest = 4 * 17 * 128 * 4  # bytes: four times the hidden layer's 17 tokens of 128 floats
+def test_the_batch_size_doubles_while_batches_are_quick(monkeypatch) -> None:
+    monkeypatch.setattr(batch_encoder, "_SECONDS", 0.5)
+    sizes: list[int] = []
 
-    class Memory:
-        available = 2 * 20 * largest
+    def ten_milliseconds_an_image(inputs: Tensor) -> Tensor:
+        sizes.append(len(inputs))
+        time.sleep(0.01 * len(inputs))
+        return inputs
 
-    monkeypatch.setattr(forward.psutil, "virtual_memory", lambda: Memory)
-    assert forward.fitting_batch_size(encode, probe).now == 16
-    monkeypatch.setattr(forward, "_SECONDS", 0.0)
-    assert forward.fitting_batch_size(encode, probe).now == 1
-
-
-def test_the_batch_size_follows_what_batches_take() -> None:
-    size = forward.BatchSize(256, seconds=2.0)  # a busy machine
-    assert size.now == 2
-    size.measured(2, 0.2)
-    assert size.now == 32
-    size.measured(32, 0.1)
-    assert size.now == 256  # what fits the memory
-    size.measured(256, 600.0)
-    assert size.now == 256  # one batch that had to wait
-    for _ in range(3):
-        size.measured(256, 25.6)
-    assert size.now == 32
-    given = forward.BatchSize(7)
-    given.measured(7, 1e3)
-    assert given.now == 7
+    model, probe = torch.nn.Identity(), torch.zeros(3)
+    own = Encoder(model, model, ten_milliseconds_an_image)
+    for given, expected in ((None, 32), (7, 7)):
+        encoder = BatchEncoder(own, probe, torch.device("cpu"), torch.float32, batch_size=given)
+        for _ in range(4):
+            count = encoder.batch_size
+            rows = [Row(number, {}, None, str(number)) for number in range(count)]
+            encoder.encode(Prepared(range(count), torch.zeros(count, 3), rows, []))
+        assert encoder.batch_size == expected
+    assert sizes == [1, 8, 16, 32, 32, 1, 7, 7, 7, 7]
 
 
 @pytest.mark.parametrize(("workers", "streaming"), [(1, False), (1, True)])
@@ -366,7 +353,7 @@ def test_a_run_that_begins_on_a_busy_machine_becomes_quick(
     workers, streaming, vit, image_folder, tmp_path, monkeypatch
 ) -> None:
     """Rows, order and files are as of any batch size; killed in between, it goes on."""
-    monkeypatch.setattr(forward, "_SECONDS", 0.2)
+    monkeypatch.setattr(batch_encoder, "_SECONDS", 0.2)
     named = load_encoder(vit)
     sizes: list[int] = []
     stopped: list[int] = []
@@ -388,6 +375,6 @@ def test_a_run_that_begins_on_a_busy_machine_becomes_quick(
     done = extract(source, slow, tmp_path / "out", **options)
     assert (done.complete, done.rows) == (True, 150)
     assert 0 < done.images < 150 - 16
-    assert sizes[3] <= 4
+    assert sizes[4] == 8
     extract(source, vit, tmp_path / "whole", batch_size=50, **QUIET)
     assert same_rows(tmp_path / "out", tmp_path / "whole")

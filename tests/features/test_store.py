@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from monoloss_plugin.features import FeatureSet, extraction, store
 from monoloss_plugin.features.encoders import Encoder
 from monoloss_plugin.features.extraction import extract
+from monoloss_plugin.features.shards import EncodedRows, ShardWriter, features_schema, shards_in
 from monoloss_plugin.features.sources import open_source
 from monoloss_plugin.features.store import BusyError, SettingsError, join, verify
 from tests.features.test_sources import digits_dataset
 
 OPTIONS = {"batch_size": 10, "workers": 0, "progress": False, "save_every": 0}
 """Every batch is a shard."""
-
-
-@pytest.fixture
-def small_files(monkeypatch) -> None:
-    """A set has several files, of about 40 rows each."""
-    monkeypatch.setattr(store, "_LARGEST_FILE", 50_000)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -47,7 +42,7 @@ def assert_equal(one: Path, other: Path) -> None:
 
 # One process imports what extraction needs, and copies of it are killed.
 KILLED = """
-import os, random, shutil, signal, sys, time
+import os, random, signal, sys, time
 from pathlib import Path
 import numpy, torch
 from PIL import Image
@@ -56,7 +51,6 @@ from monoloss_plugin.features.encoders import Encoder
 from monoloss_plugin.features import store
 from monoloss_plugin.features.extraction import extract
 
-store._LARGEST_FILE = 2_000
 torch.set_num_threads(1)
 root = Path(sys.argv[1])
 images = root / "images"
@@ -97,7 +91,7 @@ def kill_before(change):
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*arguments, **options)
         return counted
-    os.replace, shutil.rmtree = counting(os.replace), counting(shutil.rmtree)
+    os.replace, os.unlink = counting(os.replace), counting(os.unlink)
 
 assert ended(run("whole")) == 0
 
@@ -142,8 +136,8 @@ def test_a_run_that_is_killed_and_started_again_gives_the_same_files(killed) -> 
     whole = content(killed / "whole")
     assert len([name for name in whole if name.endswith(".arrow")]) > 2
     again = list(killed.glob("killed-*"))
-    # Three shards and the settings; then every file of the complete set, and its parts' end.
-    assert len(again) > 2 + 2 * 3 + len(whole) - 1
+    # Killed before each file of the set appears, and before what is temporary goes.
+    assert len(again) > 2 + len(whole)
     for folder in again:
         assert content(folder) == whole, folder
 
@@ -152,13 +146,13 @@ def test_a_killed_run_loses_at_most_the_work_since_it_last_saved(killed) -> None
     with pytest.raises(ValueError, match="is not complete; run it again to go on"):
         FeatureSet.open(killed / "unfinished")
     # Killed at its third batch; each takes 0.2 s, and it saves every 0.3 s.
-    assert 10 <= store.rows_of(store.finished_shards(killed / "unfinished")[-1]).stop < 30
+    assert 10 <= shards_in(killed / "unfinished")[-1].rows.stop < 30
 
 
-def test_two_processes_give_what_one_gives(pixels, image_folder, tmp_path, small_files) -> None:
-    for part in (1, 0):
+def test_two_processes_give_what_one_gives(pixels, image_folder, tmp_path) -> None:
+    for part, images in ((1, 74), (0, 76)):  # of 153 files, 3 of them damaged
         done = extract(image_folder, pixels, tmp_path / "two", shard=(part, 2), **OPTIONS)
-        assert done.images == 75
+        assert done.images == images
     assert done.complete
     extract(image_folder, pixels, tmp_path / "one", **{**OPTIONS, "save_every": 60})
     assert_equal(tmp_path / "two", tmp_path / "one")
@@ -169,9 +163,9 @@ def test_processes_may_divide_the_work_in_other_ways(pixels, image_folder, tmp_p
     out = tmp_path / "out"
     extract(image_folder, pixels, out, shard=(1, 3), **OPTIONS)
     extract(image_folder, pixels, out, shard=(0, 2), **{**OPTIONS, "save_every": 60})
-    kept = next((out / "parts").glob("0000000051-0000000061-*"))
-    late = store.read_shard(kept)  # made by a process that knew nothing of the others
-    store.write_shard(out, dataclasses.replace(late, rows=range(45, 61)))
+    # A process that knew nothing of the others: its shard overlaps two of theirs.
+    writer = ShardWriter(out, features_schema(480, "float16", True, list("0123456789")), 0)
+    writer.add(EncodedRows(range(45, 61), np.zeros((16, 480), np.float16), [0] * 16, ["x"] * 16))
     done = extract(image_folder, pixels, out, shard=(0, 1), **OPTIONS)
     assert done.complete
     extract(image_folder, pixels, tmp_path / "whole", **OPTIONS)
@@ -198,15 +192,16 @@ def test_shares_of_separate_machines_join(
 
 
 def test_joining_takes_complete_sets_and_refuses_damaged_files(
-    pixels, image_folder, tmp_path, small_files
+    pixels, image_folder, tmp_path
 ) -> None:
     extract(image_folder, pixels, tmp_path / "a", **OPTIONS)
     assert join(tmp_path / "b", [tmp_path / "a"])
-    assert_equal(tmp_path / "a", tmp_path / "b")
-    file = sorted((tmp_path / "a").glob("data-00001*"))[0]
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+    file = data_files(tmp_path / "a")[1]
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"data-00001.*: 100 bytes instead of"):
+    with pytest.raises(ValueError, match=rf"{file.name} differs from its checksum; run its"):
         join(tmp_path / "c", [tmp_path / "a"])
+    assert not list((tmp_path / "c").glob(".unfinished-*"))
 
 
 @pytest.mark.parametrize("rows", [40, 45])
@@ -294,10 +289,11 @@ def test_what_a_killed_process_left_goes_when_the_set_is_complete(
     extract(image_folder, pixels, out, shard=(0, 2), **OPTIONS)
     (out / f".unfinished-{32 * '0'}").write_bytes(b"half of it")
     extract(image_folder, pixels, out, shard=(1, 2), **OPTIONS)
-    names = {path.name for path in out.iterdir()}
+    names = {path.name for path in out.rglob("*") if path.suffix != ".arrow"}
     assert names == {
-        f"{name}.json" for name in ("extraction", "features", "state", "dataset_info")
-    } | {"data-00000-of-00001.arrow"}
+        "parts",
+        *(f"{name}.json" for name in ("extraction", "features", "state", "dataset_info")),
+    }
 
 
 def test_nothing_is_written_through_a_link(pixels, image_folder, tmp_path) -> None:
@@ -315,12 +311,13 @@ def test_nothing_is_written_through_a_link(pixels, image_folder, tmp_path) -> No
             extract(image_folder, pixels, out, shard=(1, 2), **OPTIONS)
         link.unlink()
     assert extract(image_folder, pixels, out, shard=(1, 2), **OPTIONS).complete
+    assert not any(path.is_symlink() for path in out.iterdir())
+    assert verify(out) == []
     (tmp_path / "joined").mkdir()
     (tmp_path / "joined" / "extraction.json").symlink_to(tmp_path / "nowhere")
-    join(tmp_path / "joined", [out])
-    for folder in (out, tmp_path / "joined"):
-        assert not any(path.is_symlink() for path in folder.iterdir())
-        assert verify(folder) == []
+    extract(image_folder, pixels, tmp_path / "part", shard=(0, 2), **OPTIONS)
+    join(tmp_path / "joined", [tmp_path / "part"])
+    assert not any(path.is_symlink() for path in (tmp_path / "joined").iterdir())
     assert outside.read_text() == "years of work"
     assert not (tmp_path / "nowhere").exists()
 
@@ -334,44 +331,40 @@ def test_parts_that_are_a_link_are_refused(pixels, image_folder, tmp_path) -> No
 
 
 def data_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("data-*.arrow"))
+    return sorted((folder / "parts").glob("*.arrow"))
 
 
 @pytest.mark.parametrize("lost", ["data", "state.json", "dataset_info.json"])
 def test_a_damaged_set_is_repaired_by_running_again(
-    lost, pixels, image_folder, tmp_path, small_files
+    lost, pixels, image_folder, tmp_path, caplog
 ) -> None:
     out = tmp_path / "out"
     extract(image_folder, pixels, out, **OPTIONS)
-    extract(image_folder, pixels, tmp_path / "before", **OPTIONS)
+    before = content(out)
     path = data_files(out)[1] if lost == "data" else out / lost
-    encoded_again = store.Contents.read(out).files[path.name].rows if lost == "data" else 0
-    assert encoded_again < 75
+    name = path.relative_to(out).as_posix()
     path.unlink()
-    assert verify(str(out)) == [f"{path.name}: missing"]
-    with pytest.raises(ValueError, match=f"is damaged .{path.name}: missing.; run its extraction"):
+    assert verify(str(out)) == [f"{name}: missing"]
+    with pytest.raises(ValueError, match=f"is damaged .{name}: missing.; run its extraction"):
         FeatureSet.open(out)
-    repaired = extract(image_folder, pixels, out, **OPTIONS)
-    assert repaired.complete
-    assert repaired.images == encoded_again
-    assert_equal(out, tmp_path / "before")
+    done = extract(image_folder, pixels, out, **OPTIONS)
+    assert (done.complete, done.images) == (True, 10 if lost == "data" else 0)
+    assert f"is damaged ({name}: missing); making that again" in caplog.text
+    assert content(out) == before
 
 
-def test_settings_that_were_cut_or_overwritten_are_found_and_repaired(
-    pixels, image_folder, tmp_path
-) -> None:
+def test_settings_that_were_cut_or_overwritten_are_found(pixels, image_folder, tmp_path) -> None:
     out = tmp_path / "out"
     extract(image_folder, pixels, out, **OPTIONS)
-    extract(image_folder, pixels, tmp_path / "before", **OPTIONS)
+    before = content(out)
     for name in ("state.json", "dataset_info.json"):
-        file = (out / name).read_bytes()
-        for altered in (file[:-20], b"", b"{}", file.replace(b"1", b"2")):
+        for altered in (before[name][:-20], b"", before[name].replace(b"1", b"2")):
             (out / name).write_bytes(altered)
-            assert verify(out) == [f"{name}: altered, its checksum differs"]
-            with pytest.raises(ValueError, match=f"is damaged .{name}: altered"):
+            (problem,) = verify(out)
+            assert problem.startswith(f"{name}: ")
+            with pytest.raises(ValueError, match=f"is damaged .{name}: "):
                 FeatureSet.open(out)
-            assert extract(image_folder, pixels, out, **OPTIONS).images == 0
-            assert_equal(out, tmp_path / "before")
+        (out / name).write_bytes(before[name])
     (out / "features.json").write_bytes(b"")
     for look in (verify, FeatureSet.open):
         with pytest.raises(
@@ -379,8 +372,8 @@ def test_settings_that_were_cut_or_overwritten_are_found_and_repaired(
         ):
             look(out)
     (out / "features.json").unlink()
-    assert extract(image_folder, pixels, out, **OPTIONS).images == 150
-    assert_equal(out, tmp_path / "before")
+    assert extract(image_folder, pixels, out, **OPTIONS).images == 0
+    assert content(out) == before
 
 
 def test_a_shard_in_the_making_that_is_damaged_is_made_again(
@@ -396,15 +389,13 @@ def test_a_shard_in_the_making_that_is_damaged_is_made_again(
     assert verify(out) == []
 
 
-def test_verify_finds_what_was_cut_altered_or_lost(
-    pixels, image_folder, tmp_path, small_files
-) -> None:
+def test_verify_finds_what_was_cut_altered_or_lost(pixels, image_folder, tmp_path) -> None:
     out = tmp_path / "out"
     extract(image_folder, pixels, out, **OPTIONS)
     read: list[int] = []
     assert verify(out, read.append) == []
     first, second, third, *_ = data_files(out)
-    assert sum(read) == sum(path.stat().st_size for path in data_files(out))
+    assert sum(read) == sum(file.bytes for file in store.files_of(out).values())
     altered = bytearray(first.read_bytes())
     altered[len(altered) // 2] ^= 1
     first.write_bytes(altered)
@@ -412,9 +403,9 @@ def test_verify_finds_what_was_cut_altered_or_lost(
     second.write_bytes(second.read_bytes()[:-100])
     third.unlink()
     assert verify(out) == [
-        f"{first.name}: altered, its checksum differs",
-        f"{second.name}: {size - 100} bytes instead of {size}",
-        f"{third.name}: missing",
+        f"parts/{first.name}: altered, its checksum differs",
+        f"parts/{second.name}: {size - 100} bytes instead of {size}",
+        f"parts/{third.name}: missing",
     ]
     with pytest.raises(FileNotFoundError, match="no feature dataset in"):
         verify(image_folder)

@@ -17,7 +17,7 @@ from timm.models import save_for_hf
 from monoloss_plugin import load_features, load_pretrained, publish_features
 from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.features import FeatureBatches, FeatureSet, extract
-from monoloss_plugin.features.store import features_schema
+from monoloss_plugin.features.shards import features_schema
 from monoloss_plugin.hub import features as hub_features
 from tests.hub.server import Fault
 

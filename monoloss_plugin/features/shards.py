@@ -1,0 +1,182 @@
+"""Shards: the features of a set, in files of consecutive rows of the source.
+
+A shard's name says its rows and the beginning of its SHA-256:
+``0000000000-0000004096-7c39a0e1.arrow`` holds what became of rows 0 to 4,095. It is an Arrow stream
+with the columns of the set. The metadata of its schema lists the images that were left out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from datasets import ClassLabel, Features, Value
+from datasets import List as Lists
+from huggingface_hub.utils.sha import sha_fileobj
+
+PARTS = "parts"
+"""The folder of the shards, in the folder of the set."""
+_LARGEST = 4_096
+"""Rows of a shard at most, since it is collected in memory."""
+_NAME = re.compile(r"(\d{10})-(\d{10})-([0-9a-f]{8})\.arrow")
+_LEFT_OUT = b"unreadable"
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """An image that was left out."""
+
+    row: int
+    """Its row in the source."""
+    image_id: str
+    error: str
+
+
+class EncodedRows(NamedTuple):
+    """What became of consecutive rows of the source."""
+
+    rows: range
+    features: np.ndarray[Any, Any]
+    """(B, d), of the images that could be read."""
+    labels: Sequence[int | None]
+    """(B,), of the same images."""
+    ids: Sequence[str]
+    """(B,), of the same images."""
+    unreadable: Sequence[Unreadable] = ()
+    """The other images."""
+
+
+class Shard(NamedTuple):
+    """A shard's file, and what its name says."""
+
+    path: Path
+    rows: range
+    sha256: str
+    """The beginning of the file's checksum."""
+
+    def schema(self) -> pa.Schema:
+        """Return the columns, and in the metadata the images that were left out."""
+        with pa.memory_map(str(self.path)) as file, pa.ipc.open_stream(file) as stream:
+            return stream.schema
+
+    def unreadable(self) -> list[Unreadable]:
+        """Return the images that were left out."""
+        return [Unreadable(**one) for one in json.loads(self.schema().metadata[_LEFT_OUT])]
+
+
+def shards_in(folder: Path) -> list[Shard]:
+    """Return the shards of a set, in order. Of two that overlap, the later one is left out."""
+    found: list[Shard] = []
+    for path in sorted((folder / PARTS).glob("*.arrow")):
+        name = _NAME.fullmatch(path.name)
+        if name and path.is_file() and not path.is_symlink():
+            shard = Shard(path, range(int(name[1]), int(name[2])), name[3])
+            if not found or shard.rows.start >= found[-1].rows.stop:
+                found.append(shard)
+    return found
+
+
+def missing_rows(folder: Path, spans: Iterable[range]) -> Iterator[range]:
+    """Yield the parts of some spans of source rows that no shard covers.
+
+    Args:
+        folder: of the set.
+        spans: in order; there may be no end of them.
+    """
+    finished = [shard.rows for shard in shards_in(folder)]
+    for span in spans:
+        at = span.start
+        for rows in finished:
+            if rows.start >= span.stop:
+                break
+            if rows.start > at:
+                yield range(at, rows.start)
+            at = max(at, rows.stop)
+        if at < span.stop:
+            yield range(at, span.stop)
+
+
+class ShardWriter:
+    """Collects rows, and saves them as a shard now and then.
+
+    Args:
+        folder: of the set.
+        schema: the columns, from :func:`features_schema`.
+        save_every: seconds of work that a killed process may lose.
+    """
+
+    def __init__(self, folder: Path, schema: Features, save_every: float) -> None:
+        self.folder, self._schema, self._save_every = folder, schema.arrow_schema, save_every
+        self._batches: list[EncodedRows] = []
+        self._saved = time.perf_counter()
+
+    def add(self, batch: EncodedRows) -> None:
+        """Add rows. If they do not follow the rows before, a new shard begins."""
+        if self._batches and batch.rows.start != self._batches[-1].rows.stop:
+            self.save()
+        self._batches.append(batch)
+        waited = time.perf_counter() - self._saved
+        count = batch.rows.stop - self._batches[0].rows.start
+        if waited >= self._save_every or count >= _LARGEST:
+            self.save()
+
+    def save(self) -> None:
+        """Save what was added since the last time."""
+        if not self._batches:
+            return
+        batches = self._batches
+        columns = {
+            "features": fixed_lists(np.concatenate([batch.features for batch in batches])),
+            "label": [
+                -1 if label is None else label for batch in batches for label in batch.labels
+            ],
+            "image_id": [image_id for batch in batches for image_id in batch.ids],
+        }
+        left_out = json.dumps([asdict(one) for batch in batches for one in batch.unreadable])
+        schema = self._schema.with_metadata({**self._schema.metadata, _LEFT_OUT: left_out.encode()})
+        made = unfinished(self.folder)
+        with pa.OSFile(str(made), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
+            stream.write_table(pa.table({name: columns[name] for name in schema.names}, schema))
+        start, stop = batches[0].rows.start, batches[-1].rows.stop
+        put(made, self.folder / PARTS / f"{start:010d}-{stop:010d}-{sha256_of(made)[:8]}.arrow")
+        self._batches, self._saved = [], time.perf_counter()
+
+
+def features_schema(width: int, dtype: str, labelled: bool, classes: list[str] | None) -> Features:
+    """Return the columns of a feature set: features, label where there is one, image_id."""
+    columns: dict[str, Any] = {"features": Lists(Value(dtype), length=width)}
+    if labelled:
+        columns["label"] = ClassLabel(names=classes) if classes is not None else Value("int64")
+    return Features({**columns, "image_id": Value("string")})
+
+
+def fixed_lists(features: np.ndarray[Any, Any]) -> pa.FixedSizeListArray:
+    """Return vectors (B, d) as an Arrow column, without a copy."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), features.shape[1])
+
+
+def unfinished(folder: Path) -> Path:
+    """Return a new name for a file or folder that is not finished."""
+    return folder / f".unfinished-{uuid.uuid4().hex}"
+
+
+def put(made: Path, path: Path) -> None:
+    """Give a finished file its name, once all of it is on disk. It replaces a file of that name."""
+    with made.open("r+b") as content:
+        os.fsync(content.fileno())
+    os.replace(made, path)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's content."""
+    with path.open("rb") as content:
+        return sha_fileobj(content).hex()

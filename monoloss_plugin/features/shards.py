@@ -1,4 +1,4 @@
-"""Shards: the features of a set, in files of consecutive rows of the source.
+"""Shards: the features of a set in the making, in files of consecutive rows of the source.
 
 A shard's name says its rows and the beginning of its SHA-256:
 ``0000000000-0000004096-7c39a0e1.arrow`` holds what became of rows 0 to 4,095. It is an Arrow stream
@@ -63,14 +63,11 @@ class Shard(NamedTuple):
     sha256: str
     """The beginning of the file's checksum."""
 
-    def schema(self) -> pa.Schema:
-        """Return the columns, and in the metadata the images that were left out."""
-        with pa.memory_map(str(self.path)) as file, pa.ipc.open_stream(file) as stream:
-            return stream.schema
-
     def unreadable(self) -> list[Unreadable]:
         """Return the images that were left out."""
-        return [Unreadable(**one) for one in json.loads(self.schema().metadata[_LEFT_OUT])]
+        with pa.memory_map(str(self.path)) as file, pa.ipc.open_stream(file) as stream:
+            listed = json.loads(stream.schema.metadata[_LEFT_OUT])
+        return [Unreadable(**one) for one in listed]
 
 
 def shards_in(folder: Path) -> list[Shard]:
@@ -147,6 +144,7 @@ class ShardWriter:
         with pa.OSFile(str(made), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
             stream.write_table(pa.table({name: columns[name] for name in schema.names}, schema))
         start, stop = batches[0].rows.start, batches[-1].rows.stop
+        (self.folder / PARTS).mkdir(exist_ok=True)  # another process may have completed the set
         put(made, self.folder / PARTS / f"{start:010d}-{stop:010d}-{sha256_of(made)[:8]}.arrow")
         self._batches, self._saved = [], time.perf_counter()
 

@@ -1,18 +1,17 @@
 """The folder of a feature set: how it is begun, completed, checked, repaired and joined.
 
-It holds::
+While an extraction runs, the folder holds::
 
     extraction.json                              the settings: encoder, source, dtype, width
-    parts/0000000000-0000004096-7c39a0e1.arrow   the rows of the set, in shards (see shards.py)
-
-While an extraction runs, there are also::
-
+    parts/0000000000-0000004096-7c39a0e1.arrow   a shard (see shards.py)
     parts/total.json                             the number of rows in the source, once known
     parts/share-0-of-2.lock                      locked by the process that works on this share
     .unfinished-*                                what a process is writing at the moment
 
-When the shards cover every row, these go, and the set is completed with::
+When the shards cover every row, ``datasets`` writes them as one dataset, and ``parts/`` goes::
 
+    extraction.json
+    data-00000-of-00002.arrow, ...               the rows, in the order of the source
     state.json, dataset_info.json                what ``datasets.load_from_disk`` reads first
     features.json                                the set's record, and a checksum of every file
 
@@ -21,7 +20,7 @@ Four rules keep the folder sound:
 - Every file appears whole, by a rename, and ``features.json`` comes last. So a process may be
   killed at any moment. It loses the shard that it was collecting, and nothing else.
 - What is left to do is never noted. It is the gaps between the shards. So processes need not agree
-  on how they divide the work, and a shard that is damaged is deleted and made again.
+  on how they divide the work.
 - A folder belongs to one set of settings. A run with other settings is refused, and so is a folder
   that holds something else.
 - A link that lies in the folder is replaced or refused. Nothing is ever written through it.
@@ -37,11 +36,19 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Features
+from datasets import (
+    Dataset,
+    DatasetInfo,
+    NamedSplit,
+    are_progress_bars_disabled,
+    concatenate_datasets,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from filelock import FileLock, Timeout
 
 from monoloss_plugin._checks import as_list
@@ -57,11 +64,12 @@ from monoloss_plugin.features.shards import (
     unfinished,
 )
 
-SETTINGS, RECORD = "extraction.json", "features.json"
-STATE, INFO = "state.json", "dataset_info.json"
+SETTINGS, RECORD, STATE = "extraction.json", "features.json", "state.json"
 
 _TOTAL = f"{PARTS}/total.json"
-_FORMAT = 3
+_FORMAT = 2
+_LARGEST_FILE = 500 << 20
+"""Bytes of a data file at most."""
 _SPLIT = re.compile(r"\w+(\.\w+)*")
 """Names of splits that ``datasets`` accepts."""
 _WAIT = 6.0
@@ -95,6 +103,40 @@ class File:
         if read and not sha256_of(path).startswith(self.sha256):
             return "altered, its checksum differs"
         return None
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What ``features.json`` says of a complete set."""
+
+    record: FeatureRecord
+    files: dict[str, File]
+    """Every other file but the settings, by its name."""
+    unreadable: list[Unreadable]
+
+    @classmethod
+    def read(cls, folder: Path) -> Contents:
+        """Read the file.
+
+        Raises:
+            ValueError: it was cut or overwritten, or has another version's format.
+        """
+        content = read_json(folder / RECORD)
+        if content.get("format") != _FORMAT:
+            raise ValueError(
+                f"{folder} was written by another version of monoloss_plugin; extract it again, or "
+                "open it with FeatureSet(datasets.load_from_disk(folder))"
+            )
+        files = {name: File(one["bytes"], one["sha256"]) for name, one in content["files"].items()}
+        unreadable = [Unreadable(**one) for one in content["left_out"]]
+        return cls(FeatureRecord.of(content), files, unreadable)
+
+    def write(self, folder: Path) -> None:
+        """Write the file."""
+        files = {name: asdict(file) for name, file in self.files.items()}
+        left_out = [asdict(one) for one in self.unreadable]
+        lists = {"files": files, "left_out": left_out}
+        _write_json(folder, RECORD, {"format": _FORMAT, **self.record.to_dict(), **lists})
 
 
 def begin(folder: Path, settings: FeatureRecord) -> None:
@@ -172,16 +214,20 @@ def total_rows(folder: Path) -> int | None:
     try:
         return int(read_json(folder / _TOTAL))
     except FileNotFoundError:
-        return int(_read_record(folder)["source_rows"]) if is_complete(folder) else None
+        return Contents.read(folder).record.source_rows if is_complete(folder) else None
 
 
 def unreadable_of(folder: Path) -> list[Unreadable]:
     """Return the images that were left out of a set so far."""
+    if is_complete(folder):
+        return Contents.read(folder).unreadable
     return [one for shard in shards_in(folder) for one in shard.unreadable()]
 
 
 def count_rows(folder: Path) -> int:
     """Return how many feature vectors a set has so far."""
+    if is_complete(folder):
+        return Contents.read(folder).record.rows or 0
     return sum(len(shard.rows) for shard in shards_in(folder)) - len(unreadable_of(folder))
 
 
@@ -191,7 +237,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def complete(folder: Path) -> bool:
-    """Complete the set if its shards cover every row, and say whether it is complete.
+    """Make the set if its shards cover every row, and say whether it is complete.
 
     Raises:
         ValueError: not one image could be read.
@@ -202,17 +248,15 @@ def complete(folder: Path) -> bool:
             return False
         with claim(folder, "complete"):
             if not is_complete(folder):
-                _write_record(folder, total)
-    kept = files_of(folder)
-    for path in (*folder.glob(".unfinished-*"), *(folder / PARTS).glob("*.*")):
-        if path.relative_to(folder).as_posix() not in kept:
-            path.unlink(missing_ok=True)
+                _write_set(folder, total)
+    for left in (folder / PARTS, *folder.glob(".unfinished-*")):  # by processes that were killed
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
     return True
 
 
-def _write_record(folder: Path, total: int) -> None:
-    """Write what makes a dataset of the shards."""
-    shards, unreadable = shards_in(folder), unreadable_of(folder)
+def _write_set(folder: Path, total: int) -> None:
+    """Write the files of a complete set from its shards."""
+    unreadable = unreadable_of(folder)
     record = replace(
         FeatureRecord.of(read_json(folder / SETTINGS)),
         rows=total - len(unreadable),
@@ -221,47 +265,41 @@ def _write_record(folder: Path, total: int) -> None:
     )
     if not record.rows:
         raise ValueError("source: not one of its images could be read")
-    description = json.dumps(record.to_dict())
-    columns = Features.from_arrow_schema(shards[0].schema())
-    _write_json(folder, INFO, {"description": description, "features": columns.to_dict()})
-    names = [f"{PARTS}/{shard.path.name}" for shard in shards]
     split = record.source.get("split")
-    state: dict[str, Any] = {  # as Dataset.save_to_disk writes it
-        "_data_files": [{"filename": name} for name in names],
-        "_fingerprint": hashlib.sha256(description.encode()).hexdigest()[:16],
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
-        "_split": split if split and _SPLIT.fullmatch(split) else None,
-    }
-    _write_json(folder, STATE, state)
-    files = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
-        for name in (INFO, STATE, *names)
-    }
-    _write_json(folder, RECORD, {"format": _FORMAT, **record.to_dict(), "files": files})
+    description = json.dumps(record.to_dict())
+    shards = concatenate_datasets([Dataset.from_file(str(one.path)) for one in shards_in(folder)])
+    dataset = Dataset(
+        shards.data,
+        DatasetInfo(description=description, features=shards.features),
+        NamedSplit(split) if split and _SPLIT.fullmatch(split) else None,
+        # By default it would depend on how the rows were divided into shards.
+        fingerprint=hashlib.sha256(description.encode()).hexdigest()[:16],
+    )
+    made = unfinished(folder)
+    with _without_progress_bars():
+        dataset.save_to_disk(made, max_shard_size=_LARGEST_FILE)
+    paths = sorted(made.iterdir())
+    files = {path.name: File(path.stat().st_size, sha256_of(path)) for path in paths}
+    for path in paths:
+        put(path, folder / path.name)
+    Contents(record, files, unreadable).write(folder)
 
 
-def _read_record(folder: Path) -> Any:
-    """Read ``features.json``.
-
-    Raises:
-        ValueError: it was cut or overwritten, or has another version's format.
-    """
-    content = read_json(folder / RECORD)
-    if content.get("format") != _FORMAT:
-        raise ValueError(
-            f"{folder} was written by another version of monoloss_plugin; extract it again, or "
-            "open it with FeatureSet(datasets.load_from_disk(folder))"
-        )
-    return content
+@contextlib.contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 def files_of(folder: Path) -> dict[str, File]:
     """Return the files of a set, complete or in the making, by their names in the folder."""
     if is_complete(folder):
-        return {name: File(**file) for name, file in _read_record(folder)["files"].items()}
+        return Contents.read(folder).files
     return {
         f"{PARTS}/{shard.path.name}": File(shard.path.stat().st_size, shard.sha256)
         for shard in shards_in(folder)
@@ -307,12 +345,17 @@ def _problems(
 
 
 def repair(folder: Path) -> None:
-    """Delete what is damaged, so that an extraction makes it again."""
-    problems = damaged(folder) if is_complete(folder) else verify(folder)
-    if problems:
-        logger.warning("%s is damaged (%s); making that again", folder, "; ".join(problems))
-        for name in (RECORD, *(problem.split(":")[0] for problem in problems)):
-            (folder / name).unlink(missing_ok=True)
+    """Delete what is damaged, so that an extraction makes it again: a shard, or a complete set."""
+    if not is_complete(folder):
+        for problem in verify(folder):
+            (folder / problem.split(":")[0]).unlink()
+    elif damaged(folder):
+        with claim(folder, "complete"):
+            if is_complete(folder) and (problems := damaged(folder)):  # no process was quicker
+                logger.warning("%s is damaged (%s); making all of it again", folder, problems[0])
+                files = Contents.read(folder).files
+                for name in (RECORD, *files):
+                    (folder / name).unlink(missing_ok=True)
 
 
 def join(folder: str | os.PathLike[str], others: Iterable[str | os.PathLike[str]]) -> bool:
@@ -320,7 +363,7 @@ def join(folder: str | os.PathLike[str], others: Iterable[str | os.PathLike[str]
 
     Args:
         folder: a new one, or one that was begun with the same settings.
-        others: folders of feature sets, complete or in the making.
+        others: folders of feature sets that are not complete.
 
     Returns:
         Whether the set in the folder is complete now.
@@ -328,7 +371,7 @@ def join(folder: str | os.PathLike[str], others: Iterable[str | os.PathLike[str]
     Raises:
         FileNotFoundError: there is no feature set in one of the others.
         SettingsError: the folders have different settings.
-        ValueError: a file differs from its checksum.
+        ValueError: one of the others is complete, or a file differs from its checksum.
         BusyError: another process is completing the set.
     """
     folder = as_path(folder, "folder")
@@ -337,6 +380,8 @@ def join(folder: str | os.PathLike[str], others: Iterable[str | os.PathLike[str]
         raise ValueError("others: expected at least one folder, got none")
     for other in given:
         _require_settings(other, "others")
+        if is_complete(other):
+            raise ValueError(f"others: {other} is complete already; open it as it is")
         begin(folder, FeatureRecord.of(read_json(other / SETTINGS)))
         if is_complete(folder):
             continue

@@ -52,11 +52,10 @@ def test_extract_info_and_verify(vit, image_folder, tmp_path) -> None:
     verified = invoke("features", "verify", out)
     assert verified.exit_code == 0
     assert "checked 3 files, and all is well" in verified.stdout
-    (data,) = (out / "parts").iterdir()
-    data.write_bytes(b"short")
+    (out / "data-00000-of-00001.arrow").write_bytes(b"short")
     verified = invoke("features", "verify", out, "--json")
     assert verified.exit_code == 1
-    assert f"{data.name}: 5 bytes instead of" in verified.stderr
+    assert "data-00000-of-00001.arrow: 5 bytes instead of" in verified.stderr
     assert "5 bytes instead of" in json.loads(verified.stdout)["problems"][0]
 
 

@@ -96,7 +96,7 @@ def test_the_folder_is_a_dataset_for_anyone(vit, image_folder, tmp_path) -> None
     assert str(tmp_path) not in (tmp_path / "out" / "features.json").read_text()
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {
-        "parts",
+        "data-00000-of-00001.arrow",
         "dataset_info.json",
         "extraction.json",
         "features.json",

@@ -24,6 +24,12 @@ OPTIONS = {"batch_size": 10, "workers": 0, "progress": False, "save_every": 0}
 """Every batch is a shard."""
 
 
+@pytest.fixture
+def small_files(monkeypatch) -> None:
+    """A set has several files, of about 40 rows each."""
+    monkeypatch.setattr(store, "_LARGEST_FILE", 50_000)
+
+
 def content(folder: Path) -> dict[str, bytes]:
     """Every file of a folder."""
     paths = [path for path in folder.rglob("*") if path.is_file()]
@@ -42,7 +48,7 @@ def assert_equal(one: Path, other: Path) -> None:
 
 # One process imports what extraction needs, and copies of it are killed.
 KILLED = """
-import os, random, signal, sys, time
+import os, random, shutil, signal, sys, time
 from pathlib import Path
 import numpy, torch
 from PIL import Image
@@ -51,6 +57,7 @@ from monoloss_plugin.features.encoders import Encoder
 from monoloss_plugin.features import store
 from monoloss_plugin.features.extraction import extract
 
+store._LARGEST_FILE = 2_000
 torch.set_num_threads(1)
 root = Path(sys.argv[1])
 images = root / "images"
@@ -91,7 +98,7 @@ def kill_before(change):
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*arguments, **options)
         return counted
-    os.replace, os.unlink = counting(os.replace), counting(os.unlink)
+    os.replace, shutil.rmtree = counting(os.replace), counting(shutil.rmtree)
 
 assert ended(run("whole")) == 0
 
@@ -136,8 +143,8 @@ def test_a_run_that_is_killed_and_started_again_gives_the_same_files(killed) -> 
     whole = content(killed / "whole")
     assert len([name for name in whole if name.endswith(".arrow")]) > 2
     again = list(killed.glob("killed-*"))
-    # Killed before each file of the set appears, and before what is temporary goes.
-    assert len(again) > 2 + len(whole)
+    # Three shards and the settings; then every file of the complete set, and its parts' end.
+    assert len(again) > 2 + 2 * 3 + len(whole) - 1
     for folder in again:
         assert content(folder) == whole, folder
 
@@ -149,7 +156,7 @@ def test_a_killed_run_loses_at_most_the_work_since_it_last_saved(killed) -> None
     assert 10 <= shards_in(killed / "unfinished")[-1].rows.stop < 30
 
 
-def test_two_processes_give_what_one_gives(pixels, image_folder, tmp_path) -> None:
+def test_two_processes_give_what_one_gives(pixels, image_folder, tmp_path, small_files) -> None:
     for part, images in ((1, 74), (0, 76)):  # of 153 files, 3 of them damaged
         done = extract(image_folder, pixels, tmp_path / "two", shard=(part, 2), **OPTIONS)
         assert done.images == images
@@ -191,17 +198,19 @@ def test_shares_of_separate_machines_join(
         join(tmp_path / "other", [tmp_path / "1"])
 
 
-def test_joining_takes_complete_sets_and_refuses_damaged_files(
-    pixels, image_folder, tmp_path
-) -> None:
-    extract(image_folder, pixels, tmp_path / "a", **OPTIONS)
-    assert join(tmp_path / "b", [tmp_path / "a"])
-    assert content(tmp_path / "a") == content(tmp_path / "b")
-    file = data_files(tmp_path / "a")[1]
-    file.write_bytes(file.read_bytes()[:100])
+def test_joining_refuses_damaged_files_and_complete_sets(pixels, image_folder, tmp_path) -> None:
+    extract(image_folder, pixels, tmp_path / "a", shard=(0, 2), **OPTIONS)
+    file = next((tmp_path / "a" / "parts").glob("*.arrow"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:100])
     with pytest.raises(ValueError, match=rf"{file.name} differs from its checksum; run its"):
-        join(tmp_path / "c", [tmp_path / "a"])
-    assert not list((tmp_path / "c").glob(".unfinished-*"))
+        join(tmp_path / "b", [tmp_path / "a"])
+    assert not list((tmp_path / "b").glob(".unfinished-*"))
+    file.write_bytes(whole)
+    assert not join(tmp_path / "b", [tmp_path / "a"])
+    extract(image_folder, pixels, tmp_path / "a", shard=(1, 2), **OPTIONS)
+    with pytest.raises(ValueError, match="a is complete already; open it as it is"):
+        join(tmp_path / "b", [tmp_path / "a"])
 
 
 @pytest.mark.parametrize("rows", [40, 45])
@@ -289,11 +298,10 @@ def test_what_a_killed_process_left_goes_when_the_set_is_complete(
     extract(image_folder, pixels, out, shard=(0, 2), **OPTIONS)
     (out / f".unfinished-{32 * '0'}").write_bytes(b"half of it")
     extract(image_folder, pixels, out, shard=(1, 2), **OPTIONS)
-    names = {path.name for path in out.rglob("*") if path.suffix != ".arrow"}
+    names = {path.name for path in out.iterdir()}
     assert names == {
-        "parts",
-        *(f"{name}.json" for name in ("extraction", "features", "state", "dataset_info")),
-    }
+        f"{name}.json" for name in ("extraction", "features", "state", "dataset_info")
+    } | {"data-00000-of-00001.arrow"}
 
 
 def test_nothing_is_written_through_a_link(pixels, image_folder, tmp_path) -> None:
@@ -331,25 +339,24 @@ def test_parts_that_are_a_link_are_refused(pixels, image_folder, tmp_path) -> No
 
 
 def data_files(folder: Path) -> list[Path]:
-    return sorted((folder / "parts").glob("*.arrow"))
+    return sorted(folder.glob("data-*.arrow"))
 
 
 @pytest.mark.parametrize("lost", ["data", "state.json", "dataset_info.json"])
-def test_a_damaged_set_is_repaired_by_running_again(
-    lost, pixels, image_folder, tmp_path, caplog
+def test_a_damaged_set_is_made_anew_by_running_again(
+    lost, pixels, image_folder, tmp_path, small_files, caplog
 ) -> None:
     out = tmp_path / "out"
     extract(image_folder, pixels, out, **OPTIONS)
     before = content(out)
     path = data_files(out)[1] if lost == "data" else out / lost
-    name = path.relative_to(out).as_posix()
     path.unlink()
-    assert verify(str(out)) == [f"{name}: missing"]
-    with pytest.raises(ValueError, match=f"is damaged .{name}: missing.; run its extraction"):
+    assert verify(str(out)) == [f"{path.name}: missing"]
+    with pytest.raises(ValueError, match=f"is damaged .{path.name}: missing.; run its extraction"):
         FeatureSet.open(out)
     done = extract(image_folder, pixels, out, **OPTIONS)
-    assert (done.complete, done.images) == (True, 10 if lost == "data" else 0)
-    assert f"is damaged ({name}: missing); making that again" in caplog.text
+    assert (done.complete, done.images) == (True, 150)
+    assert f"is damaged ({path.name}: missing); making all of it again" in caplog.text
     assert content(out) == before
 
 
@@ -372,7 +379,7 @@ def test_settings_that_were_cut_or_overwritten_are_found(pixels, image_folder, t
         ):
             look(out)
     (out / "features.json").unlink()
-    assert extract(image_folder, pixels, out, **OPTIONS).images == 0
+    assert extract(image_folder, pixels, out, **OPTIONS).images == 150
     assert content(out) == before
 
 
@@ -389,7 +396,9 @@ def test_a_shard_in_the_making_that_is_damaged_is_made_again(
     assert verify(out) == []
 
 
-def test_verify_finds_what_was_cut_altered_or_lost(pixels, image_folder, tmp_path) -> None:
+def test_verify_finds_what_was_cut_altered_or_lost(
+    pixels, image_folder, tmp_path, small_files
+) -> None:
     out = tmp_path / "out"
     extract(image_folder, pixels, out, **OPTIONS)
     read: list[int] = []
@@ -403,9 +412,9 @@ def test_verify_finds_what_was_cut_altered_or_lost(pixels, image_folder, tmp_pat
     second.write_bytes(second.read_bytes()[:-100])
     third.unlink()
     assert verify(out) == [
-        f"parts/{first.name}: altered, its checksum differs",
-        f"parts/{second.name}: {size - 100} bytes instead of {size}",
-        f"parts/{third.name}: missing",
+        f"{first.name}: altered, its checksum differs",
+        f"{second.name}: {size - 100} bytes instead of {size}",
+        f"{third.name}: missing",
     ]
     with pytest.raises(FileNotFoundError, match="no feature dataset in"):
         verify(image_folder)

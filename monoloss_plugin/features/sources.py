@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 from datasets import (
     ClassLabel,
@@ -31,6 +30,7 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 
 from monoloss_plugin._places import as_path, kind_of, local_hint, local_path
@@ -192,28 +192,32 @@ def _from_hub(name: str, options: dict[str, Any]) -> Any:
             "source: expected a folder, such as './photos', or the name of a Hub dataset, such as "
             f"'user/name', got {name!r}{hint}"
         ) from None
-    except GatedRepoError:
+    except (GatedRepoError, RevisionNotFoundError):
         raise
-    except RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"source: the Hub has no dataset {name}, or shows it only with a token; log in with "
-            f"`hf auth login`, or set HF_TOKEN{hint}"
-        ) from error
-    except Exception as error:  # of the HTTP client that huggingface_hub uses
-        if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
-            raise
-        unreachable = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
-    offline = datasets_config.HF_HUB_OFFLINE or bool(unreachable)
-    with patch.object(datasets_config, "HF_HUB_OFFLINE", offline):
-        try:
-            return load_dataset(name, **options)
-        except (OSError, ValueError) as error:
-            if not unreachable:
-                raise
-            raise ConnectionError(
-                f"source: the Hub could not be reached ({unreachable}), and {name} is not in the "
-                f"cache of datasets{hint}"
+    except HfHubHTTPError as error:
+        if isinstance(error, RepositoryNotFoundError) or error.response.status_code == 404:
+            raise FileNotFoundError(
+                f"source: the Hub has no dataset {name}, or shows it only with a token; log in "
+                f"with `hf auth login`, or set HF_TOKEN{hint}"
             ) from error
+        if error.response.status_code < 500:
+            raise
+        unreachable = f"it answered {error.response.status_code}"
+    except Exception as error:  # of the HTTP client that huggingface_hub uses
+        unreachable = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+    if not unreachable:
+        return load_dataset(name, **options)
+    online = datasets_config.HF_HUB_OFFLINE
+    datasets_config.HF_HUB_OFFLINE = True
+    try:
+        return load_dataset(name, **options)
+    except (OSError, ValueError) as error:
+        raise ConnectionError(
+            f"source: the Hub could not be reached ({unreachable}), and {name} is not in the "
+            f"cache of datasets{hint}"
+        ) from error
+    finally:
+        datasets_config.HF_HUB_OFFLINE = online
 
 
 def _one_split(rows: Any, split: str | None) -> Any:

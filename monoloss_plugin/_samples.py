@@ -137,6 +137,7 @@ def _checked(batches: Iterable[Any]) -> Iterator[Batch]:
 
 def of_training(features: Any) -> str | None:
     """Return the name of a feature set's split if SAEs are trained on it; else None."""
-    source = getattr(getattr(features, "record", None), "source", None)
+    held = getattr(features, "features", features)  # FeatureBatches hold their feature set
+    source = getattr(getattr(held, "record", None), "source", None)
     split = source.get("split") if isinstance(source, dict) else None
     return split if split in ("train", "training") else None

@@ -251,7 +251,10 @@ def test_an_sae_of_features_as_they_are_gets_them_as_they_are(held_out, recwarn)
         evaluate(sae, FeatureBatches(held_out, batch_size=100))
 
 
-def test_rows_of_a_training_split_are_said() -> None:
+@pytest.mark.parametrize("batched", [False, True])
+def test_rows_of_a_training_split_are_said(batched: bool) -> None:
+    features = load_features("digits", "train")
+    given = FeatureBatches(features, batch_size=256) if batched else features
     with pytest.warns(UserWarning, match="features: these are of the split 'train'") as said:
-        evaluate(load_pretrained("digits").sae, load_features("digits", "train"))
+        evaluate(load_pretrained("digits").sae, given)
     assert said[0].filename == __file__

@@ -10,10 +10,10 @@ demo: $(VENV)/.demo ## compare SAEs without and with MonoLoss on real images
 	$(BIN)/monoloss demo
 
 test: lint ## ruff, mypy and every test
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 check: lint ## ruff, mypy and the quick tests, in under 2 minutes
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m "not slow"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

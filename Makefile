@@ -12,7 +12,7 @@ demo: $(VENV)/.demo ## compare SAEs without and with MonoLoss on real images
 test: lint ## ruff, mypy and every test
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-check: lint ## ruff, mypy and the quick tests, in under 2 minutes
+check: lint ## ruff, mypy and the quick tests
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m "not slow"
 
 lint: $(VENV)/.dev

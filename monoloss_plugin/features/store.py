@@ -177,7 +177,7 @@ def _differences(there: Any, given: Any, name: str = "") -> Iterable[str]:
 
 
 @contextlib.contextmanager
-def claim(folder: Path, task: str) -> Iterator[None]:
+def claim(folder: Path, task: str, *, forever: bool = False) -> Iterator[None]:
     """Do a task in a folder while no other process does the same one.
 
     The system gives the lock back when a process ends, even when it is killed.
@@ -185,16 +185,17 @@ def claim(folder: Path, task: str) -> Iterator[None]:
     Args:
         folder: of the set.
         task: a name for it, such as ``share-0-of-2``.
+        forever: wait for another process as long as it takes, not only a few seconds.
 
     Raises:
-        BusyError: another process is at it.
+        BusyError: another process is still at it.
     """
     path = folder / PARTS / f"{task}.lock"
     path.parent.mkdir(exist_ok=True)
     if path.is_symlink():
         raise ValueError(f"{path} is a link, which is not followed; delete it")
     try:
-        lock = FileLock(path, timeout=_WAIT).acquire()
+        lock = FileLock(path, timeout=-1 if forever else _WAIT).acquire()
     except Timeout as error:
         raise BusyError(
             f"another process holds {path}; stop it first, or give each process its own share"
@@ -246,9 +247,13 @@ def complete(folder: Path) -> bool:
         total = total_rows(folder)
         if total is None or any(missing_rows(folder, [range(total)])):
             return False
-        with claim(folder, "complete"):
+        try:
+            with claim(folder, "complete", forever=True):
+                if not is_complete(folder):
+                    _write_set(folder, total)
+        except FileNotFoundError:  # another process has made the set, and removed the lock
             if not is_complete(folder):
-                _write_set(folder, total)
+                raise
     for left in (folder / PARTS, *folder.glob(".unfinished-*")):  # by processes that were killed
         shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
     return True
@@ -350,7 +355,7 @@ def repair(folder: Path) -> None:
         for problem in verify(folder):
             (folder / problem.split(":")[0]).unlink()
     elif damaged(folder):
-        with claim(folder, "complete"):
+        with claim(folder, "complete", forever=True):
             if is_complete(folder) and (problems := damaged(folder)):  # no process was quicker
                 logger.warning("%s is damaged (%s); making all of it again", folder, problems[0])
                 files = Contents.read(folder).files

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -289,6 +290,31 @@ def test_two_processes_at_the_same_share_are_told(tmp_path) -> None:
     with store.claim(tmp_path, "share-0-of-1"):
         assert busy(tmp_path)
     assert not busy(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="copies of a process")
+def test_processes_that_end_together_wait_for_the_one_that_completes(
+    pixels, image_folder, tmp_path, monkeypatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "complete", lambda _: False)
+        extract(image_folder, pixels, out, **OPTIONS)
+    write, started = store._write_set, time.perf_counter()
+    monkeypatch.setattr(store, "_WAIT", 0.1)
+    monkeypatch.setattr(store, "_write_set", lambda *given: (time.sleep(1), write(*given)))
+    processes = []
+    for _ in range(3):
+        processes.append(os.fork())
+        if processes[-1] == 0:
+            try:
+                os._exit(0 if store.complete(out) else 1)
+            finally:  # whatever it raises, the copy must not go on with the other tests
+                os._exit(2)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+    assert codes == [0, 0, 0]
+    assert time.perf_counter() - started >= 1
+    assert verify(out) == []
 
 
 def test_what_a_killed_process_left_goes_when_the_set_is_complete(

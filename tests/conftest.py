@@ -21,6 +21,7 @@ _HOME = tempfile.TemporaryDirectory(prefix="monoloss-tests-", ignore_cleanup_err
 only_hub(_HUB.url, _HOME.name)
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from monoloss_plugin.kernels import support  # noqa: E402
@@ -46,6 +47,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.nodeid.startswith(_SLOW):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """The same numbers in every run: a test that fails can be run again."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture

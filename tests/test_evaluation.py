@@ -191,6 +191,7 @@ def test_where_no_sample_has_a_label_no_latent_has_a_purity() -> None:
 
 def test_a_batchtopk_sae_in_training_is_said_to_select_over_batches(recwarn) -> None:
     training = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=6, d_sae=8, k=2))
+    torch.nn.init.constant_(training.b_enc, 10.0)  # all pre-activations are positive: L0 is k
     x = torch.randn(16, 6)
     with pytest.warns(UserWarning, match="selects over each batch"):
         evaluate(training, x)

@@ -28,6 +28,10 @@ class Samples:
     scaling: Literal["unknown", "wanted", "done"] = "unknown"
     """Whether features are scaled to unit norm. A feature set holds them as the encoder gave them,
     and SAEs are trained on them scaled: "wanted". ``FeatureBatches`` scales by default: "done"."""
+    compared_by: str = "embeddings of the batches"
+    """What samples are compared by."""
+    classes: list[str] | None = None
+    """Names of the classes, if they are known."""
 
     @classmethod
     def of(
@@ -60,8 +64,15 @@ class Samples:
             return cls(_checked(features), None, num_classes)
         normalized = getattr(features, "normalize", None)
         scaling: Any = {None: "wanted", True: "done", False: "unknown"}[normalized]
-        batches = features.every_row(batch_size)
-        return cls(batches, features.num_rows, num_classes or features.num_classes, scaling)
+        held = getattr(features, "features", features)  # FeatureBatches hold their feature set
+        return cls(
+            features.every_row(batch_size),
+            features.num_rows,
+            num_classes or features.num_classes,
+            scaling,
+            features.compared_by,
+            held.classes,
+        )
 
     @classmethod
     def _of_tensors(
@@ -82,7 +93,8 @@ class Samples:
             Batch(x[rows], None if e is None else e[rows], None if y is None else y[rows])
             for rows in (slice(start, start + batch_size) for start in range(0, len(x), batch_size))
         )
-        return cls(batches, len(x), num_classes)
+        compared_by = "the features" if e is None else "other embeddings"
+        return cls(batches, len(x), num_classes, compared_by=compared_by)
 
 
 def scaling_for(sae: Any, samples: Samples, normalize: bool | None) -> bool:
@@ -116,6 +128,18 @@ def inputs_of(sae: Any) -> str | None:
         return None  # the SAE may scale its inputs itself
     measured = record.get("input_mean_square_norm")  # by the adapter, in training
     return "unit norm" if isinstance(measured, float) and abs(measured - 1) < _UNIT else None
+
+
+def trained_on(sae: Any) -> str:
+    """Return what MonoLoss compared samples by in training; empty if the SAE does not say."""
+    record = getattr(getattr(getattr(sae, "cfg", None), "metadata", None), "monoloss", None)
+    terms = record.get("terms") if isinstance(record, dict) else None
+    of = (
+        [term for term in terms.values() if isinstance(term, dict)]
+        if isinstance(terms, dict)
+        else []
+    )
+    return next((str(t["compared_by"]) for t in of if t.get("compared_by")), "")
 
 
 def is_scaled(features: Tensor) -> bool:

@@ -58,6 +58,14 @@ class AttachedTerm:
             )
         require_at_least(0, self.warm_up_steps, "warm_up_steps")
 
+    @property
+    def compared_by(self) -> str:
+        """What the term compares samples by, in words."""
+        if self.embeddings is None:
+            return "the SAE's inputs"
+        batches = getattr(self.embeddings, "__self__", None)  # of FeatureBatches.embeddings_of
+        return str(getattr(batches, "compared_by", "other embeddings"))
+
     def weight_at(self, step: int) -> float:
         """Return lam after this many steps: it grows linearly from 0 over the warm-up."""
         warm = min(1.0, step / self.warm_up_steps) if self.warm_up_steps else 1.0
@@ -272,6 +280,8 @@ class LamConversion:
             "warm_up_steps": attached.warm_up_steps,
             "factor": factor,
         }
+        if term.needs_embeddings:
+            record["terms"][term.name]["compared_by"] = attached.compared_by
 
 
 def require_embeddings(given: Any, key: str = "") -> None:

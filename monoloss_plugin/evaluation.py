@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -20,27 +19,18 @@ from monoloss_plugin._checks import (
 )
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin._places import kind_of
-from monoloss_plugin._samples import Samples, is_scaled, of_training, scaling_for
+from monoloss_plugin._samples import Samples, is_scaled, of_training, scaling_for, trained_on
 from monoloss_plugin.batch import Batch
 from monoloss_plugin.embeddings import unit_rows
 from monoloss_plugin.kernels.support import Support, is_sparse, support_of
-from monoloss_plugin.metrics import R2, ClassPurity, MonoScore, MonoScoreResult
+from monoloss_plugin.metrics import R2, ClassPurity, MonoScore
 from monoloss_plugin.purity import Purity
+from monoloss_plugin.results import MEASURES as MEASURES
+from monoloss_plugin.results import Evaluation as Evaluation
+from monoloss_plugin.results import Spaces
 
 if TYPE_CHECKING:
     from monoloss_plugin.features import FeatureSet
-
-MEASURES: dict[str, str] = {
-    "r2": "R²",
-    "monoscore": "MonoScore, undefined counting 0",
-    "monoscore_defined": "MonoScore, defined latents",
-    "defined_share": "share of latents defined",
-    "purity_binary": "class purity, binary",
-    "purity_weighted": "class purity, weighted",
-    "l0": "L0",
-    "dead_latents": "dead latents",
-}
-"""The entries of :meth:`Evaluation.summary`, and their names in a table."""
 
 
 class SAE(Protocol):
@@ -53,47 +43,6 @@ class SAE(Protocol):
     def decode(self, latents: Tensor, /) -> Tensor:
         """Return the reconstruction (B, d_in) of latents (B, M)."""
         ...
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The measures of an SAE with M latents, over one dataset."""
-
-    monoscore: MonoScoreResult
-    """MonoScore of each latent."""
-    purity: Purity | None
-    """Class purity of each latent; None if the data has no labels."""
-    r2: float
-    """R² of the reconstruction, averaged over feature dimensions."""
-    l0: float
-    """Mean number of active latents per sample."""
-    frequency: Tensor
-    """(M,): the share of samples on which each latent is active."""
-
-    @property
-    def num_latents(self) -> int:
-        """M."""
-        return len(self.frequency)
-
-    @property
-    def num_dead(self) -> int:
-        """Number of latents that are never active on these samples."""
-        return int((self.frequency == 0).sum())
-
-    def summary(self) -> dict[str, float]:
-        """Return the scalars that the papers report, by name."""
-        scalars: dict[str, float] = {
-            "r2": self.r2,
-            "monoscore": self.monoscore.mean,
-            "monoscore_defined": self.monoscore.mean_defined,
-            "defined_share": self.monoscore.num_defined / self.num_latents,
-            "l0": self.l0,
-            "dead_latents": self.num_dead,
-        }
-        if self.purity is not None:
-            scalars["purity_binary"] = self.purity.mean_binary
-            scalars["purity_weighted"] = self.purity.mean_weighted
-        return scalars
 
 
 def evaluate(
@@ -156,7 +105,7 @@ def evaluate(
         >>> evaluate(Identity(), torch.eye(3), torch.tensor([0, 1, 1])).l0
         1.0
 
-    Source: Nasiri-Sarvi et al. 2026, section 4.1 and appendix B.
+    Source: Nasiri-Sarvi et al. 2026, section 4.1 and appendix B; :mod:`monoloss_plugin.chance`.
     """
     _require_sae(sae)
     samples = Samples.of(features, labels, embeddings, num_classes, batch_size)
@@ -198,7 +147,6 @@ def _score(
     """Return the measures, and whether the features came with unit norm."""
     decode, monoscore, r2 = _Decoder(sae), MonoScore(), R2()
     purity: ClassPurity | None = None
-    active: Tensor | None = None  # (M,): on how many samples each latent is active
     were_scaled = True
 
     with _bar(samples.total, progress) as advance:
@@ -223,19 +171,15 @@ def _score(
                 purity.update(
                     *_labelled(found, latents, as_labels(batch.labels).flatten().to(given.device))
                 )
-            counts = _active_counts(found)
-            active = counts if active is None else active + counts
             advance(len(given))
-    if active is None or not r2.n:
+    if not r2.n:
         raise ValueError("features: expected at least one sample, got none")
-
-    scores = monoscore.compute()
     evaluation = Evaluation(
-        monoscore=MonoScoreResult(scores.scores.cpu(), scores.defined.cpu(), scores.num_samples),
+        monoscore=monoscore.compute().cpu(),
         purity=None if purity is None else Purity(*(of.cpu() for of in purity.compute())),
         r2=r2.compute(),
-        l0=float(active.sum()) / r2.n,
-        frequency=active.cpu() / r2.n,
+        spaces=Spaces(samples.compared_by, trained_on(sae)),
+        classes=samples.classes,
     )
     return evaluation, were_scaled
 
@@ -302,13 +246,6 @@ class _Decoder:
             return False
         tolerance = 1e-5 * expected.abs().max()  # with a NaN, no comparison below is true
         return bool(((given - expected).abs() <= tolerance + 1e-4 * expected.abs()).all())
-
-
-def _active_counts(latents: Tensor | Support) -> Tensor:
-    """Return on how many samples each latent is active (M,)."""
-    if isinstance(latents, Support):
-        return latents.sums((latents.values > 0).double()).long()
-    return (latents > 0).sum(0)
 
 
 def _device_of(sae: SAE) -> torch.device | None:

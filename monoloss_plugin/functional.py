@@ -45,6 +45,9 @@ from monoloss_plugin.sums import CONSTANT_BELOW, Scores, monoscore_from_sums
 
 Units = Literal["batch_active", "all"]
 
+_SHUFFLED = 1 << 24
+"""Activations that are shuffled at once: 64 MiB in float32."""
+
 
 def monoscore(latents: Tensor, embeddings: Tensor, *, undefined: float = 0.0) -> Tensor:
     """MonoScore of every latent, in time linear in the number of samples.
@@ -138,6 +141,50 @@ def monoscore_pairwise(latents: Tensor, embeddings: Tensor, *, undefined: float 
     return torch.where(
         defined, numerator / torch.where(defined, denominator, 1.0), float(undefined)
     )
+
+
+def monoscore_shuffled(
+    latents: Tensor, embeddings: Tensor, *, shuffles: int = 2000, seed: int = 0
+) -> Tensor:
+    """MonoScore of every latent with its activations shuffled over the samples, many times.
+
+    Use it to test a few latents without any approximation. The share of shuffles that give at least
+    the latent's own score is its p-value. For all latents at once there are
+    :attr:`MonoScoreResult.p_values <monoloss_plugin.metrics.MonoScoreResult.p_values>`, which cost
+    nothing. Time grows with shuffles x N x M x d.
+
+    Args:
+        latents: (N, M), floating, finite; a few latents.
+        embeddings: (N, d), floating, finite.
+        shuffles: how many.
+        seed: of the shuffles.
+
+    Returns:
+        (shuffles, M), in the latents' dtype but at least float32; 0 where undefined.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor, or not an integer.
+        ValueError: shapes that do not match, NaN or infinite values, or no shuffles.
+
+    Examples:
+        >>> a = torch.eye(10)[:, :1] + torch.eye(10)[:, 1:2]  # active on two samples
+        >>> e = torch.eye(5).repeat_interleave(2, dim=0)      # which are alike: 1 of 9 pairs is
+        >>> shuffled = monoscore_shuffled(a, e, shuffles=500)
+        >>> share = (shuffled >= monoscore(a, e)).float().mean()
+        >>> 0.07 < share < 0.15
+        tensor(True)
+    """
+    require_at_least(1, shuffles, "shuffles")
+    a, e = paired_rows(latents, embeddings)
+    generator = torch.Generator().manual_seed(seed)
+    at_once = max(1, min(shuffles, _SHUFFLED // max(1, a.numel())))
+    scores = []
+    for start in range(0, shuffles, at_once):
+        count = min(at_once, shuffles - start)
+        orders = torch.stack([torch.randperm(len(a), generator=generator) for _ in range(count)])
+        shuffled = a[orders.T.to(a.device)]  # (N, count, M)
+        scores.append(monoscore(shuffled.flatten(1), e).view(count, -1))
+    return torch.cat(scores)
 
 
 def monoloss(latents: Tensor, embeddings: Tensor, *, gradient_at: GradientAt = "all") -> Tensor:
@@ -306,11 +353,12 @@ def l1_l2_ratio(
 
 
 def class_purity(latents: Tensor, labels: Tensor, num_classes: int) -> Purity:
-    """Class purity of every latent, binary and weighted.
+    """Class purity of every latent: binary, weighted, and above chance.
 
     binary = |N*_k| / |N_k| and weighted = Σ_{N*_k} a / Σ_{N_k} a. N_k are the samples for which
     latent k is positive, and N*_k are the samples of its dominant class: the class with most
-    samples in N_k. Ties go to the lowest label.
+    samples in N_k. Ties go to the lowest label. Purity above chance takes the class from one half
+    of the samples and the purity from the other (:mod:`monoloss_plugin.purity`).
 
     Args:
         latents: (N, M), floating, finite; dense, or sparse COO; only positive activations count.
@@ -318,7 +366,8 @@ def class_purity(latents: Tensor, labels: Tensor, num_classes: int) -> Purity:
         num_classes: number of classes.
 
     Returns:
-        Two (M,) tensors in float64; NaN for a latent that is never active.
+        Three (M,) tensors in float64, NaN for a latent that is never active; and the dominant
+        classes (M,).
 
     Raises:
         TypeError: latents not floating or labels not integer.
@@ -326,9 +375,10 @@ def class_purity(latents: Tensor, labels: Tensor, num_classes: int) -> Purity:
 
     Examples:
         >>> a = torch.tensor([[2.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
-        >>> class_purity(a, torch.tensor([0, 0, 1]), num_classes=2)
-        Purity(binary=tensor([0.6667, nan], dtype=torch.float64),
-               weighted=tensor([0.7500, nan], dtype=torch.float64))
+        >>> purity = class_purity(a, torch.tensor([0, 0, 1]), num_classes=2)
+        >>> purity.binary, purity.weighted, purity.dominant
+        (tensor([0.6667, nan], dtype=torch.float64), tensor([0.7500, nan], dtype=torch.float64),
+         tensor([ 0, -1]))
 
     Source: Nasiri-Sarvi et al. 2026, section 4.1.
     """

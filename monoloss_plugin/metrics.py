@@ -7,13 +7,20 @@ load it with ``metric.load_state_dict(torch.load(path, weights_only=True))``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from monoloss_plugin._checks import as_rows, as_tensor, paired_rows, require_at_least
+from monoloss_plugin._checks import (
+    as_rows,
+    as_tensor,
+    paired_rows,
+    require_at_least,
+    require_number,
+)
+from monoloss_plugin.chance import ChanceSums, chance_of, significant
 from monoloss_plugin.kernels.support import Support
 from monoloss_plugin.moments import Moments
 from monoloss_plugin.purity import ClassSums, Purity, purity_from_sums
@@ -24,12 +31,32 @@ from monoloss_plugin.sums import SampleSums, Sums, monoscore_from_sums
 
 @dataclass(frozen=True)
 class MonoScoreResult:
-    """MonoScore of M latents over a dataset."""
+    """MonoScore of M latents over a dataset, and what it would be by chance."""
 
     scores: Tensor
     """(M,) float64, in [-1, 1]; 0 where undefined."""
     defined: Tensor
     """(M,) bool: at least one pair of samples activates the latent, by more than rounding."""
+    support: Tensor
+    """(M,) int64: the number of samples on which the latent is active (above zero)."""
+    largest: Tensor
+    """(M,) float64: the latent's largest activation."""
+    z_scores: Tensor
+    """(M,) float64: how many standard deviations the score is above chance.
+
+    The deviation is that of the score over all shuffles of the latent's activations. Its
+    distribution is skewed, so z is not normal: test with :attr:`p_values`. 0 where undefined, and
+    for embeddings wider than 4,096.
+    """
+    p_values: Tensor
+    """(M,) float64: the share of shuffles that give at least this score.
+
+    Nearly so: see :mod:`monoloss_plugin.chance`. For the exact share of a few latents, use
+    :func:`functional.monoscore_shuffled <monoloss_plugin.functional.monoscore_shuffled>`. NaN for
+    a latent that is not tested, because fewer than four samples carry its activation.
+    """
+    chance: float
+    """The mean score of shuffled activations: the mean cosine of all pairs of samples."""
     num_samples: int
     """Number of samples seen."""
 
@@ -44,20 +71,68 @@ class MonoScoreResult:
         return float(self.scores[self.defined].mean())
 
     @property
+    def mean_per_firing(self) -> float:
+        """Mean over all firings: each defined latent counts as often as it is active.
+
+        In :attr:`mean_defined`, a latent that is active on three samples counts as much as one that
+        is active on three thousand, and MonoLoss makes many latents rare.
+        """
+        firings = self.support.double() * self.defined
+        return float((self.scores @ firings) / firings.sum())
+
+    @property
+    def adjusted(self) -> Tensor:
+        """(M,): (score - chance) / (1 - chance), as in the adjusted Rand index.
+
+        0 is what shuffled activations get, 1 is perfect; 0 where undefined.
+        """
+        room = 1 - self.chance
+        above = (self.scores - self.chance) / room if room > 0 else torch.zeros_like(self.scores)
+        return above.masked_fill(~self.defined, 0.0)
+
+    @property
+    def mean_adjusted(self) -> float:
+        """Mean of :attr:`adjusted` over the defined latents; NaN if there are none."""
+        return float(self.adjusted[self.defined].mean())
+
+    @property
     def num_defined(self) -> int:
         """Number of latents that have a score."""
         return int(self.defined.sum())
+
+    def significant(self, alpha: float = 0.01) -> Tensor:
+        """Return which latents score above chance, (M,) bool.
+
+        Of these latents, at most a share ``alpha`` is expected to be there by chance (Benjamini &
+        Hochberg 1995, over the latents that are tested).
+
+        Raises:
+            ValueError: alpha is not between 0 and 1.
+        """
+        require_number(alpha, "alpha")
+        if not 0 < alpha < 1:
+            raise ValueError(f"alpha: expected a number between 0 and 1, got {alpha}")
+        return significant(self.p_values, alpha)
 
     def curve(self) -> Tensor:
         """Return the scores in decreasing order (M,): the paper's MonoScore curve."""
         return self.scores.sort(descending=True).values
 
+    def cpu(self) -> MonoScoreResult:
+        """Return the same result on the CPU."""
+        moved: dict[str, Any] = {name: value.cpu() for name, value in self.tensors().items()}
+        return replace(self, **moved)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what is known of each latent, (M,) tensors by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
 
 class MonoScore(StreamingMetric[Moments]):
-    """MonoScore of every latent of an SAE, in one pass over any amount of data.
+    """MonoScore of every latent of an SAE, and its chance level, in one pass over any data.
 
-    The memory is one (M, d) float64 array, whatever the number of samples. Batches, shards and
-    ranks may come in any order.
+    The memory is one (M, d) and one (d, d) float64 array, whatever the number of samples. Batches,
+    shards and ranks may come in any order.
 
     Examples:
         >>> metric = MonoScore()
@@ -73,11 +148,13 @@ class MonoScore(StreamingMetric[Moments]):
         **dict.fromkeys((*SampleSums._fields, *Sums._fields), "sum"),
         "lowest": "min",
         "highest": "max",
+        **dict.fromkeys(("active", *ChanceSums._fields), "sum"),
     }
     SIZES = "widths of latents and embeddings"
+    SIZED_BY = "w"
 
     def _zeros(self, shape: tuple[int, int], device: torch.device) -> Moments:
-        return Moments.zeros(*shape, device)
+        return Moments.zeros(*shape, device, chance=True)
 
     def _lower_to_(self, state: Moments, minima: dict[str, Tensor]) -> None:
         state.lower_to_(minima["lowest"])
@@ -122,14 +199,28 @@ class MonoScore(StreamingMetric[Moments]):
             ValueError: no data yet.
         """
         moments = self._seen()
-        scores, defined = monoscore_from_sums(moments.sums, moments.span)
-        return MonoScoreResult(scores, defined, num_samples=int(moments.samples.n))
+        samples, sums = moments.samples, moments.sums
+        scores, defined = monoscore_from_sums(sums, moments.span)
+        assert moments.chance is not None  # the metric always keeps these sums
+        chance = chance_of(scores, defined, samples, sums, moments.chance)
+        return MonoScoreResult(
+            scores,
+            defined,
+            support=moments.active.long(),
+            largest=moments.highest.clone(),
+            z_scores=chance.z_scores,
+            p_values=chance.p_values,
+            chance=float(chance.mean),
+            num_samples=int(samples.n),
+        )
 
 
 class ClassPurity(StreamingMetric[ClassSums]):
-    """Class purity of every latent, binary and weighted, in one pass.
+    """Class purity of every latent, binary, weighted and above chance, in one pass.
 
-    The memory is 12 bytes for each class and latent: 98 MB for 1,000 classes and 8,192 latents.
+    The memory is 16 bytes for each class and latent: 131 MB for 1,000 classes and 8,192 latents.
+    Purity above chance deals the samples to two halves in the order in which they come; in another
+    order it differs a little.
 
     Args:
         num_classes: number of classes; labels are in [0, num_classes).
@@ -146,8 +237,9 @@ class ClassPurity(StreamingMetric[ClassSums]):
     Source: Nasiri-Sarvi et al. 2026, section 4.1.
     """
 
-    REDUCED_BY: ClassVar = {"counts": "sum", "activations": "sum"}
+    REDUCED_BY: ClassVar = dict.fromkeys(ClassSums._fields, "sum")
     SIZES = "numbers of classes and latents"
+    SIZED_BY = "activations"
 
     def __init__(self, num_classes: int) -> None:
         require_at_least(1, num_classes, "num_classes")

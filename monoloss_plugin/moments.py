@@ -17,6 +17,7 @@ from torch import Tensor
 
 from monoloss_plugin._checks import may_hold_any, require_finite
 from monoloss_plugin._chunks import parts_of
+from monoloss_plugin.chance import ChanceSums
 from monoloss_plugin.kernels.support import DOMINANT, Support
 from monoloss_plugin.sums import (
     SampleSums,
@@ -40,10 +41,16 @@ class Moments(NamedTuple):
     """(M,): each latent's lowest activation so far, which ã is measured from."""
     highest: Tensor
     """(M,)"""
+    active: Tensor
+    """(M,): the number of samples with a positive activation."""
+    chance: ChanceSums | None
+    """None if only the score is wanted."""
 
     @classmethod
     @torch.inference_mode(False)  # or the sums could not be updated outside it
-    def zeros(cls, num_latents: int, width: int, device: torch.device | str) -> Moments:
+    def zeros(
+        cls, num_latents: int, width: int, device: torch.device | str, *, chance: bool
+    ) -> Moments:
         """Return the moments of no samples, for M latents and embeddings of a width."""
         like = torch.zeros(0, dtype=torch.float64, device=device)
         return cls(
@@ -51,6 +58,8 @@ class Moments(NamedTuple):
             Sums.zeros(num_latents, width, like),
             lowest=like.new_full((num_latents,), torch.inf),
             highest=like.new_full((num_latents,), -torch.inf),
+            active=like.new_zeros(num_latents),
+            chance=ChanceSums.zeros(num_latents, width, like) if chance else None,
         )
 
     @property
@@ -66,8 +75,9 @@ class Moments(NamedTuple):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor by name."""
-        ends = {"lowest": self.lowest, "highest": self.highest}
-        return {**self.samples._asdict(), **self.sums._asdict(), **ends}
+        of_latents = {"lowest": self.lowest, "highest": self.highest, "active": self.active}
+        chance = self.chance._asdict() if self.chance else {}
+        return {**self.samples._asdict(), **self.sums._asdict(), **of_latents, **chance}
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -95,6 +105,9 @@ class Moments(NamedTuple):
             unit = UnitEmbeddings.exactly_of(e, wide)
             for total, added in zip(self.samples, unit.sums, strict=True):
                 total.add_(added)
+            self.active.add_(_active_counts(part))
+            if self.chance:
+                self.chance.add_(part, unit, self.lowest)
             if isinstance(part, Support):
                 _add_(self.sums, sparse_sums(part, unit, self.lowest, add_to=self.sums.w))
             else:
@@ -127,12 +140,21 @@ class Moments(NamedTuple):
         # Most batches lower nothing. A look is free on a CPU; on an accelerator it would cost more
         # than raising the sums by zero.
         if may_hold_any(drop):
+            if self.chance:
+                self.chance.raise_by_(drop, self.sums.u, self.sums.v, self.samples.n)
             self.sums.raise_by_(drop, self.samples)
 
 
+def _active_counts(latents: Tensor | Support) -> Tensor:
+    """Return on how many samples each latent is active (M,)."""
+    if isinstance(latents, Support):
+        return latents.sums((latents.values > 0).double())
+    return (latents > 0).sum(0)
+
+
 def moments_of(latents: Tensor, embeddings: Tensor) -> Moments:
-    """Return the moments of latents (N, M) and embeddings (N, d)."""
-    moments = Moments.zeros(latents.shape[1], embeddings.shape[1], latents.device)
+    """Return the moments, without those of chance, of latents (N, M) and embeddings (N, d)."""
+    moments = Moments.zeros(latents.shape[1], embeddings.shape[1], latents.device, chance=False)
     moments.add_(latents, embeddings)
     return moments
 

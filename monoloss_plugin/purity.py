@@ -1,4 +1,12 @@
-"""Class purity, from sums over the samples of each class."""
+"""Class purity, from sums over the samples of each class, and its chance level.
+
+Purity is high by chance where a latent is active on few samples: the class that is most frequent
+among them was chosen after looking. So the samples of each class are dealt to two halves in turn.
+The dominant class is taken from one half, and the purity from the other, and the other way round.
+A latent that knows nothing of the classes then gets the share of the chosen class on average:
+
+    adjusted = (purity - share) / (1 - share)
+"""
 
 from __future__ import annotations
 
@@ -19,6 +27,11 @@ class Purity(NamedTuple):
     """(M,): share of a latent's active samples that are of its dominant class."""
     weighted: Tensor
     """(M,): share of a latent's activation that is on samples of its dominant class."""
+    adjusted: Tensor
+    """(M,): binary purity above chance: 0 for a latent that knows nothing of the classes, 1 for one
+    of a single class. NaN if either half of the samples has none that activates the latent."""
+    dominant: Tensor
+    """(M,) int64: the class with most active samples, the lowest of equals; -1 if never active."""
 
     @property
     def mean_binary(self) -> float:
@@ -30,17 +43,24 @@ class Purity(NamedTuple):
         """Mean over the latents that are ever active, as in the paper's Table 1."""
         return float(self.weighted.nanmean())
 
+    @property
+    def mean_adjusted(self) -> float:
+        """Mean over the latents that have one."""
+        return float(self.adjusted.nanmean())
+
 
 class ClassSums(NamedTuple):
     """How often and how strongly each latent is active in each class.
 
-    Updates change the tensors in place. They take 12 bytes for each class and latent.
+    Updates change the tensors in place. They take 16 bytes for each class and latent.
     """
 
     counts: Tensor
-    """(C, M) int32: number of samples on which the latent is active."""
+    """(2, C, M) int32: in each half, the number of samples on which the latent is active."""
     activations: Tensor
     """(C, M) float64: the sum of the latent's activations."""
+    samples: Tensor
+    """(2, C) int64: the number of samples in each half."""
 
     @classmethod
     @torch.inference_mode(False)  # or the sums could not be updated outside it
@@ -48,14 +68,15 @@ class ClassSums(NamedTuple):
         """Return the sums over no samples."""
         shape = (num_classes, num_latents)
         return cls(
-            torch.zeros(shape, dtype=torch.int32, device=device),
+            torch.zeros((2, *shape), dtype=torch.int32, device=device),
             torch.zeros(shape, dtype=torch.float64, device=device),
+            torch.zeros((2, num_classes), dtype=torch.int64, device=device),
         )
 
     @property
     def shape(self) -> tuple[int, int]:
         """(C, M)."""
-        num_classes, num_latents = self.counts.shape
+        num_classes, num_latents = self.activations.shape
         return num_classes, num_latents
 
     def tensors(self) -> dict[str, Tensor]:
@@ -94,27 +115,71 @@ class ClassSums(NamedTuple):
         parts = list(parts_of(a))
         for _, part in parts:
             require_finite(part.values if isinstance(part, Support) else part, "latents")
+        halves = self._deal_(y)
         for rows, part in parts:
+            of_half, of_class = halves[rows] * num_classes + y[rows], y[rows]
             if isinstance(part, Support):
-                cells = y[rows][part.rows] * num_latents + part.columns
+                of_half = of_half[part.rows] * num_latents + part.columns
+                of_class = of_class[part.rows] * num_latents + part.columns
                 counts, activations = self.counts.view(-1), self.activations.view(-1)
                 positive = part.values.clamp(min=0)
             else:
-                cells, (counts, activations) = y[rows], self
+                counts, activations = self.counts.flatten(0, 1), self.activations
                 positive = part.clamp(min=0)
-            counts.index_add_(0, cells, (positive > 0).to(torch.int32))
-            activations.index_add_(0, cells, positive.double())
+            counts.index_add_(0, of_half, (positive > 0).to(torch.int32))
+            activations.index_add_(0, of_class, positive.double())
+
+    def _deal_(self, labels: Tensor) -> Tensor:
+        """Return the half of each sample (N,): the samples of a class are dealt in turn."""
+        num_classes = self.samples.shape[1]
+        ordered, order = labels.sort(stable=True)
+        counts = labels.bincount(minlength=num_classes)
+        place = torch.arange(len(labels), device=labels.device)
+        in_class = place - (counts.cumsum(0) - counts)[ordered]
+        seen = self.samples.sum(0)[ordered]
+        halves = torch.empty_like(labels)
+        halves[order] = (seen + in_class) % 2
+        self.samples.view(-1).add_(
+            (halves * num_classes + labels).bincount(minlength=2 * num_classes)
+        )
+        return halves
 
 
 @torch.no_grad()
 def purity_from_sums(sums: ClassSums) -> Purity:
-    """Return the share of each latent's sums that its dominant class holds.
+    """Return each latent's purity.
 
     The dominant class is the one with most active samples; ties go to the lowest label.
     """
-    dominant = sums.counts.argmax(0, keepdim=True)
+    counts = sums.counts[0] + sums.counts[1]
+    dominant = counts.argmax(0)
 
     def share(of: Tensor) -> Tensor:
-        return (of.gather(0, dominant).double() / of.sum(0).double()).squeeze(0)
+        return of.gather(0, dominant[None]).squeeze(0).double() / of.sum(0).double()
 
-    return Purity(share(sums.counts), share(sums.activations))
+    never = counts.sum(0) == 0
+    return Purity(
+        share(counts),
+        share(sums.activations),
+        adjusted_from_sums(sums),
+        dominant.masked_fill(never, -1),
+    )
+
+
+def adjusted_from_sums(sums: ClassSums) -> Tensor:
+    """Return purity above chance (M,).
+
+    The dominant class comes from one half of the samples and the purity from the other, and the
+    other way round.
+    """
+    active = hits = expected = torch.zeros_like(sums.activations[0])
+    for chosen_from, tested_on in ((0, 1), (1, 0)):
+        chosen = sums.counts[chosen_from].argmax(0)
+        has_one = sums.counts[chosen_from].sum(0) > 0
+        tested, samples = sums.counts[tested_on], sums.samples[tested_on].double()
+        share = samples[chosen] / samples.sum()
+        firings = tested.sum(0).double() * has_one
+        active = active + firings
+        hits = hits + tested.gather(0, chosen[None]).squeeze(0) * has_one
+        expected = expected + torch.where(has_one, firings * share, 0.0)
+    return (hits - expected) / (active - expected)

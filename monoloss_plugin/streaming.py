@@ -47,6 +47,8 @@ class StreamingMetric(ABC, Generic[S]):
     """How each tensor of the state combines over parts of the data."""
     SIZES: ClassVar[str]
     """What the two sizes of the state's shape are, as an error calls them."""
+    SIZED_BY: ClassVar[str]
+    """The tensor of the state that has this shape."""
 
     def __init__(self) -> None:
         self._state: S | None = None
@@ -160,11 +162,11 @@ class StreamingMetric(ABC, Generic[S]):
             if missing:
                 names = list(self.REDUCED_BY)
                 raise ValueError(f"state: expected the entries {names}, missing {missing}")
-            widest = max(state.values(), key=lambda tensor: tensor.ndim)
-            if widest.ndim != 2:
-                raise ValueError(f"state: expected {self.SIZES}, got {tuple(widest.shape)}")
-            self._check_sizes(widest.shape, "state")
-            loaded = self._zeros((widest.shape[0], widest.shape[1]), widest.device)
+            sized = state[self.SIZED_BY]
+            if sized.ndim != 2:
+                raise ValueError(f"state: expected {self.SIZES}, got {tuple(sized.shape)}")
+            self._check_sizes(sized.shape, "state")
+            loaded = self._zeros((sized.shape[0], sized.shape[1]), sized.device)
             _fill_(loaded, state)
         self._state, self._is_a_copy = loaded, False
 

@@ -16,7 +16,17 @@ def scored(name: str, scores: list[float], defined: list[bool], active: list[int
     activations = torch.zeros(40, len(scores))
     for latent, count in enumerate(active):
         activations[:count, latent] = 1.0
-    result = MonoScoreResult(torch.tensor(scores).double(), torch.tensor(defined), 40)
+    none = torch.zeros(len(scores))
+    result = MonoScoreResult(
+        torch.tensor(scores).double(),
+        torch.tensor(defined),
+        support=torch.tensor(active),
+        largest=none,
+        z_scores=none,
+        p_values=none,
+        chance=0.0,
+        num_samples=40,
+    )
     return ScoredSAE(name, result, activations)
 
 

@@ -340,7 +340,10 @@ def test_all_reduce_gives_every_rank_the_whole_result(tmp_path: Path) -> None:
         class_purity.load_state_dict(purity_state)
         torch.testing.assert_close(metric.compute().scores, scores, atol=1e-7, rtol=0)
         assert metric.compute().num_samples == 40
-        torch.testing.assert_close(class_purity.compute(), purity)
+        found = class_purity.compute()
+        for name in ("binary", "weighted", "dominant"):
+            torch.testing.assert_close(getattr(found, name), getattr(purity, name))
+        assert class_purity.state_dict()["samples"].sum(0).tolist() == [10] * 4
 
 
 def test_r2_equals_scikit_learn_s_over_dimensions_that_vary() -> None:
@@ -361,7 +364,8 @@ def test_r2_equals_scikit_learn_s_over_dimensions_that_vary() -> None:
 def test_purity_of_a_thousand_classes_stays_within_its_stated_memory() -> None:
     purity = ClassPurity(1000)
     purity.update(torch.rand(4, 8192), torch.tensor([0, 999, 5, 5]))
-    assert sum(t.nbytes for t in purity.state_dict().values()) == 12 * 1000 * 8192
+    held = sum(tensor.nbytes for tensor in purity.state_dict().values())
+    assert 16 * 1000 * 8192 <= held < 16.1 * 1000 * 8192
 
 
 @pytest.mark.parametrize("case", ["sparse", "shifted"])

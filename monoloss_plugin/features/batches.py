@@ -174,6 +174,11 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
                 self._recent.append(_Given(self.epoch, self._next - 1, few))
                 yield batch.features
 
+    @property
+    def compared_by(self) -> str:
+        """What samples are compared by, in words: the embeddings, or else the features."""
+        return " and ".join(one.compared_by for one in self._sets[1:] or self._sets)
+
     def embeddings_of(self, features: Tensor) -> Tensor:
         """Return the embeddings of a batch that :meth:`tensors` gave.
 

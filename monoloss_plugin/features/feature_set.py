@@ -191,6 +191,11 @@ class FeatureSet(torch.utils.data.Dataset[Batch]):
             )
         return largest + 1
 
+    @property
+    def compared_by(self) -> str:
+        """What samples of this set are compared by, in words: features of its encoder."""
+        return f"features of {self.record.encoder.get('name') or 'an encoder without a name'}"
+
     def take(self, numbers: Tensor) -> Tensor:
         """Return a copy of some rows.
 

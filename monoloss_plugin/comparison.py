@@ -1,0 +1,385 @@
+"""SAEs side by side, with baselines: every measure that a referee asks for, in one table."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from monoloss_plugin._checks import as_list, require_choice, require_flag
+from monoloss_plugin._optional import missing_extra
+from monoloss_plugin._places import as_path, kind_of
+from monoloss_plugin.dictionary import redundancy, stability
+from monoloss_plugin.evaluation import SAE, evaluate
+from monoloss_plugin.features import FeatureSet
+from monoloss_plugin.features.matching import rows_in_common
+from monoloss_plugin.metrics import MonoScore
+from monoloss_plugin.probing import latents_of, preserved_accuracy, small_budget_probe
+from monoloss_plugin.results import MEASURES, Evaluation
+from monoloss_plugin.saes.baselines import BASELINES, make_baseline
+from monoloss_plugin.saes.rows import BATCH, Rows
+from monoloss_plugin.saes.selection import effective_latents, k_robustness, with_l0
+
+try:
+    import pandas as pd
+    from tqdm.auto import tqdm
+except ModuleNotFoundError as error:
+    raise missing_extra(error, "referee") from error
+
+Group = Literal["spaces", "budgets", "probes", "dictionary"]
+"""Measures beside those of ``evaluate``:
+
+- "spaces": MonoScore above chance in each of the ``spaces``; and by labels, where images of one
+  class are alike and others are not.
+- "budgets": R² at a quarter, half, twice and four times the L0, and the effective number of latents
+  (Jacquier et al. 2026).
+- "probes": held-out accuracy of linear probes on the best 1, 2, 4, ..., 64 latents, and of a probe
+  of the features on features and on reconstructions. They need labels.
+- "dictionary": the share of latents with a near twin; and, for several seeds, the stability of
+  decoder directions.
+"""
+
+LABELS: dict[str, str] = {
+    **MEASURES,
+    "effective_latents": "effective latents per sample",
+    "accuracy/features": "probe accuracy, features",
+    "accuracy/reconstructions": "probe accuracy, reconstructions",
+    "redundancy": "share of latents with a near twin",
+    "stability": "cosine of matched directions, over seeds",
+    "stability_chance": "the same for random directions",
+}
+_SHARES = (0.25, 0.5, 2.0, 4.0)
+_OF_LABELS = "labels"
+_BUDGETS = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What :func:`compare` found."""
+
+    runs: dict[str, list[dict[str, float]]]
+    """For each SAE and baseline, the measures of each seed, by name."""
+    evaluations: dict[str, list[Evaluation]]
+    """For each SAE and baseline, the evaluation of each seed."""
+    baselines: list[str]
+    """Which of the names are baselines."""
+    notes: list[str]
+    """How the numbers came about: splits, spaces, matching."""
+
+    def measures(self) -> list[str]:
+        """Return the names of all measures, in the order of a table."""
+        names: dict[str, None] = {}
+        for runs in self.runs.values():
+            for run in runs:
+                names |= dict.fromkeys(run)
+        return list(names)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return the means over seeds: a row for each SAE, a column for each measure."""
+        return self._frame(statistics.fmean)
+
+    def spread(self) -> pd.DataFrame:
+        """Return the standard deviations over seeds, as :meth:`to_frame`; NaN for one seed."""
+        return self._frame(lambda v: statistics.stdev(v) if len(v) > 1 else float("nan"))
+
+    def cells(self) -> list[list[str]]:
+        """Return the table as text: the measure's name, and mean ± deviation for each SAE."""
+        means, spreads = self.to_frame(), self.spread()
+        rows = []
+        for measure in self.measures():
+            row = [label_of(measure)]
+            for name in self.runs:
+                mean, spread = means.loc[name, measure], spreads.loc[name, measure]
+                row.append(_cell(mean, spread, measure))
+            rows.append(row)
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the runs, the names of baselines and the notes, as JSON can hold them."""
+        return {"runs": self.runs, "baselines": self.baselines, "notes": self.notes}
+
+    def save(self, path: str | Path) -> Path:
+        """Write the runs and notes as JSON."""
+        place = as_path(path, "path", "a file")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        return place
+
+    def __repr__(self) -> str:
+        return f"Comparison of {', '.join(self.runs)} in {len(self.measures())} measures"
+
+    def _repr_html_(self) -> str:
+        table = pd.DataFrame(self.cells(), columns=["", *self.runs]).set_index("")
+        return f"{table.to_html()}<p>{'<br>'.join(self.notes)}</p>"
+
+    def _frame(self, of: Callable[[list[float]], float]) -> pd.DataFrame:
+        columns = self.measures()
+        rows = [
+            [of([r[c] for r in runs]) if all(c in r for r in runs) else None for c in columns]
+            for runs in self.runs.values()
+        ]
+        return pd.DataFrame(rows, index=list(self.runs), columns=columns, dtype=float)
+
+
+def label_of(measure: str) -> str:
+    """Return the name of a measure in a table."""
+    kind, _, of = measure.partition("/")
+    if kind == "adjusted":
+        return f"MonoScore above chance, by {of}"
+    if kind == "r2" and of:
+        return f"R² at {of} times the L0"
+    if kind == "probe":
+        return f"probe accuracy, best {of} latent{'s' * (of != '1')}"
+    return LABELS.get(measure, measure)
+
+
+def compare(
+    saes: Mapping[str, SAE | Sequence[SAE]],
+    features: FeatureSet,
+    *,
+    train: FeatureSet | None = None,
+    spaces: Mapping[str, FeatureSet] | None = None,
+    baselines: bool | Sequence[str] = False,
+    match: Literal["l0"] | None = None,
+    groups: Sequence[Group] = get_args(Group),
+    progress: bool = False,
+) -> Comparison:
+    """Measure SAEs of the same features side by side, with SAEs that have learnt nothing.
+
+    Args:
+        saes: SAEs by name; several of a name are the same recipe with other seeds, and get means.
+        features: held-out features.
+        train: training features, for what must be fitted: baselines and probes. By default half of
+            ``features``, chosen at random; the SAEs are then scored on the other half.
+        spaces: other feature sets of the same images, by name. MonoScore is computed in each.
+        baselines: True for all of :data:`~monoloss_plugin.saes.baselines.BASELINES`, or their
+            names. They have the number of latents and the L0 of the first SAE, and as many seeds.
+        match: "l0" gives every SAE one threshold, so that all have the L0 of the first SAE on
+            ``train`` (see :func:`~monoloss_plugin.saes.selection.with_l0`).
+        groups: which :data:`Group` of measures to take beside those of ``evaluate``.
+        progress: show a progress bar.
+
+    Raises:
+        TypeError: SAEs, features or spaces of another kind.
+        ValueError: no SAEs, an unknown name, SAEs of different widths, or spaces that share no
+            image with ``features``.
+
+    Source: the controls of SAEBench, arXiv 2501.17727, 2505.20254 and 2602.14111.
+    """
+    recipes = _recipes(saes)
+    for given in as_list(groups, "groups"):
+        require_choice(given, "groups", get_args(Group))
+    require_choice(match, "match", (None, "l0"))
+    require_flag(progress, "progress")
+    for name, one in {"features": features, **(spaces or {})}.items():
+        _require_set(one, name)
+    kinds = list(BASELINES) if baselines is True else as_list(baselines or [], "baselines")
+    for kind in kinds:
+        require_choice(kind, "baselines", tuple(BASELINES))
+    notes = []
+    if train is None:
+        train, features = _halves(features)
+        notes.append(
+            "There are no training features. So probes and baselines were fitted on a random half "
+            f"({len(train)} rows), and everything was scored on the other ({len(features)} rows)."
+        )
+    _require_set(train, "train")
+
+    first = next(iter(recipes.values()))
+    evaluations = {
+        name: [evaluate(sae, features) for sae in _shown(of, name, progress)]
+        for name, of in recipes.items()
+    }
+    leader = next(iter(evaluations.values()))[0]
+    if kinds:
+        notes.append(
+            f"Baselines have {leader.num_latents} latents, and {max(1, round(leader.l0))} active "
+            "ones per sample. Their decoders were fitted to the training rows by ridge regression."
+        )
+    for kind in kinds:
+        recipes[kind] = [
+            make_baseline(
+                kind,
+                train,
+                num_latents=leader.num_latents,
+                l0=max(1, round(leader.l0)),
+                seed=seed,
+                normalize=Rows.for_sae(first[0], features, None).unit_norm,
+            )
+            for seed in _shown(range(len(first)), kind, progress)
+        ]
+    if match:
+        recipes = {name: [with_l0(s, train, leader.l0) for s in of] for name, of in recipes.items()}
+        notes.append(f"Every SAE has one threshold, for an L0 of {leader.l0:.3g} on training rows.")
+        evaluations = {}
+    for name, of in recipes.items():
+        if name not in evaluations:
+            evaluations[name] = [evaluate(sae, features) for sae in _shown(of, name, progress)]
+    referee = _Referee(features, train, dict(spaces or {}), tuple(groups))
+    runs = {
+        name: [
+            {**found.summary(), **referee.measures_of(sae, found), **extra}
+            for sae, found in zip(of, evaluations[name], strict=True)
+        ]
+        for name, of in recipes.items()
+        for extra in [_stability(of, evaluations[name]) if "dictionary" in groups else {}]
+    }
+    notes += [f"{name}: {of[0].spaces}." for name, of in evaluations.items() if name not in kinds]
+    return Comparison(runs, evaluations, kinds, notes)
+
+
+@dataclass(frozen=True)
+class _Referee:
+    """Takes the measures beside those of ``evaluate``."""
+
+    features: FeatureSet
+    train: FeatureSet
+    spaces: dict[str, FeatureSet]
+    groups: tuple[Group, ...]
+
+    def measures_of(self, sae: SAE, found: Evaluation) -> dict[str, float]:
+        """Return the measures of one SAE by name."""
+        measures: dict[str, float] = {}
+        if "spaces" in self.groups:
+            measures |= self._in_spaces(sae)
+        if "budgets" in self.groups:
+            r2 = k_robustness(sae, self.features)
+            ks = {share: max(1, round(share * found.l0)) for share in _SHARES}
+            measures |= {f"r2/{share:g}": r2[k] for share, k in ks.items() if k in r2}
+            measures["effective_latents"] = effective_latents(sae, self.features)
+        if "probes" in self.groups and _has_classes(self.features) and _has_classes(self.train):
+            measures |= self._probes(sae)
+        if "dictionary" in self.groups and (weight := _dictionary(sae)) is not None:
+            measures["redundancy"] = redundancy(weight, alive=found.monoscore.support > 0)
+        return measures
+
+    def _in_spaces(self, sae: SAE) -> dict[str, float]:
+        """Return MonoScore above chance in each space, from one pass through the SAE."""
+        rows = Rows.for_sae(sae, self.features, None)
+        metrics = {name: MonoScore() for name in self._embeddings}
+        for numbers in torch.arange(len(rows)).split(BATCH):
+            x = rows.take(numbers)
+            latents = sae.encode(x)
+            for name, of in self._embeddings.items():
+                known, embeddings = of(numbers)
+                metrics[name].update(latents[known.to(x.device)], embeddings.to(x.device))
+        return {f"adjusted/{name}": of.compute().mean_adjusted for name, of in metrics.items()}
+
+    @cached_property
+    def _embeddings(self) -> dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]]:
+        """For each space, a function from row numbers (B,) to the mask (B,) of those that have an
+        embedding there, and the embeddings of these."""
+        return {
+            **{name: _rows_of(self.features, other) for name, other in self.spaces.items()},
+            **({_OF_LABELS: _labels_of(self.features)} if _has_classes(self.features) else {}),
+        }
+
+    def _probes(self, sae: SAE) -> dict[str, float]:
+        train, held_out = (Rows.for_sae(sae, one, None) for one in (self.train, self.features))
+        y, y_held_out = self.train.labels, self.features.labels
+        assert y is not None  # _has_classes
+        assert y_held_out is not None
+        latents = [latents_of(sae, rows.batches()) for rows in (train, held_out)]
+        found = small_budget_probe(latents[0], y, latents[1], y_held_out, budgets=_BUDGETS)
+        every = [torch.cat(list(rows.batches())).cpu() for rows in (train, held_out)]
+        with torch.no_grad():
+            parts = [sae.decode(sae.encode(x)).cpu() for x in held_out.batches()]
+        preserved = preserved_accuracy(every[0], y, every[1], torch.cat(parts), y_held_out)
+        return {
+            **{f"probe/{n}": accuracy for n, accuracy in found.items()},
+            "accuracy/features": preserved.on_features,
+            "accuracy/reconstructions": preserved.on_reconstructions,
+        }
+
+
+def _rows_of(
+    features: FeatureSet, other: FeatureSet
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    ours, theirs = rows_in_common(features, [other])
+    row = torch.full((len(features),), -1).index_put_((ours,), theirs)
+
+    def of(numbers: Tensor) -> tuple[Tensor, Tensor]:
+        known = row[numbers] >= 0
+        return known, other.take(row[numbers][known]).float()
+
+    return of
+
+
+def _labels_of(features: FeatureSet) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    labels, num_classes = features.labels, features.num_classes
+    assert labels is not None  # _has_classes
+    assert num_classes is not None
+
+    def of(numbers: Tensor) -> tuple[Tensor, Tensor]:
+        known = labels[numbers] >= 0
+        return known, one_hot(labels[numbers][known].long(), num_classes).float()
+
+    return of
+
+
+def _recipes(saes: Any) -> dict[str, list[SAE]]:
+    """Return the SAEs by name, several of each."""
+    if not isinstance(saes, Mapping) or not all(isinstance(name, str) for name in saes):
+        raise TypeError(f"saes: expected SAEs by name, got {kind_of(saes)}")
+    recipes = {name: list(of) if isinstance(of, (list, tuple)) else [of] for name, of in saes.items()}
+    if not recipes or not all(recipes.values()):
+        raise ValueError("saes: expected at least one SAE of each name, got none")
+    if taken := [name for name in recipes if name in BASELINES]:
+        raise ValueError(f"saes: {taken[0]!r} is the name of a baseline; give another")
+    return recipes
+
+
+def _require_set(one: Any, name: str) -> None:
+    if not isinstance(one, FeatureSet):
+        raise TypeError(
+            f"{name}: expected a FeatureSet, got {kind_of(one)}; FeatureSet.from_tensors makes one "
+            "of arrays"
+        )
+
+
+def _halves(features: FeatureSet) -> tuple[FeatureSet, FeatureSet]:
+    """Return two random halves of a feature set."""
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
+    parts = (half.sort().values for half in order.tensor_split(2))
+    first, second = (
+        FeatureSet(features.dataset.select(rows.tolist()), features.record) for rows in parts
+    )
+    return first, second
+
+
+def _stability(saes: Sequence[SAE], found: Sequence[Evaluation]) -> dict[str, float]:
+    weights = [weight for sae in saes if (weight := _dictionary(sae)) is not None]
+    if len(weights) < 2 or len(weights) < len(saes):
+        return {}
+    matched = stability(weights, alive=[one.monoscore.support > 0 for one in found])
+    return {"stability": matched.mean, "stability_chance": matched.chance}
+
+
+def _dictionary(sae: Any) -> Tensor | None:
+    """Return the decoder's directions (M, d), if the SAE has a ``W_dec``."""
+    weight = getattr(getattr(sae, "sae", sae), "W_dec", None)
+    return weight.detach() if isinstance(weight, Tensor) else None
+
+
+def _has_classes(features: FeatureSet) -> bool:
+    return features.labels is not None and len(features.labels.unique()) > 1
+
+
+def _shown(items: Sequence[Any], name: str, progress: bool) -> Any:
+    return tqdm(items, desc=name, unit="SAE", disable=not progress)
+
+
+def _cell(mean: float, spread: float, measure: str) -> str:
+    if math.isnan(mean):
+        return ""
+    digits = 1 if measure in ("l0", "dead_latents", "effective_latents") else 3
+    return f"{mean:.{digits}f}" + ("" if math.isnan(spread) else f" ± {spread:.{digits}f}")

@@ -178,7 +178,8 @@ def compare(
     recipes = _recipes(saes)
     for given in as_list(groups, "groups"):
         require_choice(given, "groups", get_args(Group))
-    require_choice(match, "match", (None, "l0"))
+    if match is not None:
+        require_choice(match, "match", ("l0",))
     require_flag(progress, "progress")
     for name, one in {"features": features, **(spaces or {})}.items():
         _require_set(one, name)
@@ -276,8 +277,7 @@ class _Referee:
 
     @cached_property
     def _embeddings(self) -> dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]]:
-        """For each space, a function from row numbers (B,) to the mask (B,) of those that have an
-        embedding there, and the embeddings of these."""
+        """Functions from row numbers (B,) to which of them a space has (B,), and their embeddings."""
         return {
             **{name: _rows_of(self.features, other) for name, other in self.spaces.items()},
             **({_OF_LABELS: _labels_of(self.features)} if _has_classes(self.features) else {}),
@@ -301,9 +301,7 @@ class _Referee:
         }
 
 
-def _rows_of(
-    features: FeatureSet, other: FeatureSet
-) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def _rows_of(features: FeatureSet, other: FeatureSet) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     ours, theirs = rows_in_common(features, [other])
     row = torch.full((len(features),), -1).index_put_((ours,), theirs)
 
@@ -330,7 +328,9 @@ def _recipes(saes: Any) -> dict[str, list[SAE]]:
     """Return the SAEs by name, several of each."""
     if not isinstance(saes, Mapping) or not all(isinstance(name, str) for name in saes):
         raise TypeError(f"saes: expected SAEs by name, got {kind_of(saes)}")
-    recipes = {name: list(of) if isinstance(of, (list, tuple)) else [of] for name, of in saes.items()}
+    recipes = {
+        name: list(of) if isinstance(of, (list, tuple)) else [of] for name, of in saes.items()
+    }
     if not recipes or not all(recipes.values()):
         raise ValueError("saes: expected at least one SAE of each name, got none")
     if taken := [name for name in recipes if name in BASELINES]:

@@ -48,6 +48,9 @@ Group = Literal["spaces", "budgets", "probes", "dictionary"]
   decoder directions.
 """
 
+_Embed = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""From row numbers (B,) to a mask of those that a space has (B,), and their embeddings."""
+
 LABELS: dict[str, str] = {
     **MEASURES,
     "effective_latents": "effective latents per sample",
@@ -276,8 +279,8 @@ class _Referee:
         return {f"adjusted/{name}": of.compute().mean_adjusted for name, of in metrics.items()}
 
     @cached_property
-    def _embeddings(self) -> dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]]:
-        """Functions from row numbers (B,) to which of them a space has (B,), and their embeddings."""
+    def _embeddings(self) -> dict[str, _Embed]:
+        """For each space, the function that gives the embeddings of rows."""
         return {
             **{name: _rows_of(self.features, other) for name, other in self.spaces.items()},
             **({_OF_LABELS: _labels_of(self.features)} if _has_classes(self.features) else {}),
@@ -301,7 +304,7 @@ class _Referee:
         }
 
 
-def _rows_of(features: FeatureSet, other: FeatureSet) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def _rows_of(features: FeatureSet, other: FeatureSet) -> _Embed:
     ours, theirs = rows_in_common(features, [other])
     row = torch.full((len(features),), -1).index_put_((ours,), theirs)
 
@@ -312,7 +315,7 @@ def _rows_of(features: FeatureSet, other: FeatureSet) -> Callable[[Tensor], tupl
     return of
 
 
-def _labels_of(features: FeatureSet) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def _labels_of(features: FeatureSet) -> _Embed:
     labels, num_classes = features.labels, features.num_classes
     assert labels is not None  # _has_classes
     assert num_classes is not None

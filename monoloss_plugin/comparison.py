@@ -48,6 +48,9 @@ Group = Literal["spaces", "budgets", "probes", "dictionary"]
   decoder directions.
 """
 
+GROUPS: tuple[Group, ...] = get_args(Group)
+"""All groups."""
+
 _Embed = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From row numbers (B,) to a mask of those that a space has (B,), and their embeddings."""
 
@@ -153,7 +156,7 @@ def compare(
     spaces: Mapping[str, FeatureSet] | None = None,
     baselines: bool | Sequence[str] = False,
     match: Literal["l0"] | None = None,
-    groups: Sequence[Group] = get_args(Group),
+    groups: Sequence[Group] = GROUPS,
     progress: bool = False,
 ) -> Comparison:
     """Measure SAEs of the same features side by side, with SAEs that have learnt nothing.
@@ -180,7 +183,7 @@ def compare(
     """
     recipes = _recipes(saes)
     for given in as_list(groups, "groups"):
-        require_choice(given, "groups", get_args(Group))
+        require_choice(given, "groups", GROUPS)
     if match is not None:
         require_choice(match, "match", ("l0",))
     require_flag(progress, "progress")

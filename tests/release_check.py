@@ -54,6 +54,9 @@ PROMISED = {
     "report": "from monoloss_plugin.report import curves_figure\n"
     "curves_figure({'one': [torch.rand(5)]}).savefig('curves.png')",
     "metrics": "import monoloss_plugin.torchmetrics",
+    "referee": "from monoloss_plugin.dictionary import redundancy\n"
+    "import monoloss_plugin.probing\n"
+    "redundancy(torch.eye(3))",
     "cli": "import subprocess\n"
     "subprocess.run([sys.prefix + '/bin/monoloss', '--help'], check=True)",
     "demo": "import monoloss_plugin.demo.run",

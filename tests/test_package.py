@@ -110,6 +110,8 @@ MISSING = {
     ("monoloss_plugin.adapters.timm", "timm"): "timm",
     ("monoloss_plugin.adapters.lightning", "lightning"): "lightning",
     ("monoloss_plugin.features.extraction", "PIL"): "pillow",
+    ("monoloss_plugin.saes.baselines", "sklearn"): "scikit-learn",
+    ("monoloss_plugin.comparison", "pandas"): "pandas",
 }
 
 # One process imports torch, and a copy of it tries each; copies of this one, with its threads, may

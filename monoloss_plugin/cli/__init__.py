@@ -12,6 +12,7 @@ try:
     import typer
 
     from monoloss_plugin.cli.demo import demo
+    from monoloss_plugin.cli.evaluate import evaluate
     from monoloss_plugin.cli.features import extract, features
     from monoloss_plugin.cli.hub import convert, pretrained, publish
     from monoloss_plugin.cli.output import command
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 command(app)(demo)
 command(app)(extract)
+command(app)(evaluate)
 app.add_typer(features, name="features")
 app.add_typer(publish, name="publish")
 command(app)(pretrained)

@@ -1,0 +1,132 @@
+"""``monoloss evaluate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from monoloss_plugin._places import local_path, require_folder, without
+from monoloss_plugin.cli.output import Output, table
+
+if TYPE_CHECKING:
+    from monoloss_plugin.features import FeatureSet
+
+_PLACE = "a folder such as ./sae, or REPOSITORY:SAE_ID on the Hub"
+
+
+def evaluate(
+    sae: Annotated[str, typer.Argument(help=f"A SAELens SAE: {_PLACE}, or digits (bundled).")],
+    features: Annotated[
+        str,
+        typer.Option(
+            help="Held-out features: a folder such as ./features, or REPOSITORY:SPLIT on the Hub."
+        ),
+    ],
+    against: Annotated[
+        list[str] | None,
+        typer.Option("--against", help="Another SAE to compare with. You may repeat the option."),
+    ] = None,
+    train: Annotated[
+        str | None,
+        typer.Option(
+            help="Training features, for baselines and probes; by default half of --features."
+        ),
+    ] = None,
+    space: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--space",
+            help="Features of the same images from another encoder, as NAME=FOLDER, to score "
+            "MonoScore in. You may repeat the option.",
+        ),
+    ] = None,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Compare with SAEs that have learnt nothing.")
+    ] = False,
+    match_l0: Annotated[
+        bool, typer.Option("--match-l0", help="Give every SAE the L0 of the first.")
+    ] = False,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Leave out probes, other k, twins and other spaces."),
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the numbers (JSON), every latent (safetensors) and figures."),
+    ] = None,
+) -> Output:
+    """Measure SAEs on held-out features, side by side.
+
+    Prints R², MonoScore with its chance level, class purity, L0 and dead latents; and unless you
+    say --quick, robustness to k, linear probes, redundancy, and stability over seeds.
+    """
+    spaces = [name.partition("=")[::2] for name in space or []]
+    if bad := [name for name, place in spaces if not name or not place]:
+        raise typer.BadParameter(f"expected NAME=FOLDER, got {bad[0]!r}", param_hint="--space")
+    from monoloss_plugin.comparison import GROUPS, compare
+
+    places = [sae, *(against or [])]
+    if len(set(places)) < len(places):
+        raise typer.BadParameter("an SAE is named twice", param_hint="--against")
+    if out is not None and out.exists():
+        require_folder(out, "out")
+    found = compare(
+        {place: _load_sae(place) for place in places},
+        _load_features(features),
+        train=None if train is None else _load_features(train),
+        spaces={name: _load_features(place) for name, place in spaces},
+        baselines=baselines,
+        match="l0" if match_l0 else None,
+        groups=() if quick else GROUPS,
+        progress=True,
+    )
+    header = ["on held-out samples", *found.runs]
+    written = {} if out is None else _write(found, out)
+    said = [f"{what}: {path}" for what, path in written.items()]
+    text = [table(*header, rows=found.cells()), *found.notes, *said]
+    return Output({**found.to_dict(), "files": written}, text)
+
+
+def _load_sae(place: str) -> Any:
+    from monoloss_plugin.hub import load_pretrained
+    from monoloss_plugin.hub.saes import load_folder
+
+    folder = local_path(place)
+    if folder is None:
+        repository, _, sae_id = place.partition(":")
+        return load_pretrained(repository, sae_id or None).sae
+    require_folder(folder, "sae")
+    return load_folder(folder, place)
+
+
+def _load_features(place: str) -> FeatureSet:
+    from monoloss_plugin.features import FeatureSet
+    from monoloss_plugin.hub import load_features
+
+    path = local_path(place)
+    if path is not None:
+        return FeatureSet.open(path)
+    repository, _, split = place.partition(":")
+    return load_features(repository, split or None)
+
+
+def _write(found: Any, out: Path) -> dict[str, Path]:
+    """Write everything that was found, and return the files by what they hold."""
+    from monoloss_plugin.report import curves_figure, density_figure, trade_off_figure
+
+    first = {name: of[0] for name, of in found.evaluations.items()}
+    files = {"numbers": found.save(out / "comparison.json")}
+    for number, evaluation in enumerate(first.values()):
+        files[f"latents of {list(first)[number]}"] = evaluation.save(out / f"latents-{number}")
+    curves = {name: [of.monoscore.curve()] for name, of in first.items()}
+    chance = next(iter(first.values())).monoscore.chance
+    for name, figure in (
+        ("curves", curves_figure(curves, chance=chance)),
+        ("trade-off", trade_off_figure(found)),
+        ("density", density_figure(first)),
+    ):
+        files[name] = without(out / f"{name}.png")
+        figure.savefig(files[name], dpi=150)
+    return files

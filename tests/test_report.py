@@ -5,11 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from monoloss_plugin import load_features, load_pretrained
+from monoloss_plugin.comparison import Comparison
+from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.report import (
     LatentRow,
     activating_images_figure,
     activation_bands,
     curves_figure,
+    density_figure,
+    trade_off_figure,
 )
 
 
@@ -46,6 +51,36 @@ def test_curves_show_every_run_and_their_mean() -> None:
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["with"]
     with pytest.raises(ValueError, match="curves: expected at least one run of 'with'"):
         curves_figure({"with": []})
+
+
+def test_chance_is_a_line_across_the_curves() -> None:
+    (axes,) = curves_figure({"with": [torch.tensor([0.9, 0.5])]}, chance=0.3).axes
+    assert axes.lines[-1].get_ydata() == [0.3, 0.3]
+    assert axes.get_legend().get_texts()[-1].get_text() == "chance"
+
+
+def test_trade_offs_show_every_seed_and_baselines_hollow() -> None:
+    runs = {
+        "mine": [{"r2": 0.9, "monoscore_adjusted": 0.2}, {"r2": 0.8, "monoscore_adjusted": 0.3}],
+        "PCA": [{"r2": 0.95, "monoscore_adjusted": 0.1}],
+    }
+    found = Comparison(runs, {}, ["PCA"], [])
+    (axes,) = trade_off_figure(found).axes
+    mine, pca = axes.collections
+    assert mine.get_offsets().tolist() == [[0.9, 0.2], [0.8, 0.3]]
+    assert (len(mine.get_facecolors()), len(pca.get_facecolors())) == (1, 0)
+    assert axes.get_ylabel() == "MonoScore above chance, defined latents"
+    with pytest.raises(ValueError, match=r"y: expected one of \['r2', .*'\], got 'purity'"):
+        trade_off_figure(found, y="purity")
+
+
+def test_density_counts_each_living_latent_once() -> None:
+    found = evaluate(load_pretrained("digits").sae, load_features("digits", "held_out"))
+    (axes,) = density_figure({"digits": found}).axes
+    (shape,) = axes.patches
+    heights = shape.get_xy()[1:-1:2, 1]
+    assert heights.sum() == 256 - found.num_dead
+    assert axes.get_legend().get_texts()[0].get_text() == f"digits: {found.num_dead} of 256 dead"
 
 
 def test_grids_place_each_image_where_its_band_is(tmp_path) -> None:

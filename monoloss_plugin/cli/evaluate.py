@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 
 from monoloss_plugin._places import local_path, require_folder, without
 from monoloss_plugin.cli.output import Output, table
@@ -85,7 +87,7 @@ def evaluate(
     header = ["on held-out samples", *found.runs]
     written = {} if out is None else _write(found, out)
     said = [f"{what}: {path}" for what, path in written.items()]
-    text = [table(*header, rows=found.cells()), *found.notes, *said]
+    text: list[str | Table] = [table(*header, rows=found.cells()), *found.notes, *said]
     return Output({**found.to_dict(), "files": written}, text)
 
 
@@ -118,8 +120,9 @@ def _write(found: Any, out: Path) -> dict[str, Path]:
 
     first = {name: of[0] for name, of in found.evaluations.items()}
     files = {"numbers": found.save(out / "comparison.json")}
-    for number, evaluation in enumerate(first.values()):
-        files[f"latents of {list(first)[number]}"] = evaluation.save(out / f"latents-{number}")
+    for name, evaluation in first.items():
+        folder = out / "latents" / re.sub(r"[^\w.=+-]+", "-", name).strip("-.")
+        files[f"latents of {name}"] = evaluation.save(folder)
     curves = {name: [of.monoscore.curve()] for name, of in first.items()}
     chance = next(iter(first.values())).monoscore.chance
     for name, figure in (

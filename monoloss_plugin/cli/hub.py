@@ -70,6 +70,12 @@ def sae(
         Path | None,
         typer.Option(help="An SAE trained without the losses, to compare with."),
     ] = None,
+    train: Annotated[
+        Path | None,
+        typer.Option(
+            help="Training features. The card then shows SAEs that have learnt nothing beside it."
+        ),
+    ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="It was trained on features as the encoder gives them.")
     ] = False,
@@ -91,14 +97,20 @@ def sae(
 
     if baseline is not None and features is None:
         raise typer.BadParameter("needs --features to measure it on", param_hint="--baseline")
+    if train is not None and features is None:
+        raise typer.BadParameter("needs --features to measure on", param_hint="--train")
     opened = None if features is None else FeatureSet.open(features)
     measured, compared = (
         None if opened is None or one is None else _measured(one, opened, raw)
         for one in (folder, baseline)
     )
+    controls = {}
+    if train is not None and opened is not None and measured is not None:
+        controls = _controls(FeatureSet.open(train), opened, measured, raw)
     done = publish_sae(
         folder,
         repository,
+        controls=controls,
         sae_id=name,
         evaluation=measured,
         baseline=compared,
@@ -238,6 +250,28 @@ def _measured(folder: Path, features: FeatureSet, raw: bool) -> Evaluation:
     raw = raw or read_record(folder, str(folder)).inputs == "as they are"
     sae = load_folder(folder, str(folder))
     return evaluate(sae, features, normalize=False if raw else None, progress=True)
+
+
+def _controls(
+    train: FeatureSet, held_out: FeatureSet, measured: Evaluation, raw: bool
+) -> dict[str, Evaluation]:
+    """Evaluate SAEs of the same size that have learnt nothing."""
+    from monoloss_plugin.evaluation import evaluate
+    from monoloss_plugin.saes import make_baseline
+
+    return {
+        kind: evaluate(
+            make_baseline(
+                kind,
+                train,
+                num_latents=measured.num_latents,
+                l0=max(1, round(measured.l0)),
+                normalize=not raw,
+            ),
+            held_out,
+        )
+        for kind in ("random directions", "data points", "PCA")
+    }
 
 
 def _output(done: Publication, loading: str) -> Output:

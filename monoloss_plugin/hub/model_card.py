@@ -14,7 +14,7 @@ from monoloss_plugin.hub.saes import Listed, file_of, list_saes
 CURVES = "curves.png"
 
 _TAGS = ["sparse-autoencoder", "monoloss", "monosemanticity", "interpretability", "saelens"]
-_IN_OVERVIEW = ("r2", "monoscore", "purity_binary", "l0", "dead_latents")
+_IN_OVERVIEW = ("r2", "monoscore", "monoscore_adjusted", "purity_binary", "l0", "dead_latents")
 
 _ABOUT = """\
 Sparse autoencoders in [SAELens](https://github.com/decoderesearch/SAELens)'s format, published with
@@ -94,7 +94,12 @@ def _section(one: Listed, has_curves: bool) -> str:
         samples = (f"{escape(k)} {escape(v)}" for k, v in record.evaluated_on.items())
         if record.evaluated_on:
             parts.append(f"Measured on: {', '.join(samples)}.")
+        if trained := _compared_in_training(record):
+            parts.append(f"MonoLoss compared samples by {escape(trained)}.")
         parts.append(_measurements(record))
+        if record.controls:
+            names = ", ".join(escape(name) for name in record.controls)
+            parts.append(f"These have learnt nothing, or no more than their name says: {names}.")
     if has_curves:
         parts.append(f"![MonoScore of every latent, sorted]({file_of(one.sae_id, CURVES)})")
     for name, settings in (("Encoder", record.encoder), ("Images", record.dataset)):
@@ -104,12 +109,17 @@ def _section(one: Listed, has_curves: bool) -> str:
     return "\n\n".join(parts)
 
 
+def _compared_in_training(record: SAERecord) -> str:
+    return next((str(term["compared_by"]) for term in record.losses if term.get("compared_by")), "")
+
+
 def _measurements(record: SAERecord) -> str:
     columns = {"": record.metrics}
     if record.baseline:
         names = " + ".join(str(term["name"]) for term in record.losses)
         added = escape(names or "the losses")
         columns = {f"without {added}": record.baseline, f"with {added}": record.metrics}
+    columns |= {escape(name): numbers for name, numbers in record.controls.items()}
     usual = [measure for measure in MEASURES if measure in record.metrics]
     others = [measure for measure in record.metrics if measure not in MEASURES]
     rows = [

@@ -34,6 +34,8 @@ class SAERecord:
     """Measurements, named as in :meth:`~monoloss_plugin.evaluation.Evaluation.summary`."""
     baseline: dict[str, float] = field(default_factory=dict)
     """The same measurements of an SAE that was trained without the terms."""
+    controls: dict[str, dict[str, float]] = field(default_factory=dict)
+    """The same measurements of SAEs that have learnt nothing, by name."""
     evaluated_on: dict[str, Any] = field(default_factory=dict)
     """The samples that were measured."""
     converted_from: str | None = None
@@ -97,6 +99,8 @@ def _fits(part: str, value: Any) -> bool:
         )
     if part in ("metrics", "baseline"):
         return all(_is_number(number) for number in value.values())
+    if part == "controls":
+        return all(isinstance(one, dict) and _fits("metrics", one) for one in value.values())
     return part != "inputs" or value in get_args(Inputs)
 
 

@@ -55,6 +55,7 @@ class SAEContent:
     features: FeatureSet | None = None
     unit_norm: bool | None = None
     take_any_norm: bool = False
+    controls: Mapping[str, Metrics] | None = None
 
     def __post_init__(self) -> None:
         require_flag(self.take_any_norm, "take_any_norm")
@@ -67,6 +68,10 @@ class SAEContent:
                 raise TypeError(f"features: expected a FeatureSet, got {self.features!r}")
         if self.baseline is not None and self.evaluation is None:
             raise ValueError("baseline: needs an evaluation to compare it with")
+        if self.controls and self.evaluation is None:
+            raise ValueError("controls: need an evaluation to compare them with")
+        if self.controls is not None and not isinstance(self.controls, Mapping):
+            raise TypeError(f"controls: expected evaluations by name, got {self.controls!r}")
 
 
 def publish_sae(
@@ -76,6 +81,7 @@ def publish_sae(
     sae_id: str | None = None,
     evaluation: Metrics | None = None,
     baseline: Metrics | None = None,
+    controls: Mapping[str, Metrics] | None = None,
     features: FeatureSet | None = None,
     unit_norm: bool | None = None,
     take_any_norm: bool = False,
@@ -104,6 +110,8 @@ def publish_sae(
             Evaluate a BatchTopK SAE after you have saved and loaded it. Without an evaluation, the
             measurements in a folder's record are published.
         baseline: the same of an SAE trained without the losses, to compare with.
+        controls: the same of SAEs that have learnt nothing, by name, such as the evaluations of
+            :func:`~monoloss_plugin.saes.make_baseline`. The card shows them beside the SAE.
         features: the ``FeatureSet`` that you evaluated on. Its record names encoder and images.
         unit_norm: whether you trained the SAE on features of unit norm, as ``FeatureBatches`` gives
             them. By default as the SAE's own record says; yes if it does not say.
@@ -130,7 +138,7 @@ def publish_sae(
         Exception: what ``huggingface_hub`` raises, such as its ``HfHubHTTPError`` with status 412
             if somebody else commits at the same moment; run it again.
     """
-    content = SAEContent(sae, evaluation, baseline, features, unit_norm, take_any_norm)
+    content = SAEContent(sae, evaluation, baseline, features, unit_norm, take_any_norm, controls)
     to = Destination(repo_id, "model", private, overwrite, dry_run, token)
     tags = require_texts(tags, "tags")
     require_text(license, "license")
@@ -220,10 +228,15 @@ def _complete(known: SAERecord, sae: SAE[Any], content: SAEContent) -> SAERecord
         samples = {"samples": len(content.features), "split": split}
     if content.evaluation is None:
         return record
+    if isinstance(content.evaluation, Evaluation):
+        samples["compared by"] = content.evaluation.spaces.scored
     return replace(
         record,
         metrics=_numbers(content.evaluation, "evaluation"),
         baseline={} if content.baseline is None else _numbers(content.baseline, "baseline"),
+        controls={
+            str(name): _numbers(of, "controls") for name, of in (content.controls or {}).items()
+        },
         evaluated_on=samples,
     )
 

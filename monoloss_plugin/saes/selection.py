@@ -108,7 +108,7 @@ def with_k(sae: SAE, k: int) -> Reselected:
     Source: Jacquier et al. 2026 (arXiv 2606.27321): an SAE at another k than it was trained with.
     """
     require_at_least(1, k, "k")
-    return Reselected(sae, partial(_keep_largest, k=k))
+    return Reselected(_original(sae), partial(_keep_largest, k=k))
 
 
 @torch.no_grad()
@@ -133,6 +133,7 @@ def with_l0(
         ValueError: no threshold gives this L0: too few pre-activations are positive, or many are
             equal; or features that the SAE cannot take.
     """
+    sae = _original(sae)
     sample = Rows.for_sae(sae, features, normalize).sample(_SAMPLES, seed=0)
     found = (_candidates(sae, x) for x in sample.split(BATCH))
     theta = threshold_for_l0((_margins(sae, c)[c > 0] for c in found), len(sample), l0)
@@ -209,6 +210,7 @@ def k_robustness(
     """
     rows = Rows.for_sae(sae, features, normalize)
     l0, most = _l0_and_width(sae, rows)
+    sae = _original(sae)
     if not _has_pre_activations(sae):
         most = max(1, round(l0))
     if ks is None:
@@ -254,6 +256,11 @@ def effective_latents(
         l2 = torch.linalg.vector_norm(a, 2, dim=1, dtype=torch.float64)
         total += float((l1 / torch.where(l2 > 0, l2, 1.0)).square().sum())
     return total / len(rows)
+
+
+def _original(sae: SAE) -> SAE:
+    """Return the SAE itself: a second selection takes the place of the first."""
+    return sae.sae if isinstance(sae, Reselected) else sae
 
 
 def _architecture(sae: Any) -> str | None:

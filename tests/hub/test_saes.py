@@ -129,6 +129,7 @@ def test_metrics_with_and_without_the_loss(images, held_out, hub) -> None:
         sae_id="with",
         evaluation=evaluation,
         baseline=baseline,
+        controls={"data | points": {"r2": 0.5, "purity_binary": 0.25}},
         features=held_out,
         license="mit",
         base_model="timm/some_encoder",
@@ -139,7 +140,13 @@ def test_metrics_with_and_without_the_loss(images, held_out, hub) -> None:
     assert loaded.record.metrics == evaluation.summary()
     assert loaded.record.baseline == baseline.summary()
     assert loaded.record.encoder == held_out.record.encoder
-    assert loaded.record.evaluated_on == {"samples": 599, "split": "held_out"}
+    compared_by = "features of the demo's vision transformer, 3 blocks"
+    assert loaded.record.evaluated_on == {
+        "samples": 599,
+        "split": "held_out",
+        "compared by": compared_by,
+    }
+    assert loaded.record.controls == {"data | points": {"r2": 0.5, "purity_binary": 0.25}}
     assert torch.allclose(10**loaded.sparsity, evaluation.frequency.float() + 1e-10)
 
     files = hub.files(REPO)
@@ -151,8 +158,13 @@ def test_metrics_with_and_without_the_loss(images, held_out, hub) -> None:
     assert card.data.datasets == ["alice/digit-images"]
     assert {"digits", "monoloss", "sparse-autoencoder"} <= set(card.data.tags)
     row = next(line for line in card.text.splitlines() if line.startswith("| class purity, binary"))
-    shown = [float(cell) for cell in row.split("|")[2:4]]
-    assert shown == [round(e.summary()["purity_binary"], 3) for e in (baseline, evaluation)]
+    shown = [float(cell) for cell in row.split("|")[2:5]]
+    assert shown == [
+        *(round(e.summary()["purity_binary"], 3) for e in (baseline, evaluation)),
+        0.25,
+    ]
+    assert "learnt nothing, or no more than their name says: data \\| points" in card.text
+    assert f"compared by {compared_by}" in card.text
     assert "![MonoScore of every latent, sorted](with/curves.png)" in card.text
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from monoloss_plugin._checks import as_list, require_choice, require_flag
+from monoloss_plugin._checks import as_list, as_rows, require_choice, require_flag
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin._places import as_path, kind_of
 from monoloss_plugin.dictionary import redundancy, stability
@@ -89,7 +91,8 @@ class Comparison:
 
     def spread(self) -> pd.DataFrame:
         """Return the standard deviations over seeds, as :meth:`to_frame`; NaN for one seed."""
-        return self._frame(lambda v: statistics.stdev(v) if len(v) > 1 else float("nan"))
+        # statistics.stdev raises an AttributeError for NaN.
+        return self._frame(lambda values: float(pd.Series(values).std(skipna=False)))
 
     def cells(self) -> list[list[str]]:
         """Return the table as text: the measure's name, and mean ± deviation for each SAE."""
@@ -104,8 +107,15 @@ class Comparison:
         return rows
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the runs, the names of baselines and the notes, as JSON can hold them."""
-        return {"runs": self.runs, "baselines": self.baselines, "notes": self.notes}
+        """Return the runs, the names of baselines and the notes, as JSON can hold them.
+
+        A measure that is NaN becomes None.
+        """
+        runs = {
+            name: [{m: None if math.isnan(v) else v for m, v in run.items()} for run in runs]
+            for name, runs in self.runs.items()
+        }
+        return {"runs": runs, "baselines": self.baselines, "notes": self.notes}
 
     def save(self, path: str | Path) -> Path:
         """Write the runs and notes as JSON."""
@@ -119,7 +129,7 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         table = pd.DataFrame(self.cells(), columns=["", *self.runs]).set_index("")
-        return f"{table.to_html()}<p>{'<br>'.join(self.notes)}</p>"
+        return f"{table.to_html()}<p>{'<br>'.join(map(escape, self.notes))}</p>"
 
     def _frame(self, of: Callable[[list[float]], float]) -> pd.DataFrame:
         columns = self.measures()
@@ -163,15 +173,17 @@ def compare(
         spaces: other feature sets of the same images, by name. MonoScore is computed in each.
         baselines: True for all of :data:`~monoloss_plugin.saes.baselines.BASELINES`, or their
             names. They have the number of latents and the L0 of the first SAE, and as many seeds.
-        match: "l0" gives every SAE one threshold, so that all have the L0 of the first SAE on
-            ``train`` (see :func:`~monoloss_plugin.saes.selection.with_l0`).
+        match: "l0" gives every SAE one threshold, set on ``train``, so that all have the L0 that
+            the first SAE has on ``features`` (see
+            :func:`~monoloss_plugin.saes.selection.with_l0`).
         groups: which :data:`Group` of measures to take beside those of ``evaluate``.
         progress: show a progress bar.
 
     Raises:
         TypeError: SAEs, features or spaces of another kind.
-        ValueError: no SAEs, an unknown name, SAEs of different widths, or spaces that share no
-            image with ``features``.
+        ValueError: no SAEs, an unknown name, SAEs of different widths, spaces that share no image
+            with ``features``, a baseline that needs more training rows, or an L0 that a threshold
+            cannot give.
 
     Source: the controls of SAEBench, arXiv 2501.17727, 2505.20254 and 2602.14111.
     """
@@ -181,19 +193,25 @@ def compare(
     if match is not None:
         require_choice(match, "match", ("l0",))
     require_flag(progress, "progress")
-    for name, one in {"features": features, **(spaces or {})}.items():
-        _require_set(one, name)
-    kinds = list(BASELINES) if baselines is True else as_list(baselines or [], "baselines")
+    _require_set(features, "features")
+    if isinstance(baselines, bool):
+        baselines = list(BASELINES) if baselines else []
+    kinds = as_list(baselines, "baselines")
     for kind in kinds:
         require_choice(kind, "baselines", tuple(BASELINES))
+    matched = _matched(features, {} if spaces is None else spaces)
     notes = []
     if train is None:
-        train, features = _halves(features)
+        fitted, scored = _halves(len(features))
+        train, features = _rows_of(features, fitted), _rows_of(features, scored)
+        matched = {name: (other, rows[scored]) for name, (other, rows) in matched.items()}
         notes.append(
             "There are no training features. So probes and baselines were fitted on a random half "
             f"({len(train)} rows), and everything was scored on the other ({len(features)} rows)."
         )
     _require_set(train, "train")
+    if train.width != features.width:
+        raise ValueError(f"train: expected width {features.width} as features, got {train.width}")
 
     first = next(iter(recipes.values()))
     evaluations = {
@@ -207,25 +225,28 @@ def compare(
             "ones per sample. Their decoders were fitted to the training rows by ridge regression."
         )
     for kind in kinds:
-        recipes[kind] = [
-            make_baseline(
-                kind,
-                train,
-                num_latents=leader.num_latents,
-                l0=max(1, round(leader.l0)),
-                seed=seed,
-                normalize=Rows.for_sae(first[0], features, None).unit_norm,
-            )
-            for seed in _shown(range(len(first)), kind, progress)
-        ]
+        with _blamed_on(f"baselines: {kind!r}"):
+            recipes[kind] = [
+                make_baseline(
+                    kind,
+                    train,
+                    num_latents=leader.num_latents,
+                    l0=max(1, round(leader.l0)),
+                    seed=seed,
+                    normalize=Rows.for_sae(first[0], features, None).unit_norm,
+                )
+                for seed in _shown(range(len(first)), kind, progress)
+            ]
     if match:
-        recipes = {name: [with_l0(s, train, leader.l0) for s in of] for name, of in recipes.items()}
+        for name, of in recipes.items():
+            with _blamed_on(f"match: {name!r}"):
+                recipes[name] = [with_l0(sae, train, leader.l0) for sae in of]
         notes.append(f"Every SAE has one threshold, for an L0 of {leader.l0:.3g} on training rows.")
         evaluations = {}
     for name, of in recipes.items():
         if name not in evaluations:
             evaluations[name] = [evaluate(sae, features) for sae in _shown(of, name, progress)]
-    referee = _Referee(features, train, dict(spaces or {}), tuple(groups))
+    referee = _Referee(features, train, matched, tuple(groups))
     runs = {
         name: [
             {**found.summary(), **referee.measures_of(sae, found), **extra}
@@ -244,7 +265,8 @@ class _Referee:
 
     features: FeatureSet
     train: FeatureSet
-    spaces: dict[str, FeatureSet]
+    spaces: dict[str, tuple[FeatureSet, Tensor]]
+    """Feature sets, and their row (N,) of each image of ``features``; -1 if they do not have it."""
     groups: tuple[Group, ...]
 
     def measures_of(self, sae: SAE, found: Evaluation) -> dict[str, float]:
@@ -263,13 +285,14 @@ class _Referee:
             measures["redundancy"] = redundancy(weight, alive=found.monoscore.support > 0)
         return measures
 
+    @torch.no_grad()
     def _in_spaces(self, sae: SAE) -> dict[str, float]:
         """Return MonoScore above chance in each space, from one pass through the SAE."""
         rows = Rows.for_sae(sae, self.features, None)
         metrics = {name: MonoScore() for name in self._embeddings}
         for numbers in torch.arange(len(rows)).split(BATCH):
             x = rows.take(numbers)
-            latents = sae.encode(x)
+            latents = as_rows(sae.encode(x), "sae.encode(features)")
             for name, of in self._embeddings.items():
                 known, embeddings = of(numbers)
                 metrics[name].update(latents[known.to(x.device)], embeddings.to(x.device))
@@ -277,9 +300,9 @@ class _Referee:
 
     @cached_property
     def _embeddings(self) -> dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]]:
-        """Functions from row numbers (B,) to which of them a space has (B,), and their embeddings."""
+        """For each space, a function: rows (B,) to which of them it has (B,), and embeddings."""
         return {
-            **{name: _rows_of(self.features, other) for name, other in self.spaces.items()},
+            **{name: _features_of(*space) for name, space in self.spaces.items()},
             **({_OF_LABELS: _labels_of(self.features)} if _has_classes(self.features) else {}),
         }
 
@@ -301,10 +324,7 @@ class _Referee:
         }
 
 
-def _rows_of(features: FeatureSet, other: FeatureSet) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    ours, theirs = rows_in_common(features, [other])
-    row = torch.full((len(features),), -1).index_put_((ours,), theirs)
-
+def _features_of(other: FeatureSet, row: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     def of(numbers: Tensor) -> tuple[Tensor, Tensor]:
         known = row[numbers] >= 0
         return known, other.take(row[numbers][known]).float()
@@ -346,14 +366,39 @@ def _require_set(one: Any, name: str) -> None:
         )
 
 
-def _halves(features: FeatureSet) -> tuple[FeatureSet, FeatureSet]:
-    """Return two random halves of a feature set."""
-    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
-    parts = (half.sort().values for half in order.tensor_split(2))
-    first, second = (
-        FeatureSet(features.dataset.select(rows.tolist()), features.record) for rows in parts
-    )
+def _matched(features: FeatureSet, spaces: Any) -> dict[str, tuple[FeatureSet, Tensor]]:
+    """Return each space with its row (N,) of each image of ``features``; -1 if it has none."""
+    if not isinstance(spaces, Mapping) or not all(isinstance(name, str) for name in spaces):
+        raise TypeError(f"spaces: expected feature sets by name, got {kind_of(spaces)}")
+    if _OF_LABELS in spaces:
+        raise ValueError(f"spaces: {_OF_LABELS!r} is the space of the labels; give another name")
+    matched = {}
+    for name, other in spaces.items():
+        _require_set(other, f"spaces: {name!r}")
+        with _blamed_on(f"spaces: {name!r}"):
+            ours, theirs = rows_in_common(features, [other])
+        matched[name] = other, torch.full((len(features),), -1).index_put_((ours,), theirs)
+    return matched
+
+
+@contextmanager
+def _blamed_on(argument: str) -> Iterator[None]:
+    """Begin a ValueError with an argument of :func:`compare`, whose caller knows no other."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{argument}: {error}") from error
+
+
+def _halves(num_rows: int) -> tuple[Tensor, Tensor]:
+    """Return the row numbers of two random halves, in order."""
+    order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(0))
+    first, second = (half.sort().values for half in order.tensor_split(2))
     return first, second
+
+
+def _rows_of(features: FeatureSet, rows: Tensor) -> FeatureSet:
+    return FeatureSet(features.dataset.select(rows.tolist()), features.record)
 
 
 def _stability(saes: Sequence[SAE], found: Sequence[Evaluation]) -> dict[str, float]:
@@ -371,7 +416,8 @@ def _dictionary(sae: Any) -> Tensor | None:
 
 
 def _has_classes(features: FeatureSet) -> bool:
-    return features.labels is not None and len(features.labels.unique()) > 1
+    labels = features.labels
+    return labels is not None and len(labels[labels >= 0].unique()) > 1
 
 
 def _shown(items: Sequence[Any], name: str, progress: bool) -> Any:

@@ -188,8 +188,9 @@ def compare(
     Source: the controls of SAEBench, arXiv 2501.17727, 2505.20254 and 2602.14111.
     """
     recipes = _recipes(saes)
-    for given in as_list(groups, "groups"):
-        require_choice(given, "groups", get_args(Group))
+    groups = as_list(groups, "groups")
+    for group in groups:
+        require_choice(group, "groups", get_args(Group))
     if match is not None:
         require_choice(match, "match", ("l0",))
     require_flag(progress, "progress")

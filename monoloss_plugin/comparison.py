@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from html import escape
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from monoloss_plugin._checks import as_list, require_choice, require_flag
+from monoloss_plugin._checks import as_list, as_rows, require_choice, require_flag
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin._places import as_path, kind_of
 from monoloss_plugin.dictionary import redundancy, stability
@@ -27,7 +29,12 @@ from monoloss_plugin.probing import latents_of, preserved_accuracy, small_budget
 from monoloss_plugin.results import MEASURES, Evaluation
 from monoloss_plugin.saes.baselines import BASELINES, make_baseline
 from monoloss_plugin.saes.rows import BATCH, Rows
-from monoloss_plugin.saes.selection import effective_latents, k_robustness, with_l0
+from monoloss_plugin.saes.selection import (
+    effective_latents,
+    k_robustness,
+    l0_and_width,
+    with_l0,
+)
 
 try:
     import pandas as pd
@@ -95,7 +102,8 @@ class Comparison:
 
     def spread(self) -> pd.DataFrame:
         """Return the standard deviations over seeds, as :meth:`to_frame`; NaN for one seed."""
-        return self._frame(lambda v: statistics.stdev(v) if len(v) > 1 else float("nan"))
+        # statistics.stdev raises an AttributeError for NaN.
+        return self._frame(lambda values: float(pd.Series(values).std(skipna=False)))
 
     def cells(self) -> list[list[str]]:
         """Return the table as text: the measure's name, and mean ± deviation for each SAE."""
@@ -110,8 +118,15 @@ class Comparison:
         return rows
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the runs, the names of baselines and the notes, as JSON can hold them."""
-        return {"runs": self.runs, "baselines": self.baselines, "notes": self.notes}
+        """Return the runs, the names of baselines and the notes, as JSON can hold them.
+
+        A measure that is NaN becomes None.
+        """
+        runs = {
+            name: [{m: None if math.isnan(v) else v for m, v in run.items()} for run in runs]
+            for name, runs in self.runs.items()
+        }
+        return {"runs": runs, "baselines": self.baselines, "notes": self.notes}
 
     def save(self, path: str | Path) -> Path:
         """Write the runs and notes as JSON."""
@@ -125,7 +140,7 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         table = pd.DataFrame(self.cells(), columns=["", *self.runs]).set_index("")
-        return f"{table.to_html()}<p>{'<br>'.join(self.notes)}</p>"
+        return f"{table.to_html()}<p>{'<br>'.join(map(escape, self.notes))}</p>"
 
     def _frame(self, of: Callable[[list[float]], float]) -> pd.DataFrame:
         columns = self.measures()
@@ -170,68 +185,69 @@ def compare(
         baselines: True for all of :data:`~monoloss_plugin.saes.baselines.BASELINES`, or their
             names. They have the number of latents and the L0 of the first SAE, and as many seeds.
         match: "l0" gives every SAE one threshold, so that all have the L0 of the first SAE on
-            ``train`` (see :func:`~monoloss_plugin.saes.selection.with_l0`).
+            ``train`` (see :func:`~monoloss_plugin.saes.selection.with_l0`), also the baselines.
         groups: which :data:`Group` of measures to take beside those of ``evaluate``.
         progress: show a progress bar.
 
     Raises:
         TypeError: SAEs, features or spaces of another kind.
-        ValueError: no SAEs, an unknown name, SAEs of different widths, or spaces that share no
-            image with ``features``.
+        ValueError: no SAEs, an unknown name, SAEs of different widths, spaces that share no image
+            with ``features``, a baseline that needs more training rows, or an L0 that a threshold
+            cannot give.
 
     Source: the controls of SAEBench, arXiv 2501.17727, 2505.20254 and 2602.14111.
     """
     recipes = _recipes(saes)
-    for given in as_list(groups, "groups"):
-        require_choice(given, "groups", GROUPS)
+    groups = as_list(groups, "groups")
+    for group in groups:
+        require_choice(group, "groups", GROUPS)
     if match is not None:
         require_choice(match, "match", ("l0",))
     require_flag(progress, "progress")
-    for name, one in {"features": features, **(spaces or {})}.items():
-        _require_set(one, name)
-    kinds = list(BASELINES) if baselines is True else as_list(baselines or [], "baselines")
+    _require_set(features, "features")
+    if isinstance(baselines, bool):
+        baselines = list(BASELINES) if baselines else []
+    kinds = as_list(baselines, "baselines")
     for kind in kinds:
         require_choice(kind, "baselines", tuple(BASELINES))
+    matched = _matched(features, {} if spaces is None else spaces)
     notes = []
     if train is None:
-        train, features = _halves(features)
+        fitted, scored = _halves(len(features))
+        train, features = _rows_of(features, fitted), _rows_of(features, scored)
+        matched = {name: (other, rows[scored]) for name, (other, rows) in matched.items()}
         notes.append(
             "There are no training features. So probes and baselines were fitted on a random half "
             f"({len(train)} rows), and everything was scored on the other ({len(features)} rows)."
         )
     _require_set(train, "train")
+    if train.width != features.width:
+        raise ValueError(f"train: expected width {features.width} as features, got {train.width}")
 
-    first = next(iter(recipes.values()))
-    evaluations = {
-        name: [evaluate(sae, features) for sae in _shown(of, name, progress)]
-        for name, of in recipes.items()
-    }
-    leader = next(iter(evaluations.values()))[0]
+    leader = next(iter(recipes.values()))
+    rows = Rows.for_sae(leader[0], train, None)
+    l0, num_latents = l0_and_width(leader[0], rows)
+    size = _Size(num_latents, l0, len(leader), rows.unit_norm)
+    if match:
+        for name, of in recipes.items():
+            with _blamed_on(f"match: {name!r}"):
+                recipes[name] = [with_l0(sae, train, l0) for sae in of]
+        notes.append(f"Every SAE has one threshold, for an L0 of {l0:.3g} on training rows.")
+    for kind in kinds:
+        recipes[kind] = _shown(
+            _baselines(kind, train, size, match is not None), kind, progress, size.seeds
+        )
     if kinds:
         notes.append(
-            f"Baselines have {leader.num_latents} latents, and {max(1, round(leader.l0))} active "
-            "ones per sample. Their decoders were fitted to the training rows by ridge regression."
+            f"Baselines have {num_latents} latents"
+            + ("" if match else f", and {max(1, round(l0))} active ones per sample")
+            + ". Their decoders were fitted to the training rows by ridge regression."
         )
-    for kind in kinds:
-        recipes[kind] = [
-            make_baseline(
-                kind,
-                train,
-                num_latents=leader.num_latents,
-                l0=max(1, round(leader.l0)),
-                seed=seed,
-                normalize=Rows.for_sae(first[0], features, None).unit_norm,
-            )
-            for seed in _shown(range(len(first)), kind, progress)
-        ]
-    if match:
-        recipes = {name: [with_l0(s, train, leader.l0) for s in of] for name, of in recipes.items()}
-        notes.append(f"Every SAE has one threshold, for an L0 of {leader.l0:.3g} on training rows.")
-        evaluations = {}
-    for name, of in recipes.items():
-        if name not in evaluations:
-            evaluations[name] = [evaluate(sae, features) for sae in _shown(of, name, progress)]
-    referee = _Referee(features, train, dict(spaces or {}), tuple(groups))
+    evaluations = {
+        name: _shown((evaluate(sae, features) for sae in of), name, progress, len(of))
+        for name, of in recipes.items()
+    }
+    referee = _Referee(features, train, matched, tuple(groups))
     runs = {
         name: [
             {**found.summary(), **referee.measures_of(sae, found), **extra}
@@ -244,13 +260,38 @@ def compare(
     return Comparison(runs, evaluations, kinds, notes)
 
 
+class _Size(NamedTuple):
+    """What baselines take over from the first SAE."""
+
+    num_latents: int
+    l0: float
+    seeds: int
+    unit_norm: bool
+
+
+def _baselines(kind: str, train: FeatureSet, size: _Size, by_threshold: bool) -> Iterator[SAE]:
+    """Yield a baseline for each seed."""
+    for seed in range(size.seeds):
+        with _blamed_on(f"baselines: {kind!r}"):
+            yield make_baseline(
+                kind,
+                train,
+                num_latents=size.num_latents,
+                l0=size.l0 if by_threshold else max(1, round(size.l0)),
+                selection="threshold" if by_threshold else "topk",
+                seed=seed,
+                normalize=size.unit_norm,
+            )
+
+
 @dataclass(frozen=True)
 class _Referee:
     """Takes the measures beside those of ``evaluate``."""
 
     features: FeatureSet
     train: FeatureSet
-    spaces: dict[str, FeatureSet]
+    spaces: dict[str, tuple[FeatureSet, Tensor]]
+    """Feature sets, and their row (N,) of each image of ``features``; -1 if they do not have it."""
     groups: tuple[Group, ...]
 
     def measures_of(self, sae: SAE, found: Evaluation) -> dict[str, float]:
@@ -269,23 +310,24 @@ class _Referee:
             measures["redundancy"] = redundancy(weight, alive=found.monoscore.support > 0)
         return measures
 
+    @torch.no_grad()
     def _in_spaces(self, sae: SAE) -> dict[str, float]:
         """Return MonoScore above chance in each space, from one pass through the SAE."""
         rows = Rows.for_sae(sae, self.features, None)
         metrics = {name: MonoScore() for name in self._embeddings}
         for numbers in torch.arange(len(rows)).split(BATCH):
             x = rows.take(numbers)
-            latents = sae.encode(x)
+            latents = as_rows(sae.encode(x), "sae.encode(features)")
             for name, of in self._embeddings.items():
                 known, embeddings = of(numbers)
                 metrics[name].update(latents[known.to(x.device)], embeddings.to(x.device))
         return {f"adjusted/{name}": of.compute().mean_adjusted for name, of in metrics.items()}
 
     @cached_property
-    def _embeddings(self) -> dict[str, _Embed]:
-        """For each space, the function that gives the embeddings of rows."""
+    def _embeddings(self) -> dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]]:
+        """For each space, a function: rows (B,) to which of them it has (B,), and embeddings."""
         return {
-            **{name: _rows_of(self.features, other) for name, other in self.spaces.items()},
+            **{name: _features_of(*space) for name, space in self.spaces.items()},
             **({_OF_LABELS: _labels_of(self.features)} if _has_classes(self.features) else {}),
         }
 
@@ -307,10 +349,7 @@ class _Referee:
         }
 
 
-def _rows_of(features: FeatureSet, other: FeatureSet) -> _Embed:
-    ours, theirs = rows_in_common(features, [other])
-    row = torch.full((len(features),), -1).index_put_((ours,), theirs)
-
+def _features_of(other: FeatureSet, row: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     def of(numbers: Tensor) -> tuple[Tensor, Tensor]:
         known = row[numbers] >= 0
         return known, other.take(row[numbers][known]).float()
@@ -352,14 +391,39 @@ def _require_set(one: Any, name: str) -> None:
         )
 
 
-def _halves(features: FeatureSet) -> tuple[FeatureSet, FeatureSet]:
-    """Return two random halves of a feature set."""
-    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
-    parts = (half.sort().values for half in order.tensor_split(2))
-    first, second = (
-        FeatureSet(features.dataset.select(rows.tolist()), features.record) for rows in parts
-    )
+def _matched(features: FeatureSet, spaces: Any) -> dict[str, tuple[FeatureSet, Tensor]]:
+    """Return each space with its row (N,) of each image of ``features``; -1 if it has none."""
+    if not isinstance(spaces, Mapping) or not all(isinstance(name, str) for name in spaces):
+        raise TypeError(f"spaces: expected feature sets by name, got {kind_of(spaces)}")
+    if _OF_LABELS in spaces:
+        raise ValueError(f"spaces: {_OF_LABELS!r} is the space of the labels; give another name")
+    matched = {}
+    for name, other in spaces.items():
+        _require_set(other, f"spaces: {name!r}")
+        with _blamed_on(f"spaces: {name!r}"):
+            ours, theirs = rows_in_common(features, [other])
+        matched[name] = other, torch.full((len(features),), -1).index_put_((ours,), theirs)
+    return matched
+
+
+@contextmanager
+def _blamed_on(argument: str) -> Iterator[None]:
+    """Begin a ValueError with an argument of :func:`compare`, whose caller knows no other."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{argument}: {error}") from error
+
+
+def _halves(num_rows: int) -> tuple[Tensor, Tensor]:
+    """Return the row numbers of two random halves, in order."""
+    order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(0))
+    first, second = (half.sort().values for half in order.tensor_split(2))
     return first, second
+
+
+def _rows_of(features: FeatureSet, rows: Tensor) -> FeatureSet:
+    return FeatureSet(features.dataset.select(rows.tolist()), features.record)
 
 
 def _stability(saes: Sequence[SAE], found: Sequence[Evaluation]) -> dict[str, float]:
@@ -377,15 +441,18 @@ def _dictionary(sae: Any) -> Tensor | None:
 
 
 def _has_classes(features: FeatureSet) -> bool:
-    return features.labels is not None and len(features.labels.unique()) > 1
+    labels = features.labels
+    return labels is not None and len(labels[labels >= 0].unique()) > 1
 
 
-def _shown(items: Sequence[Any], name: str, progress: bool) -> Any:
-    return tqdm(items, desc=name, unit="SAE", disable=not progress)
+def _shown(items: Iterable[Any], name: str, progress: bool, total: int | None = None) -> list[Any]:
+    return list(tqdm(items, desc=name, unit="SAE", total=total, disable=not progress))
 
 
 def _cell(mean: float, spread: float, measure: str) -> str:
     if math.isnan(mean):
         return ""
+    if measure.startswith("stability"):  # one number for all seeds together
+        spread = math.nan
     digits = 1 if measure in ("l0", "dead_latents", "effective_latents") else 3
     return f"{mean:.{digits}f}" + ("" if math.isnan(spread) else f" ± {spread:.{digits}f}")

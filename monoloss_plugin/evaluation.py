@@ -107,7 +107,7 @@ def evaluate(
 
     Source: Nasiri-Sarvi et al. 2026, section 4.1 and appendix B; :mod:`monoloss_plugin.chance`.
     """
-    _require_sae(sae)
+    require_sae(sae)
     samples = Samples.of(features, labels, embeddings, num_classes, batch_size)
     scale = scaling_for(sae, samples, normalize)
     if _selects_over_batches(sae):
@@ -184,7 +184,8 @@ def _score(
     return evaluation, were_scaled
 
 
-def _require_sae(sae: Any) -> None:
+def require_sae(sae: Any) -> None:
+    """Raise TypeError for anything without ``encode`` and ``decode``."""
     if isinstance(sae, type) or not all(
         callable(getattr(sae, m, None)) for m in ("encode", "decode")
     ):

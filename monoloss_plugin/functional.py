@@ -175,6 +175,7 @@ def monoscore_shuffled(
         tensor(True)
     """
     require_at_least(1, shuffles, "shuffles")
+    require_at_least(0, seed, "seed")
     a, e = paired_rows(latents, embeddings)
     generator = torch.Generator().manual_seed(seed)
     at_once = max(1, min(shuffles, _SHUFFLED // max(1, a.numel())))

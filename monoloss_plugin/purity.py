@@ -155,9 +155,9 @@ def purity_from_sums(sums: ClassSums) -> Purity:
     dominant = counts.argmax(0)
 
     def share(of: Tensor) -> Tensor:
-        return of.gather(0, dominant[None]).squeeze(0).double() / of.sum(0).double()
+        return of.gather(0, dominant[None]).squeeze(0).double() / _sum(of)
 
-    never = counts.sum(0) == 0
+    never = _sum(counts) == 0
     return Purity(
         share(counts),
         share(sums.activations),
@@ -172,14 +172,21 @@ def adjusted_from_sums(sums: ClassSums) -> Tensor:
     The dominant class comes from one half of the samples and the purity from the other, and the
     other way round.
     """
-    active = hits = expected = torch.zeros_like(sums.activations[0])
+    active = above = torch.zeros_like(sums.activations[0])
     for chosen_from, tested_on in ((0, 1), (1, 0)):
         chosen = sums.counts[chosen_from].argmax(0)
-        has_one = sums.counts[chosen_from].sum(0) > 0
+        has_one = _sum(sums.counts[chosen_from]) > 0
         tested, samples = sums.counts[tested_on], sums.samples[tested_on].double()
         share = samples[chosen] / samples.sum()
-        firings = tested.sum(0).double() * has_one
+        firings = _sum(tested) * has_one
+        hits = tested.gather(0, chosen[None]).squeeze(0) * has_one
         active = active + firings
-        hits = hits + tested.gather(0, chosen[None]).squeeze(0) * has_one
-        expected = expected + torch.where(has_one, firings * share, 0.0)
-    return (hits - expected) / (active - expected)
+        # Each way by its own share: one ratio of sums would be too high for latents with few
+        # active samples, because the class that one half chose is a hit in the other.
+        above = above + torch.where(has_one, (hits - firings * share) / (1 - share), 0.0)
+    return above / active
+
+
+def _sum(of_classes: Tensor) -> Tensor:
+    """Return the sum over classes (M,), in float64. Integers are quick to sum in their own type."""
+    return of_classes.sum(0, dtype=of_classes.dtype).double()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from monoloss_plugin._optional import missing_extra
-from monoloss_plugin._places import as_path, require_folder
+from monoloss_plugin._places import as_path, require_file, require_folder
 from monoloss_plugin.metrics import MonoScoreResult
 from monoloss_plugin.purity import Purity
 
@@ -168,8 +170,10 @@ class Evaluation:
         if self.purity is not None:
             tensors |= {f"{_OF_PURITY}{name}": of for name, of in self.purity._asdict().items()}
         save_file({name: value.contiguous() for name, value in tensors.items()}, place / _LATENTS)
+        summary = self.summary().items()
         content = {
-            "summary": self.summary(),
+            # JSON has no NaN.
+            "summary": {name: None if math.isnan(of) else of for name, of in summary},
             "chance": self.monoscore.chance,
             "num_samples": self.monoscore.num_samples,
             "r2": self.r2,
@@ -195,6 +199,8 @@ class Evaluation:
             raise missing_extra(error, "hub") from error
         place = as_path(folder, "folder", "a folder")
         require_folder(place, "folder")
+        for name in (_SUMMARY, _LATENTS):
+            require_file(place / name, "folder")
         try:
             content = json.loads((place / _SUMMARY).read_text(encoding="utf-8"))
             tensors = load_file(place / _LATENTS)
@@ -209,7 +215,7 @@ class Evaluation:
                 Spaces(**content["spaces"]),
                 content["classes"],
             )
-        except (KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
+        except (KeyError, TypeError, ValueError, SafetensorError) as error:
             raise ValueError(f"{place}: not what Evaluation.save writes: {error!r}") from error
 
     def __repr__(self) -> str:
@@ -218,14 +224,23 @@ class Evaluation:
         numbers = ", ".join(f"{name}={found[name]:.4g}" for name in shown)
         return f"Evaluation({self.num_latents} latents, {numbers})"
 
-    def _repr_html_(self) -> str:
-        """Return what a notebook shows: the summary and the best latents."""
-        best = self.latents().sort_values("adjusted", ascending=False).head(_SHOWN)
+    def _repr_html_(self) -> str | None:
+        """Return what a notebook shows: the summary and the best latents.
+
+        Without pandas it is None, and the notebook shows the repr.
+        """
+        try:
+            of_each = self.latents()
+        except ModuleNotFoundError:
+            return None
+        tested = of_each[of_each["significant"]]
+        best = tested.sort_values("adjusted", ascending=False).head(_SHOWN)
         return (
             f"<p>{self.num_latents:,} latents on {self.monoscore.num_samples:,} samples; "
-            f"{_escaped(str(self.spaces))}</p>"
+            f"{escape(str(self.spaces))}</p>"
             f"{self.to_frame().to_html(header=False, float_format='{:.3f}'.format)}"
-            f"<p>The latents that are most above chance:</p>{best.to_html(float_format='%.3g')}"
+            "<p>The latents that are most above chance, of those that are significant:</p>"
+            f"{best.to_html(float_format='%.3g')}"
         )
 
     def _class_name(self, label: int) -> str:
@@ -240,7 +255,3 @@ def _pandas() -> Any:
     except ModuleNotFoundError as error:
         raise missing_extra(error, "referee") from error
     return pandas
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;")

@@ -41,7 +41,9 @@ from monoloss_plugin import (
     publish_sae,
 )
 from monoloss_plugin.adapters.lightning import MonoLossCallback
+from monoloss_plugin.comparison import compare
 from monoloss_plugin.convert import from_dictionary_learning, from_monoloss, from_overcomplete
+from monoloss_plugin.dictionary import redundancy, stability
 from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.features import (
     FeatureBatches,
@@ -63,7 +65,10 @@ from monoloss_plugin.finetuning import (
 )
 from monoloss_plugin.losses import lam_factor
 from monoloss_plugin.metrics import R2
+from monoloss_plugin.probing import probe, small_budget_probe
 from monoloss_plugin.report import curves_figure
+from monoloss_plugin.saes import make_baseline
+from monoloss_plugin.saes.selection import k_robustness, with_l0
 
 ALLOWED = (TypeError, ValueError, FileNotFoundError, FileExistsError, PermissionError)
 
@@ -517,7 +522,70 @@ def cases_of_the_hub() -> dict[str, Case]:
     }
 
 
-CASES = cases() | cases_of_hosts() | cases_of_features() | cases_of_the_hub()
+def cases_for_referees() -> dict[str, Case]:
+    x, labels = torch.rand(B, M), torch.tensor([0, 1, 1, 0])
+    alive = torch.ones(B, dtype=torch.bool)
+    sae = Tied()
+    probed = {"train_labels": labels, "held_out_labels": labels}
+    few = FeatureSet.from_tensors(torch.rand(8, M), torch.arange(8) % 2)
+    return {
+        "compare": Case(
+            compare,
+            {
+                "saes": {"some": sae},
+                "features": few,
+                "train": few,
+                "spaces": {"other": few},
+                "baselines": False,
+                "match": None,
+                "groups": (),
+                "progress": False,
+            },
+            names={"saes": "saes?"},
+        ),
+        "make_baseline": Case(
+            make_baseline,
+            {
+                "kind": "PCA",
+                "features": x,
+                "num_latents": 2,
+                "l0": 1,
+                "selection": "topk",
+                "seed": 0,
+                "normalize": True,
+            },
+            leave=("features",),
+        ),
+        "with_l0": Case(
+            with_l0,
+            {"sae": sae, "features": x, "l0": 1.5, "normalize": None},
+            names={"features": "features|l0"},
+        ),
+        "k_robustness": Case(
+            k_robustness,
+            {"sae": sae, "features": x, "ks": [1, 2], "normalize": None},
+            names={"features": "features|ks"},
+        ),
+        "stability": Case(
+            stability,
+            {"dictionaries": [x, x], "alive": [alive, alive]},
+            names={"dictionaries": "dictionaries|alive"},
+        ),
+        "redundancy": Case(redundancy, {"dictionary": x, "threshold": 0.5, "alive": alive}),
+        "probe": Case(probe, {"train": x, "held_out": x, **probed}, leave=("train",)),
+        "small_budget_probe": Case(
+            small_budget_probe,
+            {"train_latents": x, "held_out_latents": x, **probed, "budgets": (1, 2)},
+            names={"train_latents": "train_latents|held_out_latents"},
+        ),
+        "monoscore_shuffled": Case(
+            functional.monoscore_shuffled,
+            {"latents": x, "embeddings": torch.rand(B, D), "shuffles": 5, "seed": 0},
+        ),
+    }
+
+
+CASES = cases() | cases_for_referees() | cases_of_hosts() | cases_of_features() | cases_of_the_hub()
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -13,6 +13,7 @@ from monoloss_plugin._checks import as_rows, require_finite
 from monoloss_plugin._places import kind_of
 from monoloss_plugin._samples import Samples, scaling_for
 from monoloss_plugin.embeddings import unit_rows
+from monoloss_plugin.evaluation import require_sae
 
 if TYPE_CHECKING:
     from monoloss_plugin.features import FeatureSet
@@ -53,9 +54,10 @@ class Rows:
         """Return rows on the device and the scale that ``evaluate`` would choose for an SAE.
 
         Raises:
-            TypeError: as :meth:`of`, or ``normalize`` is not a bool.
+            TypeError: not an SAE; as :meth:`of`; or ``normalize`` is not a bool.
             ValueError: as :meth:`of`, or the SAE takes features of another width.
         """
+        require_sae(sae)
         parameters = sae.parameters() if isinstance(sae, torch.nn.Module) else ()
         rows = cls.of(features, False, next((one.device for one in parameters), None))
         d_in = getattr(getattr(sae, "cfg", None), "d_in", rows.width)

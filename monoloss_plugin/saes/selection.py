@@ -209,7 +209,7 @@ def k_robustness(
     Source: Jacquier et al. 2026 (arXiv 2606.27321).
     """
     rows = Rows.for_sae(sae, features, normalize)
-    l0, most = _l0_and_width(sae, rows)
+    l0, most = l0_and_width(sae, rows)
     sae = _original(sae)
     if not _has_pre_activations(sae):
         most = max(1, round(l0))
@@ -292,7 +292,8 @@ def _margins(sae: Any, candidates: Tensor) -> Tensor:
     return candidates - sae.threshold if _architecture(sae) == "jumprelu" else candidates
 
 
-def _l0_and_width(sae: SAE, rows: Rows) -> tuple[float, int]:
+def l0_and_width(sae: SAE, rows: Rows) -> tuple[float, int]:
+    """Return the mean number of active latents per sample, and the number of latents."""
     active, width = 0, 0
     for x in rows.batches():
         latents = as_rows(sae.encode(x), "sae.encode(features)")

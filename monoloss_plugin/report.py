@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from monoloss_plugin._checks import as_list, as_tensor, require_at_least
+from monoloss_plugin._checks import as_list, as_tensor, require_at_least, require_choice
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin._places import kind_of
 
@@ -19,15 +19,22 @@ try:
 except ModuleNotFoundError as error:
     raise missing_extra(error, "report") from error
 
+if TYPE_CHECKING:
+    from monoloss_plugin.comparison import Comparison
+    from monoloss_plugin.results import Evaluation
+
 __all__ = [
     "ActivationBands",
     "LatentRow",
     "activating_images_figure",
     "activation_bands",
     "curves_figure",
+    "density_figure",
+    "trade_off_figure",
 ]
 
-_COLOURS = ("#7f7f7f", "#d1495b", "#00798c", "#edae49")
+_COLOURS = ("#7f7f7f", "#d1495b", "#00798c", "#edae49", "#5c4d7d", "#6a994e", "#bc6c25")
+_MARKERS = "osD^vP*"
 
 
 class ActivationBands(NamedTuple):
@@ -83,7 +90,11 @@ class LatentRow:
 
 
 def curves_figure(
-    curves: Mapping[str, Sequence[Tensor]], *, ylabel: str = "MonoScore", title: str = ""
+    curves: Mapping[str, Sequence[Tensor]],
+    *,
+    ylabel: str = "MonoScore",
+    title: str = "",
+    chance: float | None = None,
 ) -> Figure:
     """Draw MonoScore curves: the scores in decreasing order, against the latent's rank in [0, 1].
 
@@ -92,6 +103,7 @@ def curves_figure(
             run as a thin line, their mean as a thick one.
         ylabel: label of the vertical axis.
         title: title of the figure.
+        chance: the score of shuffled activations, drawn as a dashed line.
 
     Raises:
         TypeError: the curves are not lists by name.
@@ -113,9 +125,82 @@ def curves_figure(
         for run in stacked:
             axes.plot(index, run, color=colour, linewidth=0.6, alpha=0.5)
         axes.plot(index, stacked.mean(0), color=colour, linewidth=2.2, label=name)
+    if chance is not None:
+        axes.axhline(chance, color="black", linewidth=0.8, linestyle="--", label="chance")
     axes.set_xlabel("latent index, normalized (sorted by score)")
     axes.set_ylabel(ylabel)
     axes.set_xlim(0, 1)
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def trade_off_figure(
+    comparison: Comparison, x: str = "r2", y: str = "monoscore_adjusted", *, title: str = ""
+) -> Figure:
+    """Draw one measure of each SAE against another: a point for each seed, baselines hollow.
+
+    An SAE is better than another if it is above it at the same place, or at the right of it at the
+    same height.
+
+    Args:
+        comparison: of the SAEs.
+        x: name of a measure, as in :meth:`Comparison.measures`.
+        y: name of another.
+        title: title of the figure.
+
+    Raises:
+        ValueError: the comparison has no such measure.
+
+    Source: after Nasiri-Sarvi et al. 2026, figure 4.
+    """
+    from monoloss_plugin.comparison import label_of  # it needs more libraries than a figure does
+
+    for name, measure in (("x", x), ("y", y)):
+        require_choice(measure, name, tuple(comparison.measures()))
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, runs) in enumerate(comparison.runs.items()):
+        colour, hollow = _COLOURS[i % len(_COLOURS)], name in comparison.baselines
+        points = [(run[x], run[y]) for run in runs if x in run and y in run]
+        axes.scatter(
+            *zip(*points, strict=True),
+            label=name,
+            marker=_MARKERS[i % len(_MARKERS)],
+            facecolors="none" if hollow else colour,
+            edgecolors=colour,
+        )
+    axes.set_xlabel(label_of(x))
+    axes.set_ylabel(label_of(y))
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def density_figure(evaluations: Mapping[str, Evaluation], *, title: str = "") -> Figure:
+    """Draw how often latents are active: a histogram of log10 of their frequency for each SAE.
+
+    Dead latents are counted in the legend.
+
+    Args:
+        evaluations: of SAEs, by name.
+        title: title of the figure.
+    """
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, found) in enumerate(evaluations.items()):
+        alive = found.frequency[found.frequency > 0].double().log10().numpy()
+        axes.hist(
+            alive,
+            bins=np.linspace(-6, 0, 49).tolist(),
+            histtype="step",
+            color=_COLOURS[i % len(_COLOURS)],
+            label=f"{name}: {found.num_dead} of {found.num_latents} dead",
+        )
+    axes.set_xlabel("log10 of the share of samples on which a latent is active")
+    axes.set_ylabel("latents")
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend()

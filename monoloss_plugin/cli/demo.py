@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated
 
 import typer
@@ -51,29 +51,25 @@ def demo(
         terms = _terms(arch, lam, regularizer or [])
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    from monoloss_plugin.demo.run import MEASURES, RUNS, run_demo
+    from monoloss_plugin.demo.run import RUNS, run_demo
 
     result, files = run_demo(arch, terms, range(seeds), out)
     name = " + ".join(term.name for term in terms)
-    rows = []
-    for measure, label in MEASURES.items():
-        cells = (_cell(*result.mean_and_spread(run, measure), measure) for run in RUNS)
-        rows.append((label, *cells))
+    baselines = result.comparison.baselines
+    rows = result.comparison.cells()
+    seconds = (f"{fmean(result.seconds[run]):.1f}" for run in RUNS)
+    rows.append(["training, seconds", *seconds, *("" for _ in baselines)])
     text: list[str | Table] = [
         f"Encoder: {result.encoder_accuracy:.1%} of the held-out digits right. "
         f"{arch} SAE, mean ± standard deviation over {seeds} seed{'s' * (seeds > 1)}:",
-        table("on held-out images", *(f"{run} {name}" for run in RUNS), rows=rows),
+        table("on held-out images", *(f"{run} {name}" for run in RUNS), *baselines, rows=rows),
+        *result.comparison.notes,
         *(f"{what}: {path}" for what, path in files.items()),
         f"SAEs, for SAE.load_from_disk: {out}/seed-*/with",
         f"to publish one: monoloss publish sae {out}/seed-0/with USER/NAME --dry-run --features "
         f"{out}/features/held-out --baseline {out}/seed-0/without",
     ]
-    return Output({**asdict(result), "files": files, "folder": out}, text)
-
-
-def _cell(mean: float, spread: float, measure: str) -> str:
-    digits = 1 if measure in ("l0", "dead_latents", "seconds") else 3
-    return f"{mean:.{digits}f} ± {spread:.{digits}f}"
+    return Output({**result.to_dict(), "files": files, "folder": out}, text)
 
 
 def _terms(arch: str, lam: float, regularizers: list[str]) -> list[LossTerm]:

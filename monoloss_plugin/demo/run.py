@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import monoloss_plugin.adapters.sae_lens  # noqa: F401  # gives SAETrainer its add_loss
 from monoloss_plugin._places import require_folder, without
+from monoloss_plugin.comparison import Comparison, compare
 from monoloss_plugin.demo.architectures import ARCHITECTURES, NUM_LATENTS
 from monoloss_plugin.demo.digits import DigitFeatures, digit_features
 from monoloss_plugin.demo.pictures import (
@@ -22,11 +23,9 @@ from monoloss_plugin.demo.pictures import (
     pairs_of_the_same_rank,
 )
 from monoloss_plugin.embeddings import unit_rows
-from monoloss_plugin.evaluation import MEASURES as EVALUATED
-from monoloss_plugin.evaluation import Evaluation, evaluate
 from monoloss_plugin.features import FeatureBatches, FeatureSet
 from monoloss_plugin.losses import LossTerm
-from monoloss_plugin.report import activating_images_figure, curves_figure
+from monoloss_plugin.report import activating_images_figure, curves_figure, trade_off_figure
 
 # After the adapter, whose import error names the extra to install.
 from sae_lens import SAE, SAETrainer  # isort: skip
@@ -39,12 +38,8 @@ _LEARNING_RATE = 1e-3
 
 RUNS = ("without", "with")
 
-MEASURES: dict[str, str] = {
-    **EVALUATED,
-    "dead_latents": f"dead latents of {NUM_LATENTS}",
-    "seconds": "training, seconds",
-}
-"""The measures that the demo reports, with their labels."""
+BASELINES = ("random directions", "data points", "PCA")
+"""SAEs that have learnt nothing, or only what PCA does, to compare with."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +50,15 @@ class DemoResult:
     terms: list[dict[str, object]]
     seeds: list[int]
     encoder_accuracy: float
-    summaries: dict[str, list[dict[str, float]]]
-    """For "without" and "with", the measures of each seed."""
+    comparison: Comparison
+    """Of "without", "with" and the baselines."""
+    seconds: dict[str, list[float]]
+    """How long training took, for "without" and "with", with each seed."""
 
-    def mean_and_spread(self, run: str, measure: str) -> tuple[float, float]:
-        """Return the mean over seeds and its standard deviation (0 for one seed)."""
-        values = [summary[measure] for summary in self.summaries[run]]
-        return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    def to_dict(self) -> dict[str, object]:
+        """Return all numbers, as JSON can hold them."""
+        fields = {name: value for name, value in vars(self).items() if name != "comparison"}
+        return {**fields, **self.comparison.to_dict()}
 
 
 def run_demo(
@@ -82,22 +79,25 @@ def run_demo(
         require_folder(out, "out")
     out.mkdir(parents=True, exist_ok=True)
     data = digit_features(out)
-    evaluations: dict[str, list[Evaluation]] = {run: [] for run in RUNS}
-    summaries: dict[str, list[dict[str, float]]] = {run: [] for run in RUNS}
+    trained: dict[str, list[SAE[Any]]] = {run: [] for run in RUNS}
+    seconds: dict[str, list[float]] = {run: [] for run in RUNS}
     for seed in seeds:
         without(sae_folder(out, seed, RUNS[0]).parent)
         for run in RUNS:
             print(f"{architecture}, seed {seed}, {run} {' + '.join(t.name for t in terms)}")
             folder, of_run = sae_folder(out, seed, run), terms if run == "with" else ()
-            seconds = train_sae(data.train, architecture, of_run, seed=seed, folder=folder)
-            evaluation = evaluate(SAE.load_from_disk(folder), data.held_out, progress=True)
-            evaluations[run].append(evaluation)
-            summaries[run].append({**evaluation.summary(), "seconds": seconds})
+            seconds[run].append(
+                train_sae(data.train, architecture, of_run, seed=seed, folder=folder)
+            )
+            trained[run].append(SAE.load_from_disk(folder))
+    comparison = compare(
+        trained, data.held_out, train=data.train, baselines=BASELINES, groups=(), progress=True
+    )
     described = [{"term": type(term).__name__, **asdict(term)} for term in terms]
-    result = DemoResult(architecture, described, list(seeds), data.accuracy, summaries)
+    result = DemoResult(architecture, described, list(seeds), data.accuracy, comparison, seconds)
     results = without(out / "results.json")
-    results.write_text(json.dumps(asdict(result), indent=2) + "\n")
-    files = {**_draw(result, data, evaluations, out), "results": results}
+    results.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+    files = {**_draw(result, data, out), "results": results}
     return result, files
 
 
@@ -139,13 +139,17 @@ def sae_folder(out: Path, seed: int, run: str) -> Path:
     return out / f"seed-{seed}" / run
 
 
-def _draw(
-    result: DemoResult, data: DigitFeatures, evaluations: dict[str, list[Evaluation]], out: Path
-) -> dict[str, Path]:
+def _draw(result: DemoResult, data: DigitFeatures, out: Path) -> dict[str, Path]:
     """Write the figures, and return their files."""
     name = " + ".join(str(term["name"]) for term in result.terms)
+    evaluations = result.comparison.evaluations
     curves = {f"{run} {name}": [e.monoscore.curve() for e in evaluations[run]] for run in RUNS}
-    figures = {"curves": curves_figure(curves, title=f"{result.architecture} SAE, held-out digits")}
+    title = f"{result.architecture} SAE, held-out digits"
+    chance = evaluations[RUNS[0]][0].monoscore.chance
+    figures = {
+        "curves": curves_figure(curves, title=title, chance=chance),
+        "trade-off": trade_off_figure(result.comparison, title=title),
+    }
     features, _ = unit_rows(data.held_out.tensor(), torch.float32)
     scored = []
     for run in RUNS:

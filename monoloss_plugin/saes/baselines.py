@@ -68,9 +68,10 @@ def make_baseline(
         features: training features: a feature set, or (N, d).
         num_latents: M. "PCA" and "ICA" have at most 2 d directions; the latents beyond stay dead.
         l0: number of active latents: k of each sample, an integer, for "topk"; the mean over
-            samples for "threshold". Fewer are active where fewer pre-activations are positive.
+            samples for "threshold", to 1 %. With "topk", a sample with fewer positive
+            pre-activations has fewer.
         selection: "topk" keeps the k largest pre-activations of each sample; "threshold" has one
-            threshold for all latents.
+            threshold for all latents, set on the features, or on 8,192 random ones of more.
         seed: of random directions, samples and starts.
         normalize: scale features to unit norm, as ``evaluate`` does for a feature set. The SAE's
             ``cfg.metadata.monoloss`` records it, so ``evaluate`` scales by itself later.

@@ -42,7 +42,7 @@ def ridge_decoder(batches: Iterable[tuple[Tensor, Tensor]], *, ridge: float = RI
     It minimises Σ ||x - a W - b||² + λ ||W||² over all samples, with λ = ridge * mean(diag G). The
     intercept is not penalised. A latent that never fires gets a row of zeros.
 
-    Sums are float64. They take 8 M² bytes, and solving takes as much again: 1 GB for 8,192 latents.
+    Sums are float64. They take 8 M² bytes, and solving takes as much again: 2 GB for 8,192.
     Sparse batches cost time in proportion to their active entries.
 
     Args:

@@ -33,11 +33,13 @@ def full_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_monoloss_makes_held_out_latents_more_monosemantic_and_pure(full_run) -> None:
     out, _ = full_run
     results = json.loads((out / "results.json").read_text())
-    (without,), (with_loss,) = (results["summaries"][one] for one in ("without", "with"))
+    (without,), (with_loss,) = (results["runs"][one] for one in ("without", "with"))
     assert with_loss["monoscore"] > without["monoscore"] + 0.05
     assert with_loss["monoscore_defined"] > without["monoscore_defined"] + 0.05
     assert with_loss["purity_binary"] > without["purity_binary"] + 0.05
+    assert with_loss["monoscore_adjusted"] > without["monoscore_adjusted"] + 0.05
     assert with_loss["r2"] > without["r2"] - 0.02
+    assert set(results["runs"]) - {"without", "with"} == set(run.BASELINES)
     assert results["encoder_accuracy"] > 0.85
 
 
@@ -46,13 +48,14 @@ def test_the_table_shows_what_the_results_say(full_run) -> None:
     results = json.loads((out / "results.json").read_text())
     for label in ("R²", "MonoScore, defined", "purity, binary", "L0", "dead latents", "seconds"):
         assert label in printed
-    for one in ("without", "with"):
-        assert f"{results['summaries'][one][0]['purity_binary']:.3f} ± 0.000" in printed
+    for one in ("without", "with", *run.BASELINES):
+        assert f"│ {results['runs'][one][0]['purity_binary']:.3f}" in printed
+        assert one in printed
 
 
 def test_pictures_and_saes_are_left(full_run) -> None:
     out, _ = full_run
-    for name in ("curves.png", "same_rank.png", "same_latent.png"):
+    for name in ("curves.png", "trade-off.png", "same_rank.png", "same_latent.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     sae = SAE.load_from_disk(out / "seed-0" / "with")
     assert sae.cfg.metadata.monoloss["terms"]["monoloss"]["lam"] == 3e-3
@@ -75,8 +78,8 @@ def test_every_architecture_runs(arch, data, tmp_path, monkeypatch) -> None:
         cli.app, ["demo", "--arch", arch, "--seeds", "1", "--out", str(tmp_path)]
     )
     assert result.exit_code == 0, result.output
-    summaries = json.loads((tmp_path / "results.json").read_text())["summaries"]
-    assert summaries["with"][0]["monoscore"] != summaries["without"][0]["monoscore"]
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert runs["with"][0]["monoscore"] != runs["without"][0]["monoscore"]
 
 
 def test_regularizers_alone_and_over_two_seeds(tmp_path, monkeypatch) -> None:
@@ -101,7 +104,8 @@ def test_regularizers_alone_and_over_two_seeds(tmp_path, monkeypatch) -> None:
         ("off_support_l1", 0.5),
         ("l1_l2_ratio", 0.002),
     ]
-    assert len(results["summaries"]["with"]) == 2
+    assert len(results["runs"]["with"]) == 2
+    assert len(results["runs"]["data points"]) == 2
 
 
 @pytest.mark.parametrize(

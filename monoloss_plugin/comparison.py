@@ -166,8 +166,8 @@ def compare(
         spaces: other feature sets of the same images, by name. MonoScore is computed in each.
         baselines: True for all of :data:`~monoloss_plugin.saes.baselines.BASELINES`, or their
             names. They have the number of latents and the L0 of the first SAE, and as many seeds.
-        match: "l0" gives every SAE one threshold, so that all have the L0 of the first SAE on
-            ``train`` (see :func:`~monoloss_plugin.saes.selection.with_l0`).
+        match: "l0" gives every SAE one threshold, so that on ``train`` all have the L0 that the
+            first SAE has on ``features`` (see :func:`~monoloss_plugin.saes.selection.with_l0`).
         groups: which :data:`Group` of measures to take beside those of ``evaluate``.
         progress: show a progress bar.
 

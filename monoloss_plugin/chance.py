@@ -19,7 +19,7 @@ C = Σ h hᵀ of the samples:
 The distribution is skewed: w = Σ ã h of shuffled activations is nearly normal, so ||w||² is a
 weighted sum of squares. With the mean μ and the covariance Σ of h, and s = v - u²/n, its third
 central moment is nearly 8 s³ tr Σ³ + 24 s² u² μᵀΣ²μ. A Pearson III distribution with these three
-moments gives the p-values. A normal one would not do: where the samples form clusters, it calls two
+moments gives the p-values. A normal one would not do: where the samples form clusters, it calls up
 to three of a hundred random latents significant at one percent.
 
 Source: derived for this package; the tests compare it with shuffles. The approach is that of

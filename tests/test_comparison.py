@@ -224,7 +224,7 @@ def test_matched_saes_have_the_first_one_s_l0_on_training_rows() -> None:
 def test_a_matched_sae_has_its_decoder_in_the_dictionary_s_measures() -> None:
     found = quick({"mine": [topk(0), topk(1)]}, match="l0", groups=["dictionary", "budgets"])
     assert {"redundancy", "stability", "effective_latents"} <= set(found.measures())
-    # Another k chooses from the SAE's own pre-activations, not from what the threshold lets through.
+    # Another k chooses from the SAE's own pre-activations, whatever the threshold lets through.
     assert {"r2/0.5", "r2/2"} <= set(found.measures())
 
 

@@ -111,7 +111,7 @@ MISSING = {
     ("monoloss_plugin.adapters.lightning", "lightning"): "lightning",
     ("monoloss_plugin.features.extraction", "PIL"): "pillow",
     ("monoloss_plugin.saes.baselines", "sklearn"): "scikit-learn",
-    ("monoloss_plugin.comparison", "pandas"): "pandas",
+    ("monoloss_plugin.probing", "sklearn"): "scikit-learn",
 }
 
 # One process imports torch, and a copy of it tries each; copies of this one, with its threads, may

@@ -67,7 +67,7 @@ def demo(
         *(f"{what}: {path}" for what, path in files.items()),
         f"SAEs, for SAE.load_from_disk: {out}/seed-*/with",
         f"to publish one: monoloss publish sae {out}/seed-0/with USER/NAME --dry-run --features "
-        f"{out}/features/held-out --baseline {out}/seed-0/without",
+        f"{out}/features/held-out --train {out}/features/train --baseline {out}/seed-0/without",
     ]
     return Output({**result.to_dict(), "files": files, "folder": out}, text)
 

@@ -56,6 +56,9 @@ to 1.1 % of cases (measured on sparse, dense and heavy-tailed activations, and c
 _ROWS_AT_ONCE = 2048
 """At most this many products are added up in float32, for C alone: the score needs less error."""
 
+_COLUMNS_AT_ONCE = 256
+"""C is symmetric: block by block, half of it need not be computed."""
+
 _NO_SPREAD = 1e-14
 """A variance of the score below this is rounding: a score is right to 1e-7 at best."""
 
@@ -68,7 +71,7 @@ class ChanceSums(NamedTuple):
     f: Tensor
     """(M,): Σ ã⁴."""
     gram: Tensor
-    """(d, d): C = Σ h hᵀ; (0, 0) if d exceeds :data:`WIDEST`."""
+    """(d, d): C = Σ h hᵀ, on and below the diagonal; (0, 0) if d exceeds :data:`WIDEST`."""
 
     @classmethod
     def zeros(cls, num_latents: int, width: int, like: Tensor) -> ChanceSums:
@@ -80,9 +83,10 @@ class ChanceSums(NamedTuple):
 
     def add_(self, latents: Tensor | Support, unit: UnitEmbeddings, lowest: Tensor) -> None:
         """Add samples: latents (N, M), their embeddings, and the minima (M,) in float64."""
-        if len(self.gram):
-            for h in unit.h.split(_ROWS_AT_ONCE):
-                self.gram.add_(h.T @ h)
+        for h in unit.h.split(_ROWS_AT_ONCE):
+            for start in range(0, len(self.gram), _COLUMNS_AT_ONCE):
+                columns = slice(start, start + _COLUMNS_AT_ONCE)
+                self.gram[start:, columns] += h[:, start:].T @ h[:, columns]
         if isinstance(latents, Support):
             self._add_sparse_(latents, unit.sums, lowest)
             return
@@ -134,7 +138,8 @@ def chance_of(
 ) -> Chance:
     """Return what the scores (M,) of defined latents (M,) would be by chance, from all sums."""
     n, sum_h, q = samples
-    u, v, gram = sums.u, sums.v, more.gram
+    u, v = sums.u, sums.v
+    gram = more.gram.tril() + more.gram.tril(-1).T
     all_pairs, pairs = sum_h @ sum_h - q, n * (n - 1)
     mean = all_pairs / pairs.clamp(min=1)
     nothing = torch.zeros_like(scores)

@@ -183,6 +183,15 @@ def test_samples_that_are_all_alike_tell_nothing() -> None:
     assert not result.significant().any()
 
 
+def test_embeddings_wider_than_a_block_of_columns_give_the_same_z(
+    monkeypatch: pytest.MonkeyPatch, embeddings: Tensor
+) -> None:
+    expected = scored(CASES["sparse"], embeddings)
+    monkeypatch.setattr(chance, "_COLUMNS_AT_ONCE", 3)  # of seven
+    monkeypatch.setattr(chance, "_ROWS_AT_ONCE", 16)
+    torch.testing.assert_close(scored(CASES["sparse"], embeddings).z_scores, expected.z_scores)
+
+
 def test_very_wide_embeddings_have_chance_but_no_z(monkeypatch: pytest.MonkeyPatch) -> None:
     a, e = torch.rand(50, 5), torch.randn(50, 9)
     expected = scored(a, e)

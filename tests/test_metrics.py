@@ -340,6 +340,11 @@ def test_all_reduce_gives_every_rank_the_whole_result(tmp_path: Path) -> None:
         class_purity.load_state_dict(purity_state)
         torch.testing.assert_close(metric.compute().scores, scores, atol=1e-7, rtol=0)
         assert metric.compute().num_samples == 40
+        whole = streamed(a, e, [40]).compute()
+        assert metric.compute().chance == pytest.approx(whole.chance, abs=1e-12)
+        for name in ("z_scores", "p_values", "support", "largest"):
+            found = getattr(metric.compute(), name)
+            torch.testing.assert_close(found, getattr(whole, name), atol=1e-4, rtol=1e-4)
         found = class_purity.compute()
         for name in ("binary", "weighted", "dominant"):
             torch.testing.assert_close(getattr(found, name), getattr(purity, name))

@@ -45,7 +45,7 @@ def demo(
 
     The demo trains a small vision transformer on scikit-learn's digits. Then it trains pairs of
     SAEs on its features with SAELens's own trainer, one without and one with the loss terms, and
-    compares them on held-out images. It needs no network, and a minute or two on two cores.
+    compares them on held-out images. It needs no network, and two or three minutes on two cores.
     """
     try:
         terms = _terms(arch, lam, regularizer or [])

@@ -119,9 +119,7 @@ def scaling_for(sae: Any, samples: Samples, normalize: bool | None) -> bool:
 
 def inputs_of(sae: Any) -> str | None:
     """Return the inputs that an SAE says it takes: "unit norm", "as they are", or None."""
-    cfg = getattr(sae, "cfg", None)
-    record = getattr(getattr(cfg, "metadata", None), "monoloss", None)
-    record = record if isinstance(record, dict) else {}
+    cfg, record = getattr(sae, "cfg", None), _record_in(sae)
     if record.get("inputs") in ("unit norm", "as they are"):
         return str(record["inputs"])
     if getattr(cfg, "normalize_activations", "none") != "none":
@@ -132,14 +130,20 @@ def inputs_of(sae: Any) -> str | None:
 
 def trained_on(sae: Any) -> str:
     """Return what MonoLoss compared samples by in training; empty if the SAE does not say."""
+    terms = _record_in(sae).get("terms")
+    return compared_in_training(terms.values() if isinstance(terms, dict) else ())
+
+
+def compared_in_training(terms: Iterable[Any]) -> str:
+    """Return what recorded loss terms compared samples by, as the first says it; or empty."""
+    said = (term.get("compared_by") for term in terms if isinstance(term, dict))
+    return next((str(one) for one in said if one), "")
+
+
+def _record_in(sae: Any) -> dict[str, Any]:
+    """Return what an SAE's own metadata records; empty if it is not a record."""
     record = getattr(getattr(getattr(sae, "cfg", None), "metadata", None), "monoloss", None)
-    terms = record.get("terms") if isinstance(record, dict) else None
-    of = (
-        [term for term in terms.values() if isinstance(term, dict)]
-        if isinstance(terms, dict)
-        else []
-    )
-    return next((str(t["compared_by"]) for t in of if t.get("compared_by")), "")
+    return record if isinstance(record, dict) else {}
 
 
 def is_scaled(features: Tensor) -> bool:

@@ -324,7 +324,7 @@ class _Referee:
         return {f"adjusted/{name}": of.compute().mean_adjusted for name, of in metrics.items()}
 
     @cached_property
-    def _embeddings(self) -> dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]]:
+    def _embeddings(self) -> dict[str, _Embed]:
         """For each space, a function: rows (B,) to which of them it has (B,), and embeddings."""
         return {
             **{name: _features_of(*space) for name, space in self.spaces.items()},
@@ -349,7 +349,7 @@ class _Referee:
         }
 
 
-def _features_of(other: FeatureSet, row: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def _features_of(other: FeatureSet, row: Tensor) -> _Embed:
     def of(numbers: Tensor) -> tuple[Tensor, Tensor]:
         known = row[numbers] >= 0
         return known, other.take(row[numbers][known]).float()

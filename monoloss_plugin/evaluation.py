@@ -121,7 +121,7 @@ def evaluate(
             f"features: these are of the split {split!r}. If the SAE was trained on them, its "
             "scores are too good; use held-out features"
         )
-    place = as_device(device) if device is not None else _device_of(sae)
+    place = as_device(device) if device is not None else device_of(sae)
     found, were_scaled = _score(sae, samples, scale, place, progress)
     if scale and not were_scaled and normalize is None and samples.scaling != "wanted":
         _warn(
@@ -152,7 +152,7 @@ def _score(
     with _bar(samples.total, progress) as advance:
         for batch in samples.batches:
             given = as_rows(batch.features, "features")
-            _require_width(sae, given)
+            require_width(sae, given.shape)
             given = given if place is None else given.to(place)
             require_finite(given, "features")
             if scale:
@@ -193,12 +193,11 @@ def require_sae(sae: Any) -> None:
         raise TypeError(f"sae: expected an SAE with encode and decode, got {kind_of(sae)}{hint}")
 
 
-def _require_width(sae: Any, features: Tensor) -> None:
+def require_width(sae: Any, shape: tuple[int, ...]) -> None:
+    """Raise ValueError if features of a shape (N, d) are not what the SAE says it takes."""
     d_in = getattr(getattr(sae, "cfg", None), "d_in", None)
-    if isinstance(d_in, int) and features.shape[1] != d_in:
-        raise ValueError(
-            f"features: expected (N, {d_in}) for this SAE, got {tuple(features.shape)}"
-        )
+    if isinstance(d_in, int) and shape[1] != d_in:
+        raise ValueError(f"features: expected (N, {d_in}) for this SAE, got {tuple(shape)}")
 
 
 def _selects_over_batches(sae: SAE) -> bool:
@@ -249,7 +248,7 @@ class _Decoder:
         return bool(((given - expected).abs() <= tolerance + 1e-4 * expected.abs()).all())
 
 
-def _device_of(sae: SAE) -> torch.device | None:
+def device_of(sae: SAE) -> torch.device | None:
     """Return the device of a module's parameters; None for anything else."""
     if isinstance(sae, torch.nn.Module):
         for tensor in (*sae.parameters(), *sae.buffers()):

@@ -257,7 +257,7 @@ def _controls(
 ) -> dict[str, Evaluation]:
     """Evaluate SAEs of the same size that have learnt nothing."""
     from monoloss_plugin.evaluation import evaluate
-    from monoloss_plugin.saes import make_baseline
+    from monoloss_plugin.saes.baselines import QUICK, make_baseline
 
     return {
         kind: evaluate(
@@ -270,7 +270,7 @@ def _controls(
             ),
             held_out,
         )
-        for kind in ("random directions", "data points", "PCA")
+        for kind in QUICK
     }
 
 

@@ -26,6 +26,7 @@ from monoloss_plugin.embeddings import unit_rows
 from monoloss_plugin.features import FeatureBatches, FeatureSet
 from monoloss_plugin.losses import LossTerm
 from monoloss_plugin.report import activating_images_figure, curves_figure, trade_off_figure
+from monoloss_plugin.saes.baselines import QUICK
 
 # After the adapter, whose import error names the extra to install.
 from sae_lens import SAE, SAETrainer  # isort: skip
@@ -37,9 +38,6 @@ _BATCH = 256
 _LEARNING_RATE = 1e-3
 
 RUNS = ("without", "with")
-
-BASELINES = ("random directions", "data points", "PCA")
-"""SAEs that have learnt nothing, or only what PCA does, to compare with."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def run_demo(
             )
             trained[run].append(SAE.load_from_disk(folder))
     comparison = compare(
-        trained, data.held_out, train=data.train, baselines=BASELINES, groups=(), progress=True
+        trained, data.held_out, train=data.train, baselines=QUICK, groups=(), progress=True
     )
     described = [{"term": type(term).__name__, **asdict(term)} for term in terms]
     result = DemoResult(architecture, described, list(seeds), data.accuracy, comparison, seconds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from monoloss_plugin._samples import compared_in_training
 from monoloss_plugin.evaluation import MEASURES
 from monoloss_plugin.hub.cards import escape, merge_card, settings_table, table
 from monoloss_plugin.hub.record import RECORD, SAERecord
@@ -94,7 +95,7 @@ def _section(one: Listed, has_curves: bool) -> str:
         samples = (f"{escape(k)} {escape(v)}" for k, v in record.evaluated_on.items())
         if record.evaluated_on:
             parts.append(f"Measured on: {', '.join(samples)}.")
-        if trained := _compared_in_training(record):
+        if trained := compared_in_training(record.losses):
             parts.append(f"MonoLoss compared samples by {escape(trained)}.")
         parts.append(_measurements(record))
         if record.controls:
@@ -107,10 +108,6 @@ def _section(one: Listed, has_curves: bool) -> str:
             parts.append(f"{name}:\n\n{settings_table(settings)}")
     parts.append(f"The full record is in `{file_of(one.sae_id, RECORD)}`.")
     return "\n\n".join(parts)
-
-
-def _compared_in_training(record: SAERecord) -> str:
-    return next((str(term["compared_by"]) for term in record.losses if term.get("compared_by")), "")
 
 
 def _measurements(record: SAERecord) -> str:

@@ -184,6 +184,10 @@ Directions have unit length, but those of ICA, whose latents have unit variance.
 """
 
 
+QUICK = ("random directions", "data points", "PCA")
+"""The baselines that take no iterations."""
+
+
 def _mean(rows: Rows) -> Tensor:
     """Return the mean of the samples (d,), float64."""
     return torch.stack([x.double().sum(0) for x in rows.batches()]).sum(0) / len(rows)

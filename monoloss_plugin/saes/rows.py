@@ -13,7 +13,7 @@ from monoloss_plugin._checks import as_rows, require_finite
 from monoloss_plugin._places import kind_of
 from monoloss_plugin._samples import Samples, scaling_for
 from monoloss_plugin.embeddings import unit_rows
-from monoloss_plugin.evaluation import require_sae
+from monoloss_plugin.evaluation import device_of, require_sae, require_width
 
 if TYPE_CHECKING:
     from monoloss_plugin.features import FeatureSet
@@ -58,13 +58,8 @@ class Rows:
             ValueError: as :meth:`of`, or the SAE takes features of another width.
         """
         require_sae(sae)
-        parameters = sae.parameters() if isinstance(sae, torch.nn.Module) else ()
-        rows = cls.of(features, False, next((one.device for one in parameters), None))
-        d_in = getattr(getattr(sae, "cfg", None), "d_in", rows.width)
-        if rows.width != d_in:
-            raise ValueError(
-                f"features: expected (N, {d_in}) for this SAE, got ({len(rows)}, {rows.width})"
-            )
+        rows = cls.of(features, False, device_of(sae))
+        require_width(sae, (len(rows), rows.width))
         samples = Samples.of(features, None, None, None, BATCH)
         return cls(rows.features, scaling_for(sae, samples, normalize), rows.device)
 

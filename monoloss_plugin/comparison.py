@@ -214,7 +214,7 @@ def compare(
     notes = []
     if train is None:
         fitted, scored = _halves(len(features))
-        train, features = _rows_of(features, fitted), _rows_of(features, scored)
+        train, features = features.select(fitted), features.select(scored)
         matched = {name: (other, rows[scored]) for name, (other, rows) in matched.items()}
         notes.append(
             "There are no training features. So probes and baselines were fitted on a random half "
@@ -420,10 +420,6 @@ def _halves(num_rows: int) -> tuple[Tensor, Tensor]:
     order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(0))
     first, second = (half.sort().values for half in order.tensor_split(2))
     return first, second
-
-
-def _rows_of(features: FeatureSet, rows: Tensor) -> FeatureSet:
-    return FeatureSet(features.dataset.select(rows.tolist()), features.record)
 
 
 def _stability(saes: Sequence[SAE], found: Sequence[Evaluation]) -> dict[str, float]:

@@ -233,6 +233,10 @@ class FeatureSet(torch.utils.data.Dataset[Batch]):
         """Return every row (N, d) in the stored type, in memory."""
         return self.take(torch.arange(len(self)))
 
+    def select(self, numbers: Tensor) -> FeatureSet:
+        """Return a feature set of some rows, in the order of ``numbers`` (B,). It is a copy."""
+        return FeatureSet(self.dataset.select(numbers.tolist()), self.record)
+
     def ids_of(self, numbers: Tensor) -> list[str] | None:
         """Return the ids of some rows (B,); None if the set has no ids."""
         if self.ids is None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from monoloss_plugin._later import later
 from monoloss_plugin.saes.decoder import Decoder, ridge_decoder
+from monoloss_plugin.saes.initialise import init_from_data
 from monoloss_plugin.saes.selection import (
     Reselected,
     effective_latents,
@@ -27,6 +28,7 @@ __all__ = [
     "Decoder",
     "Reselected",
     "effective_latents",
+    "init_from_data",
     "k_robustness",
     "make_baseline",
     "pre_activations",

@@ -20,7 +20,8 @@ from monoloss_plugin._checks import require_at_least, require_choice, require_fl
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.embeddings import unit_rows
 from monoloss_plugin.saes.decoder import ridge_decoder
-from monoloss_plugin.saes.rows import BATCH, Rows
+from monoloss_plugin.saes.initialise import data_directions
+from monoloss_plugin.saes.rows import BATCH, Rows, require_samples
 from monoloss_plugin.saes.selection import pre_activations, threshold_for_l0
 
 try:
@@ -98,7 +99,7 @@ def make_baseline(
     if l0 > num_latents:
         raise ValueError(f"l0: expected at most num_latents, {num_latents}, got {l0}")
     rows = Rows.of(features, normalize)
-    mean = _mean(rows)
+    mean = rows.mean()
     directions = BASELINES[kind](rows, mean, num_latents, seed).to(mean)
 
     sae = _empty_sae(selection, rows.take(torch.tensor([0])), num_latents, l0)
@@ -139,8 +140,7 @@ def _random_directions(rows: Rows, mean: Tensor, most: int, seed: int) -> Tensor
 
 
 def _data_points(rows: Rows, mean: Tensor, most: int, seed: int) -> Tensor:
-    _require_samples(rows, most)
-    return _unit(rows.sample(most, seed) - mean)
+    return data_directions(rows, most, mean=mean, seed=seed)
 
 
 def _principal_components(rows: Rows, mean: Tensor, most: int, seed: int) -> Tensor:
@@ -156,7 +156,7 @@ def _independent_components(rows: Rows, mean: Tensor, most: int, seed: int) -> T
 
 
 def _cluster_centres(rows: Rows, mean: Tensor, most: int, seed: int) -> Tensor:
-    _require_samples(rows, most)
+    require_samples(rows, most)
     sample = rows.sample(max(_K_MEANS_SAMPLES, most), seed).cpu().numpy()
     fitted = MiniBatchKMeans(most, random_state=seed, n_init=1).fit(sample)
     return _unit(torch.from_numpy(fitted.cluster_centers_).to(mean) - mean)
@@ -188,11 +188,6 @@ QUICK = ("random directions", "data points", "PCA")
 """The baselines that take no iterations."""
 
 
-def _mean(rows: Rows) -> Tensor:
-    """Return the mean of the samples (d,), float64."""
-    return torch.stack([x.double().sum(0) for x in rows.batches()]).sum(0) / len(rows)
-
-
 def _components(rows: Rows, mean: Tensor) -> Tensor:
     """Return the principal components (n, d) that vary, the largest variance first."""
     scatter = torch.zeros(rows.width, rows.width, dtype=torch.float64, device=mean.device)
@@ -211,8 +206,3 @@ def _unit(directions: Tensor) -> Tensor:
 def _both_signs(components: Tensor) -> Tensor:
     """Return components (n, d) and their negatives as (2 n, d), side by side."""
     return torch.stack((components, -components), dim=1).flatten(0, 1)
-
-
-def _require_samples(rows: Rows, wanted: int) -> None:
-    if len(rows) < wanted:
-        raise ValueError(f"num_latents: expected at most {len(rows)}, one a sample, got {wanted}")

@@ -95,3 +95,16 @@ class Rows:
             return self.take(torch.arange(len(self)))
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         return self.take(order[:most])
+
+    def mean(self) -> Tensor:
+        """Return the mean of the samples (d,), float64."""
+        return torch.stack([x.double().sum(0) for x in self.batches()]).sum(0) / len(self)
+
+
+def require_samples(rows: Rows, num_latents: int) -> None:
+    """Raise ValueError unless there is a sample for each latent."""
+    if len(rows) < num_latents:
+        raise ValueError(
+            f"features: expected at least {num_latents} samples, one for each latent, got "
+            f"{len(rows)}"
+        )

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from monoloss_plugin.hub import load_pretrained as load_pretrained
     from monoloss_plugin.hub import publish_features as publish_features
     from monoloss_plugin.hub import publish_sae as publish_sae
+    from monoloss_plugin.saes import refit_decoder as refit_decoder
 
 __version__ = "0.1.0"
 
@@ -31,7 +32,7 @@ __all__ = [
     "functional",
 ]
 
-# The Hub's libraries are imported by who asks for them; a star import does with torch alone.
+# The Hub's libraries are imported when you first ask for them; a star import needs torch alone.
 __getattr__, __dir__ = later(
     __name__,
     {
@@ -40,5 +41,6 @@ __getattr__, __dir__ = later(
         "load_pretrained": "hub",
         "publish_sae": "hub",
         "publish_features": "hub",
+        "refit_decoder": "saes",
     },
 )

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from monoloss_plugin.hub import load_pretrained as load_pretrained
     from monoloss_plugin.hub import publish_features as publish_features
     from monoloss_plugin.hub import publish_sae as publish_sae
-    from monoloss_plugin.saes.initialise import init_from_data as init_from_data
+    from monoloss_plugin.saes import init_from_data as init_from_data
+    from monoloss_plugin.saes import refit_decoder as refit_decoder
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ __getattr__, __dir__ = later(
         "load_pretrained": "hub",
         "publish_sae": "hub",
         "publish_features": "hub",
-        "init_from_data": "saes.initialise",
+        "init_from_data": "saes",
+        "refit_decoder": "saes",
     },
 )

@@ -119,7 +119,7 @@ def scaling_for(sae: Any, samples: Samples, normalize: bool | None) -> bool:
 
 def inputs_of(sae: Any) -> str | None:
     """Return the inputs that an SAE says it takes: "unit norm", "as they are", or None."""
-    cfg, record = getattr(sae, "cfg", None), _record_in(sae)
+    cfg, record = getattr(sae, "cfg", None), own_record(sae)
     if record.get("inputs") in ("unit norm", "as they are"):
         return str(record["inputs"])
     if getattr(cfg, "normalize_activations", "none") != "none":
@@ -130,7 +130,7 @@ def inputs_of(sae: Any) -> str | None:
 
 def trained_on(sae: Any) -> str:
     """Return what MonoLoss compared samples by in training; empty if the SAE does not say."""
-    terms = _record_in(sae).get("terms")
+    terms = own_record(sae).get("terms")
     return compared_in_training(terms.values() if isinstance(terms, dict) else ())
 
 
@@ -140,7 +140,7 @@ def compared_in_training(terms: Iterable[Any]) -> str:
     return next((str(one) for one in said if one), "")
 
 
-def _record_in(sae: Any) -> dict[str, Any]:
+def own_record(sae: Any) -> dict[str, Any]:
     """Return what an SAE's own metadata records; empty if it is not a record."""
     record = getattr(getattr(getattr(sae, "cfg", None), "metadata", None), "monoloss", None)
     return record if isinstance(record, dict) else {}

@@ -110,7 +110,7 @@ def evaluate(
     require_sae(sae)
     samples = Samples.of(features, labels, embeddings, num_classes, batch_size)
     scale = scaling_for(sae, samples, normalize)
-    if _selects_over_batches(sae):
+    if selects_over_batches(sae):
         _warn(
             "sae: a BatchTopK SAE in training selects over each batch, so its scores depend on the "
             "batch size. Save it with save_inference_model and evaluate what SAE.load_from_disk "
@@ -149,7 +149,7 @@ def _score(
     purity: ClassPurity | None = None
     were_scaled = True
 
-    with _bar(samples.total, progress) as advance:
+    with progress_bar("Evaluating", samples.total, progress) as advance:
         for batch in samples.batches:
             given = as_rows(batch.features, "features")
             require_width(sae, given.shape)
@@ -200,7 +200,8 @@ def require_width(sae: Any, shape: tuple[int, ...]) -> None:
         raise ValueError(f"features: expected (N, {d_in}) for this SAE, got {tuple(shape)}")
 
 
-def _selects_over_batches(sae: SAE) -> bool:
+def selects_over_batches(sae: SAE) -> bool:
+    """Return whether an SAE selects latents over each batch: a BatchTopK SAE in training."""
     architecture = getattr(getattr(sae, "cfg", None), "architecture", None)
     return callable(architecture) and "batchtopk" in str(architecture())
 
@@ -257,7 +258,7 @@ def device_of(sae: SAE) -> torch.device | None:
 
 
 @contextmanager
-def _bar(samples: int | None, shown: bool) -> Iterator[Callable[[int], Any]]:
+def progress_bar(title: str, samples: int | None, shown: bool) -> Iterator[Callable[[int], Any]]:
     """Yield a function to call with the number of samples done."""
     if not shown:
         yield lambda _: None
@@ -266,5 +267,5 @@ def _bar(samples: int | None, shown: bool) -> Iterator[Callable[[int], Any]]:
         from tqdm.auto import tqdm
     except ModuleNotFoundError as error:
         raise missing_extra(error, "cli") from error
-    with tqdm(total=samples, desc="Evaluating", unit=" samples", unit_scale=True) as bar:
+    with tqdm(total=samples, desc=title, unit=" samples", unit_scale=True) as bar:
         yield bar.update

@@ -91,6 +91,12 @@ def _section(one: Listed, has_curves: bool) -> str:
         parts.append(f"Takes features (N, {one.d_in}) as the encoder gives them.")
     if record.converted_from:
         parts.append(f"Converted from a checkpoint of {escape(record.converted_from)}.")
+    if record.refit:
+        before, after = (_number(record.refit.get(m), "r2") for m in ("r2_before", "r2_after"))
+        parts.append(
+            "The decoder was refitted after training, with the same latents: held-out R² "
+            f"{after} instead of {before}."
+        )
     if record.metrics:
         samples = (f"{escape(k)} {escape(v)}" for k, v in record.evaluated_on.items())
         if record.evaluated_on:

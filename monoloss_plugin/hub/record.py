@@ -38,6 +38,8 @@ class SAERecord:
     """The same measurements of SAEs that have learnt nothing, by name."""
     evaluated_on: dict[str, Any] = field(default_factory=dict)
     """The samples that were measured."""
+    refit: dict[str, float] = field(default_factory=dict)
+    """What :func:`~monoloss_plugin.saes.refit.refit_decoder` did: ridge, R² before and after."""
     converted_from: str | None = None
     """The library whose checkpoint was converted."""
     versions: dict[str, str] = field(default_factory=dict)
@@ -97,7 +99,7 @@ def _fits(part: str, value: Any) -> bool:
             and _is_number(term.get("lam"))
             for term in value
         )
-    if part in ("metrics", "baseline"):
+    if part in ("metrics", "baseline", "refit"):
         return all(_is_number(number) for number in value.values())
     if part == "controls":
         return all(isinstance(one, dict) and _fits("metrics", one) for one in value.values())

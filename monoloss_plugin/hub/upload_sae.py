@@ -213,6 +213,7 @@ def _complete(known: SAERecord, sae: SAE[Any], content: SAEContent) -> SAERecord
         known,
         losses=own.losses or known.losses,
         inputs=_inputs(known.inputs or own.inputs, content.unit_norm),
+        refit=own.refit or known.refit,
         converted_from=own.converted_from or known.converted_from,
         versions={
             "monoloss_plugin": __version__,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -130,6 +131,18 @@ class Support:
             self.values.detach()[order],
             self.shape,
         )
+
+    def by_latent(self, at_once: int) -> Iterator[tuple[slice, Tensor]]:
+        """Yield blocks of latents, and each block as a sparse CSR tensor (m, N), no gradient."""
+        values = self.values.detach()
+        bounds = [*self.offsets[::at_once].tolist(), len(self.rows)]
+        for start, first, last in zip(
+            range(0, self.num_latents, at_once), bounds, bounds[1:], strict=False
+        ):
+            offsets = self.offsets[start : start + at_once + 1] - first
+            shape = len(offsets) - 1, self.num_rows
+            block = _csr(offsets, self.rows[first:last], values[first:last], shape)
+            yield slice(start, start + at_once), block
 
     def weighted_sums(self, weights: Tensor, embeddings: Tensor) -> Tensor:
         """Return Σ weight · embedding over each latent's entries.

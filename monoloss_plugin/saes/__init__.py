@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from monoloss_plugin._later import later
 from monoloss_plugin.saes.decoder import Decoder, ridge_decoder
 from monoloss_plugin.saes.initialise import init_from_data
+from monoloss_plugin.saes.refit import Refit, refit_decoder
 from monoloss_plugin.saes.selection import (
     Reselected,
     effective_latents,
@@ -26,12 +27,14 @@ if TYPE_CHECKING:
 __all__ = [
     "BASELINES",
     "Decoder",
+    "Refit",
     "Reselected",
     "effective_latents",
     "init_from_data",
     "k_robustness",
     "make_baseline",
     "pre_activations",
+    "refit_decoder",
     "ridge_decoder",
     "with_k",
     "with_l0",

@@ -51,8 +51,8 @@ def pre_activations(sae: Any, x: Tensor) -> Tensor:
     if not _has_pre_activations(sae):
         raise TypeError(
             f"sae: expected a SAELens SAE of the architecture {', '.join(_KNOWN)}, got "
-            f"{_architecture(sae) or kind_of(sae)}; save a BatchTopK SAE with save_inference_model "
-            "and use what SAE.load_from_disk gives"
+            f"{architecture_of(sae) or kind_of(sae)}; save a BatchTopK SAE with "
+            "save_inference_model and use what SAE.load_from_disk gives"
         )
     seen: list[Tensor] = []
     # The hook point's output is the same in every architecture and in SAEs in training.
@@ -263,14 +263,15 @@ def _original(sae: SAE) -> SAE:
     return sae.sae if isinstance(sae, Reselected) else sae
 
 
-def _architecture(sae: Any) -> str | None:
+def architecture_of(sae: Any) -> str | None:
+    """Return the name of a SAELens SAE's architecture; None for anything else."""
     named = getattr(getattr(sae, "cfg", None), "architecture", None)
     return str(named()) if callable(named) else None
 
 
 def _has_pre_activations(sae: Any) -> bool:
     # A Reselected shows the cfg of its SAE, and has no hook point.
-    return _architecture(sae) in _KNOWN and hasattr(sae, "hook_sae_acts_pre")
+    return architecture_of(sae) in _KNOWN and hasattr(sae, "hook_sae_acts_pre")
 
 
 def _candidates(sae: SAE, x: Tensor) -> Tensor:
@@ -289,7 +290,7 @@ def _keep_largest(candidates: Tensor, k: int) -> Tensor:
 
 def _margins(sae: Any, candidates: Tensor) -> Tensor:
     """Return by how much candidates (B, M) exceed their latent's own threshold, if it has one."""
-    return candidates - sae.threshold if _architecture(sae) == "jumprelu" else candidates
+    return candidates - sae.threshold if architecture_of(sae) == "jumprelu" else candidates
 
 
 def l0_and_width(sae: SAE, rows: Rows) -> tuple[float, int]:

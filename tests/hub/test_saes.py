@@ -28,6 +28,7 @@ from monoloss_plugin import (
     load_pretrained,
     publish_features,
     publish_sae,
+    refit_decoder,
 )
 from monoloss_plugin.convert import from_dictionary_learning, from_monoloss, from_overcomplete
 from monoloss_plugin.evaluation import evaluate
@@ -588,6 +589,7 @@ def test_a_neighbour_that_cannot_be_read_is_only_said(hub, caplog) -> None:
         {"terms": {"a": {"lam": 1}}},
         {"terms": {"a": {"name": "a", "lam": "x"}}},
         {"converted_from": 3},
+        {"refit": {"ridge": "much"}},
     ],
 )
 def test_metadata_of_others_in_our_place_is_named(said, hub) -> None:
@@ -595,6 +597,16 @@ def test_metadata_of_others_in_our_place_is_named(said, hub) -> None:
     sae.cfg.metadata.monoloss = said
     with pytest.raises(ValueError, match=r"metadata.monoloss is not what this package writes"):
         publish_sae(sae, REPO)
+
+
+def test_a_refitted_decoder_is_told_on_the_card(held_out, hub) -> None:
+    sae = load_pretrained("digits", WITH).sae
+    found = refit_decoder(sae, held_out, held_out=held_out)
+    publish_sae(sae, REPO)
+    record = load_pretrained(REPO).record
+    assert (record.refit["r2_before"], record.refit["r2_after"]) == found[:2]
+    told = f"held-out R² {found.r2_after:.3f} instead of {found.r2_before:.3f}"
+    assert told in hub.files(REPO)["README.md"].decode()
 
 
 def test_a_name_is_made_of_what_a_folder_may_be_called(images) -> None:

@@ -42,8 +42,10 @@ def test_it_is_scikit_learn_s_ridge_on_real_latents(real, ridge, batch_size) -> 
 
 
 @pytest.mark.parametrize("share", [0.02, 0.5])
-def test_sparse_and_dense_latents_give_the_same(share) -> None:
-    latents, x = random_latents(300, 40, share), torch.randn(300, 5)
+@pytest.mark.parametrize("mkl", [True, False])
+def test_sparse_and_dense_latents_give_the_same(share, mkl, monkeypatch) -> None:
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    latents, x = random_latents(300, 150, share), torch.randn(300, 5)
     expected = with_sklearn(latents, x, 1e-2)
     for given in (latents, latents.to_sparse()):
         np.testing.assert_allclose(ridge_decoder([(given, x)]).W_dec, expected.coef_.T, atol=1e-9)

@@ -16,6 +16,7 @@ try:
     from monoloss_plugin.cli.features import extract, features
     from monoloss_plugin.cli.hub import convert, pretrained, publish
     from monoloss_plugin.cli.output import command
+    from monoloss_plugin.cli.train import recipe_options, sweep, train
 except ModuleNotFoundError as error:
     sys.exit(f"monoloss: {missing_extra(error, 'cli')}")
 
@@ -30,6 +31,8 @@ app = typer.Typer(
 )
 command(app)(demo)
 command(app)(extract)
+command(app, recipe_options)(train)
+command(app, recipe_options)(sweep)
 command(app)(evaluate)
 app.add_typer(features, name="features")
 app.add_typer(publish, name="publish")

@@ -76,9 +76,9 @@ def evaluate(
         require_folder(out, "out")
     found = compare(
         {place: _load_sae(place) for place in places},
-        _load_features(features),
-        train=None if train is None else _load_features(train),
-        spaces={name: _load_features(place) for name, place in spaces},
+        load_features(features),
+        train=None if train is None else load_features(train),
+        spaces={name: load_features(place) for name, place in spaces},
         baselines=baselines,
         match="l0" if match_l0 else None,
         groups=() if quick else GROUPS,
@@ -103,15 +103,16 @@ def _load_sae(place: str) -> Any:
     return load_folder(folder, place)
 
 
-def _load_features(place: str) -> FeatureSet:
+def load_features(place: str) -> FeatureSet:
+    """Return the features of a folder, or of a REPOSITORY:SPLIT on the Hub."""
     from monoloss_plugin.features import FeatureSet
-    from monoloss_plugin.hub import load_features
+    from monoloss_plugin.hub import load_features as load_from_hub
 
     path = local_path(place)
     if path is not None:
         return FeatureSet.open(path)
     repository, _, split = place.partition(":")
-    return load_features(repository, split or None)
+    return load_from_hub(repository, split or None)
 
 
 def _write(found: Any, out: Path) -> dict[str, Path]:

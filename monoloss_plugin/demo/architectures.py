@@ -9,7 +9,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "batchtopk": {"k": 8},
     "topk": {"k": 8},
     "matryoshka_batchtopk": {"k": 8, "matryoshka_widths": [64, NUM_LATENTS]},
-    "jumprelu": {"l0_coefficient": 0.01},
+    "jumprelu": {"jumprelu_sparsity_loss_mode": "step", "l0_coefficient": 0.01},
     "standard": {"l1_coefficient": 0.05},
     "gated": {"l1_coefficient": 0.05},
 }

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import monoloss_plugin.adapters.sae_lens  # noqa: F401  # gives SAETrainer its add_loss
 from monoloss_plugin._places import require_folder, without
 from monoloss_plugin.comparison import Comparison, compare
 from monoloss_plugin.demo.architectures import ARCHITECTURES, NUM_LATENTS
@@ -23,15 +22,14 @@ from monoloss_plugin.demo.pictures import (
     pairs_of_the_same_rank,
 )
 from monoloss_plugin.embeddings import unit_rows
-from monoloss_plugin.features import FeatureBatches, FeatureSet
+from monoloss_plugin.features import FeatureSet
 from monoloss_plugin.losses import LossTerm
 from monoloss_plugin.report import activating_images_figure, curves_figure, trade_off_figure
 from monoloss_plugin.saes.baselines import QUICK
+from monoloss_plugin.training import Recipe, batches_for, make_trainer
 
-# After the adapter, whose import error names the extra to install.
-from sae_lens import SAE, SAETrainer  # isort: skip
-from sae_lens.config import LoggingConfig, SAETrainerConfig  # isort: skip
-from sae_lens.registry import get_sae_training_class  # isort: skip
+# After the modules above, whose import errors name the extra to install.
+from sae_lens import SAE  # isort: skip
 
 _STEPS = 1500
 _BATCH = 256
@@ -106,30 +104,30 @@ def train_sae(
 
     The seed decides the weights and the order of batches, the same with and without terms.
     """
-    torch.manual_seed(seed)
-    sae_class, config_class = get_sae_training_class(architecture)
-    sae = sae_class(
-        config_class(d_in=features.width, d_sae=NUM_LATENTS, **ARCHITECTURES[architecture])
-    )
-    trainer = SAETrainer(
-        cfg=SAETrainerConfig(
-            total_training_samples=_STEPS * _BATCH,
-            train_batch_size_samples=_BATCH,
-            lr=_LEARNING_RATE,
-            lr_end=_LEARNING_RATE,
-            dead_feature_window=300,
-            logger=LoggingConfig(log_to_wandb=False),
-        ),
-        sae=sae,
-        data_provider=FeatureBatches(features, batch_size=_BATCH, seed=seed).tensors(),
-    )
-    for term in terms:
-        trainer.add_loss(term)
+    recipe = recipe_of(architecture, terms, seed)
+    batches = batches_for(features, recipe)
+    recipe = replace(recipe, epochs=_STEPS / len(batches))
+    trainer = make_trainer(batches, recipe)
     started = time.perf_counter()
-    trainer.fit()
+    sae = trainer.fit()
     seconds = time.perf_counter() - started
     sae.save_inference_model(folder)
     return seconds
+
+
+def recipe_of(architecture: str, terms: Sequence[LossTerm], seed: int) -> Recipe:
+    """Return the demo's recipe, as SAELens trains without advice of ours."""
+    return Recipe(
+        architecture,  # type: ignore[arg-type]  # it is checked there
+        num_latents=NUM_LATENTS,
+        terms=tuple(terms),
+        warm_up=0.0,
+        batch_size=_BATCH,
+        learning_rate=_LEARNING_RATE,
+        learning_rate_decay=0.0,
+        settings=ARCHITECTURES[architecture],
+        seed=seed,
+    )
 
 
 def sae_folder(out: Path, seed: int, run: str) -> Path:

@@ -20,6 +20,7 @@ SMALL = {
     "publish": ["alice/digits", "--upload"],
     "sae_lens_train": ["--steps", "50"],
     "score_pretrained": [],
+    "train_recipe": ["--epochs", "10"],
 }
 """The arguments of every example."""
 

@@ -46,16 +46,19 @@ class MonoLossCallback(Callback):
         latents: the layer that gives the latents, or its path in the module; by default its
             MonoLayer.
         warm_up_steps: the weight grows linearly from 0 over this many optimizer steps.
+        start: the weight is 0 before this optimizer step (an int), or before this share of the fit
+            (a float below 1); the warm-up counts from there.
         sync: compute the term over the global batch of all processes, with its exact gradient.
 
     Raises:
         TypeError: an argument has the wrong type; in ``fit``, the training step returns no loss.
         ValueError: ``lam_units`` is not "raw"; in ``fit``, the module optimizes manually, there is
-            no such layer, or a callback adds a term of the same name.
+            no such layer, a callback adds a term of the same name, or ``start`` is a share and the
+            fit has no known end.
 
     Warns:
         UserWarning: in ``fit``, you added the callback too late, no step was trained, or training
-            ends before the warm-up does.
+            ends before the start or the warm-up does.
     """
 
     def __init__(
@@ -65,11 +68,14 @@ class MonoLossCallback(Callback):
         embeddings: str | Callable[[Any], Any],
         latents: str | nn.Module | None = None,
         warm_up_steps: int = 0,
+        start: int | float = 0,
         sync: bool = False,
     ) -> None:
         require_embeddings(embeddings, "a key of the batch")
         source = Column(embeddings) if isinstance(embeddings, str) else Frozen(embeddings)
-        self._attached = LatentTerm(loss, warm_up_steps, source, latents=latents, sync=sync)
+        self._attached = LatentTerm(
+            loss, warm_up_steps, source, start=start, latents=latents, sync=sync
+        )
         self._handle: LossHandle | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -83,7 +89,7 @@ class MonoLossCallback(Callback):
             )
         self._remove()
         Attachment.require_free(pl_module, self._attached.term.name)
-        self._attached.start(pl_module)
+        self._attached.begin(pl_module)
         self._handle = _Attachment.of(pl_module).add(self._attached, self._attached.stop)
 
     def on_train_batch_start(

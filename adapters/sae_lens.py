@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable
@@ -78,14 +79,15 @@ def add_loss(
     loss: LossTerm,
     *,
     warm_up_steps: int = 0,
+    start: int | float = 0,
     embeddings: Embeddings | None = None,
     saes: Iterable[str] | None = None,
 ) -> LossHandle:
     """Add a loss term to a SAELens trainer, runner or training SAE.
 
     The host shows the term under its name in its losses, progress bar and logs. Its schedule and
-    checkpoints contain the coefficient: ``lam``, times the warm-up. The metric ``<name>_weight`` is
-    the weight applied: the coefficient, converted to the host's loss.
+    checkpoints contain the coefficient: 0 before the start, then ``lam`` times the warm-up. The
+    metric ``<name>_weight`` is the weight applied: the coefficient, converted to the host's loss.
 
     Args:
         target: an ``SAETrainer`` or ``MultiSAETrainer`` (before or during training), a
@@ -94,6 +96,9 @@ def add_loss(
             trainer).
         loss: the term, such as ``MonoLoss(lam=3e-4)``.
         warm_up_steps: the coefficient grows linearly from 0 over this many steps.
+        start: the coefficient is 0 before this step (an int), or before this share of the trainer's
+            ``total_training_steps`` (a float below 1); the warm-up counts from there. Only for a
+            trainer or a ``LanguageModelSAETrainingRunner``.
         embeddings: a function from the SAE's input (B, d_in), un-whitened where SAELens whitens it,
             to the similarity space (B, d) of the same samples. By default that input itself.
         saes: for a target with several SAEs, the names of those to attach to; all by default.
@@ -104,10 +109,10 @@ def add_loss(
     Raises:
         TypeError: the target or the loss has the wrong type.
         ValueError: a term of that name is attached already, the architecture does not give the term
-            what it needs, or an argument is out of range.
+            what it needs, the target cannot start a term late, or an argument is out of range.
 
     Warns:
-        UserWarning: training has ended, or it ends before the warm-up does.
+        UserWarning: training has ended, or it ends before the start or the warm-up does.
 
     Examples:
         >>> from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
@@ -120,7 +125,7 @@ def add_loss(
         >>> sae.get_coefficients()
         {}
     """
-    attached = AttachedTerm(loss, warm_up_steps, embeddings)
+    attached = AttachedTerm(loss, warm_up_steps, embeddings, start=start)
     if embeddings is not None:
         require_embeddings(embeddings)
     found = _find_saes(target, saes)
@@ -210,7 +215,7 @@ def _warn_of_no_effect(target: Any, attached: AttachedTerm) -> None:
             stacklevel=3,
         )
     else:
-        attached.warn_of_long_warm_up(steps - getattr(target, "n_training_steps", 0))
+        attached.warn_of_long_warm_up(steps, getattr(target, "n_training_steps", 0))
 
 
 def _check(sae: TrainingSAE[Any], owner: _Owner | None, attached: AttachedTerm) -> None:
@@ -232,6 +237,12 @@ def _check(sae: TrainingSAE[Any], owner: _Owner | None, attached: AttachedTerm) 
             f"{term.name}: reads 0 as 'not active', but {architecture!r} activations are signed"
             f"{remedy}"
         )
+    # The host makes a schedule without a start from what the SAE gives it.
+    if attached.start and owner is None:
+        raise ValueError(
+            f"start: {term.name} cannot start late here, because SAELens makes the schedule "
+            "itself; add the loss to the SAETrainer or MultiSAETrainer"
+        )
     # Whitening makes cosine similarities meaningless. Only the trainer can undo it.
     whitened = sae.cfg.normalize_activations == "covariance_whitening"
     compares_inputs = term.needs_embeddings and attached.embeddings is None
@@ -251,10 +262,38 @@ def _attach(sae: TrainingSAE[Any], owner: _Owner | None, attached: AttachedTerm)
     if isinstance(owner, LanguageModelSAETrainingRunner):
         return attachment.add(attached, _RunnerAttachment.of(owner).add(attached).remove)
     attachment.scaler = owner.activation_scaler
-    owner.coefficient_schedulers[name] = CoefficientScheduler(
-        warm_up_steps=attached.warm_up_steps, final_value=attached.term.lam
-    )
+    owner.coefficient_schedulers[name] = _Schedule(attached, owner)
     return attachment.add(attached, lambda: owner.coefficient_schedulers.pop(name, None))
+
+
+class _Schedule(CoefficientScheduler):  # type: ignore[misc]
+    """The coefficient of one term in one trainer: the host's, with a start."""
+
+    def __init__(self, attached: AttachedTerm, trainer: SAETrainer[Any, Any]) -> None:
+        super().__init__(warm_up_steps=attached.warm_up_steps, final_value=attached.term.lam)
+        self.attached, self.trainer = attached, trainer
+        self.added_at = 0
+        """How many steps the trainer had done at this schedule's first step."""
+
+    @property
+    def value(self) -> float:
+        """The coefficient of the next step."""
+        # The trainer may load a checkpoint before the first step. After it we count ourselves: a
+        # checkpoint that the host writes in a step has counted the step here, but not there.
+        added_at = self.added_at if self.current_step else self.trainer.n_training_steps
+        steps = self.trainer.cfg.total_training_steps
+        return self.attached.weight_at(added_at + self.current_step, steps, added_at)
+
+    def step(self) -> float:
+        """Count a step."""
+        if not self.current_step:
+            self.added_at = self.trainer.n_training_steps
+        self.current_step += 1
+        return self.value
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {**super().state_dict(), "added_at": self.added_at}
 
 
 class _Attachment(Attachment[AttachedTerm]):
@@ -284,7 +323,9 @@ class _Attachment(Attachment[AttachedTerm]):
         """Return the host's coefficients and the terms'."""
         coefficients = dict(inner())
         for name, attached in self.terms.items():
-            coefficients[name] = TrainCoefficientConfig(attached.term.lam, attached.warm_up_steps)
+            # The host's schedule knows no start. With NaN, a trainer that never gets ours fails.
+            lam = math.nan if attached.start else attached.term.lam
+            coefficients[name] = TrainCoefficientConfig(lam, attached.warm_up_steps)
         return coefficients
 
     def load_weights_from_checkpoint(
@@ -329,10 +370,12 @@ class _Attachment(Attachment[AttachedTerm]):
         """Return the coefficient of this step, converted to the host's loss."""
         sae, name = self.target, attached.term.name
         coefficient = step_input.coefficients.get(name)
-        if coefficient is None and attached.warm_up_steps:
+        late = attached.warm_up_steps or attached.start
+        if late and (coefficient is None or math.isnan(coefficient)):
             raise ValueError(
-                f"{name}: you made this trainer before you added the loss to its SAE, so it has no "
-                "schedule for the warm-up; add the loss to the trainer instead"
+                f"{name}: this trainer has no schedule for the term's start and warm-up, because "
+                "you added the loss to its SAE or to another trainer; remove it with its handle, "
+                "and add the loss to the trainer instead"
             )
         if sae.cfg.metadata[_METADATA] is None:
             sae.cfg.metadata[_METADATA] = {}
@@ -367,7 +410,7 @@ class _Attachment(Attachment[AttachedTerm]):
 
 
 class _RunnerAttachment(Attachment[AttachedTerm]):
-    """Gives the SAE's attachment the scaler of the trainer that a runner makes."""
+    """Gives the terms the scaler and the schedules of the trainer that a runner makes."""
 
     replaces = ("run_trainer_with_interruption_handling",)
 
@@ -376,6 +419,12 @@ class _RunnerAttachment(Attachment[AttachedTerm]):
     ) -> Any:
         """Start training."""
         _Attachment.of(trainer.sae).scaler = trainer.activation_scaler
+        for name, attached in self.terms.items():
+            made, ours = trainer.coefficient_schedulers[name], _Schedule(attached, trainer)
+            # The host has set what a checkpoint keeps of ours as attributes of its own schedule.
+            state = {key: getattr(made, key, value) for key, value in ours.state_dict().items()}
+            ours.load_state_dict(state)
+            trainer.coefficient_schedulers[name] = ours
         return inner(trainer)
 
 

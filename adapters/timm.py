@@ -50,6 +50,7 @@ def add_loss(
     embeddings: Callable[[Tensor], Tensor] | None = None,
     latents: str | nn.Module | None = None,
     warm_up_steps: int = 0,
+    start: int = 0,
     sync: bool = False,
 ) -> LossHandle:
     """Add a loss term to a timm training task.
@@ -66,6 +67,8 @@ def add_loss(
         latents: the layer that gives the latents, or its path; by default the model's MonoLayer.
         warm_up_steps: the weight grows linearly from 0 over this many calls, counted from now.
             timm's checkpoints do not keep the count.
+        start: the weight is 0 for this many calls; the warm-up counts from there. A task does not
+            know how long you train, so it takes no share of the run.
         sync: compute the term over the global batch of all processes, with its exact gradient.
 
     Returns:
@@ -74,11 +77,13 @@ def add_loss(
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: there is no such layer, or no MonoLayer and you name no layer; a term of that
-            name is attached already; ``lam_units`` is not "raw"; or the task is compiled already.
+            name is attached already; ``lam_units`` is not "raw"; the task is compiled already; or
+            ``start`` is a share of the run.
     """
     if not isinstance(task, TrainingTask):
         raise TypeError(f"task: expected a timm TrainingTask, got {type(task).__name__}")
-    attached = LatentTerm(loss, warm_up_steps, latents=latents, sync=sync)
+    attached = LatentTerm(loss, warm_up_steps, start=start, latents=latents, sync=sync)
+    attached.first_step(float("inf"))  # an error for a share, before anything changes
     if embeddings is not None:
         require_embeddings(embeddings)
     Attachment.require_free(task, loss.name)
@@ -87,7 +92,7 @@ def add_loss(
         raise ValueError(f"task: {type(task).__name__} has no model to train")
     if embeddings is not None:
         attached.embeddings = Frozen(embeddings, model)
-    attached.start(model)
+    attached.begin(model)
     return _Attachment.of(task).add(attached, attached.stop)
 
 

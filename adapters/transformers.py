@@ -48,6 +48,7 @@ def add_loss(
     embeddings: str | nn.Module | Callable[[dict[str, Any]], Tensor],
     latents: str | nn.Module | None = None,
     warm_up_steps: int = 0,
+    start: int | float = 0,
     sync: bool = False,
 ) -> LossHandle:
     """Add a loss term to a Hugging Face ``Trainer``.
@@ -66,6 +67,8 @@ def add_loss(
             to (B, d).
         latents: the layer that gives the latents, or its path; by default the model's MonoLayer.
         warm_up_steps: the weight grows linearly from 0 over this many optimizer steps.
+        start: the weight is 0 before this optimizer step (an int), or before this share of the run
+            (a float below 1); the warm-up counts from there.
         sync: compute the term over the global batch of all processes, with its exact gradient.
 
     Returns:
@@ -78,11 +81,11 @@ def add_loss(
             ``DataParallel`` or ``model_init``.
 
     Warns:
-        UserWarning: training has ended; in training, it ends before the warm-up does.
+        UserWarning: training has ended; in training, it ends before the start or the warm-up does.
     """
     if not isinstance(trainer, Trainer):
         raise TypeError(f"trainer: expected a transformers Trainer, got {type(trainer).__name__}")
-    attached = LatentTerm(loss, warm_up_steps, latents=latents, sync=sync)
+    attached = LatentTerm(loss, warm_up_steps, start=start, latents=latents, sync=sync)
     require_embeddings(embeddings, "a column's name")
     if trainer.args.n_gpu > 1:
         raise ValueError(
@@ -100,7 +103,7 @@ def add_loss(
     else:
         pixels = Column("pixel_values") if isinstance(embeddings, nn.Module) else None
         attached.embeddings = Frozen(embeddings, trainer.model, takes=pixels)
-    attached.start(trainer.model)
+    attached.begin(trainer.model)
     if trainer.state.global_step and not trainer.is_in_train:
         warnings.warn(
             f"{loss.name}: training has ended, so the term does nothing unless you call train() "

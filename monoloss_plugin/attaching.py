@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from torch import Tensor
 
-from monoloss_plugin._checks import require_at_least
+from monoloss_plugin._checks import require_at_least, require_number
 from monoloss_plugin._places import kind_of
 from monoloss_plugin.losses import LossHandle, LossTerm, lam_factor
 
@@ -50,6 +50,8 @@ class AttachedTerm:
     """Maps what the host offers to the similarity space (B, d)."""
     conversion_shown: bool = False
     """The log has shown the user what lam became."""
+    start: int | float = 0
+    """The weight is 0 before this step (an int) or this share of the run (a float below 1)."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.term, LossTerm):
@@ -57,6 +59,14 @@ class AttachedTerm:
                 f"loss: expected a loss term such as MonoLoss(lam=0.1), got {kind_of(self.term)}"
             )
         require_at_least(0, self.warm_up_steps, "warm_up_steps")
+        require_number(self.start, "start")
+        if not isinstance(self.start, float):
+            require_at_least(0, self.start, "start")
+        elif not 0 <= self.start < 1:
+            raise ValueError(
+                "start: expected a step (an int), or a share of the run (a float of at least 0 and "
+                f"below 1), got {self.start}"
+            )
 
     @property
     def compared_by(self) -> str:
@@ -66,19 +76,62 @@ class AttachedTerm:
         batches = getattr(self.embeddings, "__self__", None)  # of FeatureBatches.embeddings_of
         return str(getattr(batches, "compared_by", "other embeddings"))
 
-    def weight_at(self, step: int) -> float:
-        """Return lam after this many steps: it grows linearly from 0 over the warm-up."""
-        warm = min(1.0, step / self.warm_up_steps) if self.warm_up_steps else 1.0
+    def first_step(self, steps: float) -> int:
+        """Return how many steps are done when the term starts, in a run of this many steps.
+
+        A share of the run is rounded to a whole step.
+
+        Raises:
+            ValueError: ``start`` is a share, and the host does not know how many steps there are.
+        """
+        if isinstance(self.start, int) or self.start == 0:
+            return int(self.start)
+        if not 0 <= steps < math.inf:  # a host that does not know may say -1
+            raise ValueError(
+                f"start: {self.start} is a share of the run, and this trainer does not know how "
+                "many steps it will train; give a step (an int)"
+            )
+        return round(self.start * steps)
+
+    def weight_at(self, step: int, steps: float = math.inf, added_at: int = 0) -> float:
+        """Return lam as it is in one step: 0 before the start, then linear over the warm-up.
+
+        Args:
+            step: how many steps are done.
+            steps: how many steps there will be; infinity or -1 if the host does not know.
+            added_at: how many steps were done when the term was added.
+
+        Raises:
+            ValueError: as :meth:`first_step`.
+        """
+        since = step - max(self.first_step(steps), added_at)
+        if since < 0:
+            return 0.0
+        warm = min(1.0, since / self.warm_up_steps) if self.warm_up_steps else 1.0
         return self.term.lam * warm
 
-    def warn_of_long_warm_up(self, steps: float) -> None:
-        """Warn if training ends before the term has its full weight."""
-        if self.warm_up_steps > steps >= 0:  # a host that does not know may say -1
-            warnings.warn(
-                f"{self.term.name}: warm_up_steps={self.warm_up_steps} is longer than the {steps} "
-                "steps of training that are left, so the term never gets its full weight lam",
-                stacklevel=4,
-            )
+    def warn_of_long_warm_up(self, steps: float, done: int = 0) -> None:
+        """Warn if training ends before the term has its full weight.
+
+        Args:
+            steps: how many steps there will be; infinity or -1 if the host does not know.
+            done: how many of them are done.
+
+        Raises:
+            ValueError: as :meth:`first_step`.
+        """
+        left = steps - max(self.first_step(steps), done)
+        if steps < 0:
+            return
+        if self.start and left <= 0:
+            said = f"start={self.start} is not before the end of the {steps} steps of training, so "
+            said += "the term does nothing"
+        elif self.warm_up_steps > left:
+            said = f"warm_up_steps={self.warm_up_steps} is longer than the {max(0, left)} steps of "
+            said += "training that are left, so the term never gets its full weight lam"
+        else:
+            return
+        warnings.warn(f"{self.term.name}: {said}", stacklevel=4)
 
 
 Attached = TypeVar("Attached", bound=AttachedTerm)
@@ -278,6 +331,7 @@ class LamConversion:
             "term": type(term).__name__,
             **asdict(term),
             "warm_up_steps": attached.warm_up_steps,
+            "start": attached.start,
             "factor": factor,
         }
         if term.needs_embeddings:

@@ -354,6 +354,7 @@ def cases_of_hosts() -> dict[str, Case]:
         "embeddings": torch.sin,
         "latents": None,
         "warm_up_steps": 0,
+        "start": 0,
         "sync": False,
     }
     config = BatchTopKTrainingSAEConfig(d_in=4, d_sae=8, k=2)
@@ -364,6 +365,7 @@ def cases_of_hosts() -> dict[str, Case]:
                 "target": BatchTopKTrainingSAE(config),
                 "loss": MonoLoss(lam=0.1),
                 "warm_up_steps": 0,
+                "start": 0,
                 "embeddings": None,
                 "saes": None,
             },

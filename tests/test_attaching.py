@@ -137,6 +137,58 @@ def test_warm_up_is_linear_and_warned_of_if_training_is_shorter() -> None:
         attached.warn_of_long_warm_up(steps)
 
 
+@pytest.mark.parametrize(
+    ("start", "warm_up_steps", "expected"),
+    [
+        (3, 0, [0, 0, 0, 1, 1, 1, 1, 1]),
+        (3, 4, [0, 0, 0, 0, 0.25, 0.5, 0.75, 1]),
+        (0.5, 0, [0, 0, 0, 0, 1, 1, 1, 1]),
+        (0.3, 2, [0, 0, 0, 0.5, 1, 1, 1, 1]),  # 2.4 of 8 steps, rounded
+        (0.0, 0, [1] * 8),
+    ],
+)
+def test_a_term_starts_at_a_step_or_a_share_of_the_run(start, warm_up_steps, expected) -> None:
+    attached = AttachedTerm(MonoLoss(lam=0.4), warm_up_steps, start=start)
+    weights = [attached.weight_at(step, 8) for step in range(8)]
+    assert weights == pytest.approx([0.4 * share for share in expected])
+
+
+def test_what_comes_too_late_is_warned_of() -> None:
+    def warn(start: float, warm_up_steps: int, done: int = 0) -> None:
+        attached = AttachedTerm(MonoLoss(lam=0.4), warm_up_steps, start=start)
+        attached.warn_of_long_warm_up(10, done)
+
+    for start in (10, 11, 0.97):
+        with pytest.warns(UserWarning, match=f"start={start} is not before the end of the 10 step"):
+            warn(start, 0)
+    for start, done in ((7, 0), (0.7, 3), (2, 7)):
+        with pytest.warns(UserWarning, match="warm_up_steps=4 is longer than the 3 steps"):
+            warn(start, 4, done)
+    for start in (7, 0.7):
+        warn(start, 3)
+
+
+@pytest.mark.parametrize("steps", [float("inf"), -1])
+def test_a_share_of_a_run_of_unknown_length_is_an_error(steps) -> None:
+    attached = AttachedTerm(MonoLoss(lam=0.4), start=0.5)
+    with pytest.raises(ValueError, match=r"start: 0.5 is a share of the run, .* give a step"):
+        attached.weight_at(3, steps)
+    for known in (0.0, 2):
+        assert AttachedTerm(MonoLoss(lam=0.4), start=known).weight_at(3, steps) == 0.4
+
+
+@pytest.mark.parametrize(
+    ("start", "error"),
+    [
+        *((start, ValueError) for start in (1.0, 1.5, -1, -0.1, float("nan"), 2**40)),
+        *((start, TypeError) for start in (True, "half", None)),
+    ],
+)
+def test_a_wrong_start_is_named(start, error) -> None:
+    with pytest.raises(error, match="start: expected "):
+        AttachedTerm(MonoLoss(lam=0.4), start=start)
+
+
 @pytest.mark.parametrize("wrong", [MonoLoss, 3e-4, None])
 def test_terms_of_another_kind_are_named(wrong) -> None:
     with pytest.raises(TypeError, match="loss: expected a loss term such as MonoLoss"):
@@ -150,7 +202,7 @@ def test_terms_of_another_kind_are_named(wrong) -> None:
 @pytest.mark.parametrize(("reduction", "per_norm"), [("sum", 8.0), ("mean", 1.0)])
 def test_lam_is_converted_logged_and_recorded_once(reduction, per_norm, caplog) -> None:
     inputs = 3 * torch.nn.functional.normalize(torch.randn(16, 8), dim=1)
-    attached, record = AttachedTerm(MonoLoss(lam=1e-3), warm_up_steps=2), {}
+    attached, record = AttachedTerm(MonoLoss(lam=1e-3), warm_up_steps=2, start=0.5), {}
     conversion = LamConversion("A host", reduction, logging.getLogger("monoloss_plugin.a_host"))
     for step in range(3):
         conversion.begin_step(step)
@@ -162,6 +214,7 @@ def test_lam_is_converted_logged_and_recorded_once(reduction, per_norm, caplog) 
     assert record["input_mean_square_norm"] == pytest.approx(9, rel=1e-5)
     term = record["terms"]["monoloss"]
     assert (term["lam"], term["warm_up_steps"], term["factor"]) == (1e-3, 2, factor)
+    assert term["start"] == 0.5
 
     resumed = LamConversion("A host", reduction, conversion.logger)
     resumed.begin_step(3)

@@ -55,7 +55,7 @@ class LatentTerm(AttachedTerm):
                 "loss, and there is none here; use lam_units='raw'"
             )
 
-    def start(self, model: nn.Module) -> None:
+    def begin(self, model: nn.Module) -> None:
         """Begin to record the layer of this model; raises as :class:`LatentRecorder`."""
         self.recorder, self.calls = LatentRecorder(model, self.latents), 0
 
@@ -72,8 +72,12 @@ class LatentTerm(AttachedTerm):
 
         Args:
             embeddings: (B, d) of the same samples; they get no gradient.
-            step: how many steps are done, for the warm-up; by default how many calls.
+            step: how many steps are done, for the schedule; by default how many calls.
             steps: how many steps there will be, if the host knows.
+
+        Raises:
+            ValueError: the latents carry no gradient, the rows do not match, or ``start`` is a
+                share of an unknown number of steps.
         """
         assert self.recorder is not None
         latents = self.recorder.take()
@@ -90,10 +94,13 @@ class LatentTerm(AttachedTerm):
         if self.sync:
             latents, given = gather_rows(latents), gather_rows(given)
         step_tensors = StepTensors(latents, given, gradient_at=self.recorder.gradient_at)
-        value, metrics = self.term.compute_loss(step_tensors)
         if not self.calls:
             self.warn_of_long_warm_up(steps)
-        weighted = self.weight_at(self.calls if step is None else step) * value
+        weight = self.weight_at(self.calls if step is None else step, steps)
+        # At weight 0 the term is only measured, so that the step is the host's own.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
+            value, metrics = self.term.compute_loss(step_tensors)
+            weighted = weight * value if weight else torch.zeros_like(value)
         self.calls += 1
         logged = {self.term.name: weighted.detach(), **metrics}
         return StepTerm(weighted, {name: torch.as_tensor(v) for name, v in logged.items()})

@@ -176,6 +176,33 @@ def test_resume_gives_the_same_trajectory(tmp_path) -> None:
         assert torch.allclose(one, other, atol=1e-6)
 
 
+class Watch(Callback):
+    """Notes the weight of each step."""
+
+    def __init__(self) -> None:
+        self.weights = []
+
+    def on_train_batch_end(self, trainer, *_) -> None:
+        logged = trainer.callback_metrics
+        self.weights.append(logged["monoloss"].item() / (1 - logged["monoscore"].item()))
+
+
+@pytest.mark.parametrize("start", [2, 0.25])
+def test_a_term_starts_late(start, tmp_path) -> None:
+    callback = MonoLossCallback(LOSS, embeddings=embeddings_of, warm_up_steps=2, start=start)
+    watch = Watch()
+    trainer_of([callback, watch], tmp_path, max_epochs=2).fit(Classifier(), loader(8))
+    assert watch.weights == pytest.approx([0, 0, 0, 0.25, *[0.5] * 4], rel=1e-4, abs=1e-7)
+
+
+def test_a_share_of_a_fit_without_an_end_is_an_error(tmp_path) -> None:
+    callback = MonoLossCallback(LOSS, embeddings=embeddings_of, start=0.5)
+    module = Classifier()
+    with pytest.raises(ValueError, match=r"start: 0.5 is a share of the run, .* give a step"):
+        trainer_of([callback], tmp_path, max_epochs=-1).fit(module, loader())
+    assert "training_step" not in module.__dict__
+
+
 def test_a_term_that_can_do_nothing_is_warned_of(tmp_path) -> None:
     long = MonoLossCallback(LOSS, embeddings=embeddings_of, warm_up_steps=3)
     trainer = trainer_of([long], tmp_path, max_steps=2)

@@ -245,6 +245,100 @@ def test_a_resumed_run_takes_the_path_of_an_uninterrupted_one(normalize, images,
     assert_same(weights(sae), weights(resumed_sae))
 
 
+@pytest.mark.parametrize("start", [8, 0.4])
+def test_before_its_start_a_term_costs_nothing_and_changes_nothing(start, images, monkeypatch):
+    calls = []
+    compute = MonoLoss.compute_loss
+    monkeypatch.setattr(MonoLoss, "compute_loss", lambda *a: calls.append(1) or compute(*a))
+    runs = []
+    for attach in (False, True):
+        sae, batches = make_sae("batchtopk"), stream(images)
+        trainer = make_trainer(sae, batches, steps=20)
+        if attach:
+            trainer.add_loss(MonoLoss(lam=0.01), warm_up_steps=4, start=start)
+        path, coefficients, logged = [], [], []
+        for _ in range(20):
+            coefficients.append(trainer.get_coefficients().get("monoloss"))
+            output = trainer.step(next(batches))
+            logged.append(trainer.build_train_step_log_dict(output, 1))
+            trainer.n_training_steps += 1
+            path.append(weights(sae))
+        runs.append(path)
+    expected = [0.0] * 9 + [0.0025, 0.005, 0.0075] + [0.01] * 8
+    assert coefficients == pytest.approx(expected)
+    # The host logs the schedule after the step, so it shows the next step's.
+    shown = [entry["details/monoloss_coefficient"] for entry in logged]
+    assert shown == pytest.approx([*expected[1:], 0.01])
+    assert [entry["losses/monoloss"] > 0 for entry in logged] == [e > 0 for e in expected]
+    assert len(calls) == 11
+    for plain, late in zip(*(run[:9] for run in runs), strict=True):
+        assert_same(plain, late)
+    assert not torch.equal(runs[0][9]["W_enc"], runs[1][9]["W_enc"])
+    assert sae.cfg.metadata.monoloss["terms"]["monoloss"]["start"] == start
+
+
+def test_a_late_term_resumes_from_the_host_s_own_checkpoints(images, tmp_path):
+    def fresh(batches, **options):
+        sae = make_sae("batchtopk")
+        trainer = make_trainer(sae, batches, steps=20, **options)
+        trainer.add_loss(MonoLoss(lam=0.01), warm_up_steps=5, start=0.4)
+        return sae, trainer
+
+    parts = list(images.split(BATCH)[:-1]) * 2
+    sae, trainer = fresh(iter(parts), n_checkpoints=3, checkpoint_path=str(tmp_path))
+    trainer.fit()
+    for done in (6, 11, 16):  # before the start, in the warm-up, after it
+        checkpoint = tmp_path / str(done * BATCH)
+        resumed_sae, resumed = fresh(iter(parts[done:]))
+        resumed.load_trainer_state(checkpoint)
+        resumed_sae.load_weights_from_checkpoint(checkpoint)
+        assert resumed.get_coefficients()["monoloss"] == 0.01 * max(0, min(1, (done - 8) / 5))
+        resumed.fit()
+        assert_same(weights(sae), weights(resumed_sae))
+
+
+def test_a_start_counts_the_run_s_steps_and_a_warm_up_the_term_s(images, tmp_path):
+    def next_coefficients(trainer, count):
+        seen = []
+        for _ in range(count):
+            seen.append(trainer.get_coefficients()["monoloss"])
+            trainer.step(images[:BATCH])
+            trainer.n_training_steps += 1
+        return seen
+
+    plain = make_trainer(make_sae("topk"), stream(images), steps=12)
+    for _ in range(4):
+        plain.step(images[:BATCH])
+        plain.n_training_steps += 1
+    plain.save_checkpoint("plain", base_path=tmp_path)
+
+    resumed = make_trainer(make_sae("topk"), stream(images), steps=12)
+    resumed.add_loss(MonoLoss(lam=1.0), start=0.5)
+    resumed.add_loss(MonoLoss(lam=1.0, name="earlier"), start=4)
+    resumed.load_trainer_state(tmp_path / "plain")
+    assert resumed.get_coefficients()["earlier"] == 1.0
+    assert next_coefficients(resumed, 4) == [0.0, 0.0, 1.0, 1.0]
+
+    plain.add_loss(MonoLoss(lam=1.0), start=2, warm_up_steps=4)  # the start is over
+    assert next_coefficients(plain, 3) == [0.0, 0.25, 0.5]
+    plain.save_checkpoint("late", base_path=tmp_path)
+    again = make_trainer(make_sae("topk"), stream(images), steps=12)
+    again.add_loss(MonoLoss(lam=1.0), start=2, warm_up_steps=4)
+    again.load_trainer_state(tmp_path / "late")
+    assert next_coefficients(again, 3) == [0.75, 1.0, 1.0]
+
+
+def test_a_trainer_that_knows_no_start_is_an_error(images):
+    sae = make_sae("topk")
+    with pytest.raises(ValueError, match=r"start: .* add the loss to the SAETrainer"):
+        add_loss(sae, MonoLoss(lam=0.1), start=5)
+    assert sae.get_coefficients() == {}
+    make_trainer(sae, stream(images)).add_loss(MonoLoss(lam=0.1), start=5)
+    other = make_trainer(sae, stream(images))
+    with pytest.raises(ValueError, match="add the loss to the trainer instead"):
+        other.step(images[:BATCH])
+
+
 def test_a_checkpoint_resumed_without_the_term_fails_until_it_is_stripped(images, tmp_path):
     sae = make_sae("topk")
     trainer = make_trainer(sae, stream(images))
@@ -581,6 +675,8 @@ def test_a_term_that_can_do_nothing_is_warned_of(images):
     with pytest.warns(UserWarning, match="a: warm_up_steps=4 is longer than the 3 steps"):
         trainer.add_loss(MonoLoss(lam=0.1, name="a"), warm_up_steps=4)
     trainer.add_loss(MonoLoss(lam=0.1, name="b"), warm_up_steps=3)
+    with pytest.warns(UserWarning, match="d: start=3 is not before the end of the 3 steps"):
+        trainer.add_loss(MonoLoss(lam=0.1, name="d"), start=3)
     trainer.fit()
     with pytest.warns(UserWarning, match="c: training has ended .384 of 384 samples"):
         trainer.add_loss(MonoLoss(lam=0.1, name="c"))
@@ -625,20 +721,30 @@ def test_multi_sae_trainer_takes_all_or_some(chosen, images, tmp_path: Path, cap
         return MultiSAETrainer(trainer_config(20), saes, hooks, batches)
 
     trainer = fresh()
-    handle = trainer.add_loss(MonoLoss(lam=0.01), warm_up_steps=5, saes=chosen)
+    handle = trainer.add_loss(MonoLoss(lam=0.01), warm_up_steps=5, start=0.5, saes=chosen)
+    coefficient = {}
+    step = trainer.trainers["b"].step
+
+    def watched(batch):
+        steps = trainer.n_training_steps
+        coefficient[steps] = trainer.trainers["b"].get_coefficients()["monoloss"]
+        return step(batch)
+
+    trainer.trainers["b"].step = watched
     saes = trainer.fit()
+    assert coefficient == {n: 0.01 * max(0, min(1, (n - 10) / 5)) for n in range(20)}
     assert [record.getMessage()[:20] for record in caplog.records] == ["monoloss: lam 0.01 i"]
     with pytest.warns(UserWarning, match="late: training has ended"):
         trainer.add_loss(MonoLoss(lam=0.1, name="late")).remove()
     on = chosen or ["a", "b"]
-    for name, sae in saes.items():
-        output = sae.training_forward_pass(step_input(images[:BATCH], sae))
+    for name in saes:
+        output = trainer.trainers[name].step(images[:BATCH])
         assert ("monoloss" in output.losses) == (name in on)
         assert ("monoloss" in trainer.trainers[name].coefficient_schedulers) == (name in on)
     trainer.cfg.checkpoint_path = str(tmp_path)
     trainer.save_checkpoint("end")
     again = fresh()
-    again.add_loss(MonoLoss(lam=0.01), warm_up_steps=5, saes=chosen)
+    again.add_loss(MonoLoss(lam=0.01), warm_up_steps=5, start=0.5, saes=chosen)
     again.load_checkpoint(tmp_path / "end")
     assert again.trainers["b"].get_coefficients()["monoloss"] == 0.01
     handle.remove()
@@ -667,6 +773,8 @@ def test_synthetic_runner_trains_with_the_term(tmp_path):
             logger=LoggingConfig(log_to_wandb=False),
         )
     )
+    with pytest.raises(ValueError, match=r"start: .* add the loss to the SAETrainer"):
+        add_loss(runner, MonoLoss(lam=0.01), start=0.5)
     add_loss(runner, MonoLoss(lam=0.01), warm_up_steps=5)
     runner.run()
     record = SAE.load_from_disk(tmp_path).cfg.metadata.monoloss
@@ -721,6 +829,8 @@ def test_multi_sae_runner_trains_the_chosen_saes(language_model, tmp_path):
         override_model=model,
         override_dataset=dataset,
     )
+    with pytest.raises(ValueError, match=r"start: .* add the loss to the .*MultiSAETrainer"):
+        add_loss(runner, MonoLoss(lam=0.01), start=2)
     add_loss(runner, MonoLoss(lam=0.01), warm_up_steps=3, saes=["b"])
     runner.run()
     assert SAE.load_from_disk(tmp_path / "a").cfg.metadata.monoloss is None
@@ -786,3 +896,50 @@ def test_language_model_runner_trains_resumes_and_whitens(
     assert trainer.coefficient_schedulers["monoloss"].current_step == 20
     again = second.sae.cfg.metadata.monoloss
     assert again["input_mean_square_norm"] == saved["input_mean_square_norm"]
+
+
+def test_language_model_runner_starts_a_term_late(language_model, tmp_path, monkeypatch):
+    from sae_lens import (
+        LanguageModelSAERunnerConfig,
+        LanguageModelSAETrainingRunner,
+        TopKTrainingSAEConfig,
+    )
+
+    model, dataset = language_model
+    seen = []
+    monkeypatch.setattr(
+        SAETrainer,
+        "_update_pbar",
+        lambda self, output, pbar, update_interval=100: seen.append(
+            (output.metrics["monoloss_weight"], self.coefficient_schedulers["monoloss"].value)
+        ),
+    )
+
+    def run(**options):
+        runner = LanguageModelSAETrainingRunner(
+            LanguageModelSAERunnerConfig(
+                sae=TopKTrainingSAEConfig(d_in=16, d_sae=32, k=4),
+                hook_name="blocks.0.hook_resid_post",
+                dataset_path="unused",
+                is_dataset_tokenized=True,
+                training_tokens=12 * 64,
+                device="cpu",
+                checkpoint_path=str(tmp_path),
+                output_path=None,
+                **RUNNER,
+                **options,
+            ),
+            override_model=model,
+            override_dataset=dataset,
+        )
+        add_loss(runner, MonoLoss(lam=1.0, lam_units="raw"), warm_up_steps=4, start=0.5)
+        seen.clear()
+        runner.run()
+        return runner, list(seen)
+
+    first, whole = run(n_checkpoints=2)
+    expected = [0.0] * 7 + [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert whole == list(zip(expected, [*expected[1:], 1.0], strict=True))
+    for done in (5, 9):  # before the start and in the warm-up
+        checkpoint = Path(first.cfg.checkpoint_path) / str(done * 64)
+        assert run(resume_from_checkpoint=str(checkpoint))[1] == whole[done:]

@@ -99,6 +99,21 @@ def test_evaluation_checkpoints_and_removal_are_the_hosts_own(batch) -> None:
     assert "forward" not in task.__dict__
 
 
+def test_a_term_starts_late(batch) -> None:
+    images, target, h = batch
+    task = task_of(model_of())
+    with pytest.raises(ValueError, match=r"start: 0.5 is a share of the run, .* give a step"):
+        task.add_loss(LOSS, start=0.5)
+    assert "forward" not in task.__dict__
+    task.add_loss(LOSS, warm_up_steps=2, start=2)
+    plain = task_of(model_of())(images, target)["loss"]
+    assert torch.equal(task(images, target, embeddings=h * torch.nan)["loss"], plain)
+    results = [task(images, target, embeddings=h) for _ in range(5)]
+    score = 1 - results[0]["monoscore"].item()
+    found = [result["monoloss"].item() / score for result in results]
+    assert found == pytest.approx([0, 0, 0.25, 0.5, 0.5], rel=1e-4, abs=1e-7)
+
+
 def test_copies_of_the_model_run(batch) -> None:
     images, target, h = batch
     model = model_of()

@@ -329,18 +329,25 @@ def test_peft_adapters_of_any_name(latents, data, tmp_path) -> None:
     assert "monoscore" in trainer.state.log_history[0]
 
 
-def test_removed_it_leaves_the_hosts_own_run(data, tmp_path) -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_removed_or_before_its_start_it_leaves_the_hosts_own_run(late, data, tmp_path) -> None:
     runs = []
     for add in (False, True):
-        trainer = trainer_of(model_of(), data, tmp_path, max_steps=3, learning_rate=1e-2)
-        if add:
+        trainer = trainer_of(model_of(), data, tmp_path, max_steps=2, learning_rate=1e-2)
+        if add and late:
+            trainer.add_loss(LOSS, embeddings="embeddings", start=1, warm_up_steps=1)
+        elif add:
             trainer.add_loss(LOSS, embeddings="embeddings").remove()
         trainer.train()
         runs.append(trainer.model.state_dict())
     assert all(torch.equal(runs[0][key], value) for key, value in runs[1].items())
 
 
-def test_resume_gives_the_same_trajectory(data, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("warm_up_steps", "start", "expected"),
+    [(5, 0, [0, 0.2, 0.4, 0.6, 0.8, 1]), (2, 4 / 6, [0, 0, 0, 0, 0, 0.5])],
+)
+def test_resume_gives_the_same_trajectory(warm_up_steps, start, expected, data, tmp_path) -> None:
     def run(folder, resume=None):
         # transformers 5.23 itself does not find a ViT's layers in its own checkpoint.
         vit = transformers.ViTForImageClassification
@@ -354,7 +361,8 @@ def test_resume_gives_the_same_trajectory(data, tmp_path) -> None:
             save_strategy="steps",
             save_steps=3,
         )
-        trainer.add_loss(LOSS, embeddings="embeddings", warm_up_steps=5)
+        schedule = {"warm_up_steps": warm_up_steps, "start": start}
+        trainer.add_loss(LOSS, embeddings="embeddings", **schedule)
         trainer.train(resume_from_checkpoint=resume)
         return trainer.model.state_dict(), trainer.state.log_history
 
@@ -363,7 +371,7 @@ def test_resume_gives_the_same_trajectory(data, tmp_path) -> None:
     assert all(torch.allclose(whole[key], value, atol=1e-6) for key, value in resumed.items())
     logged = [entry for entry in log if "loss" in entry]
     weights = [entry["monoloss"] / (1 - entry["monoscore"]) for entry in logged]
-    assert weights == pytest.approx([LAM * n / 5 for n in range(6)], rel=1e-4, abs=1e-7)
+    assert weights == pytest.approx([LAM * share for share in expected], rel=1e-4, abs=1e-7)
     for entry, other in zip(log[:6], again[:6], strict=True):
         assert other["monoloss"] == pytest.approx(entry["monoloss"], abs=1e-6)
 

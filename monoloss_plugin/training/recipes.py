@@ -46,6 +46,8 @@ class Recipe:
     """Active latents per sample: of each sample for "topk", on average for the others."""
     terms: tuple[LossTerm, ...] = ()
     """The loss terms to add to SAELens's own loss."""
+    start: float = 0.0
+    """The share of the run before the terms."""
     warm_up: float = 0.05
     """The share of the run over which the terms' weights grow from 0."""
     from_data: bool = False
@@ -81,7 +83,7 @@ class Recipe:
         require_at_least(0, self.seed, "seed")
         for name in ("from_data", "refit", "unit_norm_decoder"):
             require_flag(getattr(self, name), name)
-        for name in ("warm_up", "learning_rate_decay", "learning_rate", "adam_epsilon"):
+        for name in ("start", "warm_up", "learning_rate_decay", "learning_rate", "adam_epsilon"):
             require_number(getattr(self, name), name)
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected 0 to 1, got {getattr(self, name)}")

@@ -65,7 +65,12 @@ def make_trainer(
     if recipe.unit_norm_decoder:
         unit_norm_decoder(trainer)
     for term in recipe.terms:
-        add_loss(trainer, term, warm_up_steps=int(recipe.warm_up * steps))
+        add_loss(
+            trainer,
+            term,
+            start=round(recipe.start * steps),
+            warm_up_steps=int(recipe.warm_up * steps),
+        )
     return trainer
 
 

@@ -94,6 +94,16 @@ def test_unit_norms_can_be_let_go(digits) -> None:
     assert not torch.allclose(trainer.sae.W_dec.norm(dim=1), torch.ones(32), atol=1e-5)
 
 
+def test_a_loss_starts_when_the_recipe_says(digits) -> None:
+    recipe = get_recipe("recommended", digits, **SMALL, start=0.5, warm_up=0.0)
+    trainer = make_trainer(batches_for(digits, recipe), recipe)
+    weights = []
+    for _ in range(12):
+        weights.append(trainer.coefficient_schedulers["monoloss"].value)
+        trainer.step(next(trainer.data_provider))
+    assert weights == [0.0] * 10 + [recipe.terms[0].lam] * 2
+
+
 def test_jumprelu_aims_at_k(digits) -> None:
     sae = fitted(digits, Recipe("jumprelu", num_latents=64, k=8, batch_size=256, epochs=100))
     x = torch.nn.functional.normalize(digits.tensor().float())

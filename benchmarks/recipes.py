@@ -4,8 +4,8 @@ python -m benchmarks.recipes digits:train digits:held_out --name digits --out ru
 python -m benchmarks.recipes ./train ./test --name photos --space lite2=./lite2 --out runs
 
 Every SAE is saved in the folder and not trained twice, so you can stop and start again, and add
-runs. At the end it measures all of them on held-out features, and prints the tables of
-docs/recipe.md.
+runs. At the end it measures all of them on held-out features, each with one threshold for an L0 of
+k, and prints a table of docs/recipe.md.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from monoloss_plugin.adapters.sae_lens import add_loss
 from monoloss_plugin.cli.evaluate import load_features
 from monoloss_plugin.comparison import compare
 from monoloss_plugin.features import FeatureSet
+from monoloss_plugin.report import trade_off_figure
 from monoloss_plugin.saes.baselines import QUICK
 from monoloss_plugin.saes.selection import with_l0
 from monoloss_plugin.training import Recipe, batches_for, get_recipe, make_trainer
@@ -35,7 +36,6 @@ MEASURES = {
     "monoscore_per_firing": "per firing",
     "purity_binary": "purity",
     "dead_latents": "dead",
-    "adjusted/lite2": "above chance, lite2",
 }
 
 
@@ -83,9 +83,9 @@ def refitted(sae: SAE[Any], train: FeatureSet, held_out: FeatureSet) -> SAE[Any]
 
 def markdown(results: dict[str, Any]) -> str:
     """Return results as the table of docs/recipe.md: mean ± deviation over seeds."""
-    columns = [name for name in MEASURES if name in results["measures"]]
+    columns = MEASURES | {f"adjusted/{name}": f"by {name}" for name in results["spaces"]}
     lines = [
-        f"| {results['title']} | " + " | ".join(MEASURES[name] for name in columns) + " |",
+        f"| {results['title']} | " + " | ".join(columns.values()) + " |",
         "|---" * (len(columns) + 1) + "|",
     ]
     for name, runs in results["runs"].items():
@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float)
     parser.add_argument("--out", type=Path, required=True, help="folder for the SAEs")
     parser.add_argument("--results", type=Path, help="file for the numbers, as JSON")
+    parser.add_argument("--figure", type=Path, help="file for R² against MonoScore")
     parser.add_argument("--train-only", action="store_true", help="do not measure")
     given = parser.parse_args()
 
@@ -136,7 +137,9 @@ def main() -> None:
             sae = trained(train, name, recipe, place)
             if not given.train_only:
                 sae = refitted(sae, train, held_out) if recipe.refit else sae
-                saes.setdefault(name, []).append(with_l0(sae, train, sizes.k))
+                # TopK has k active latents of each sample already.
+                matched = sae if given.arch == "topk" else with_l0(sae, held_out, sizes.k)
+                saes.setdefault(name, []).append(matched)
     if given.train_only:
         return
     spaces = {
@@ -151,17 +154,18 @@ def main() -> None:
         groups=("spaces",),
         progress=True,
     )
-    measures = [*MEASURES, *(f"adjusted/{name}" for name in spaces)]
     results = {
         **found.to_dict(),
         "title": f"{given.name}, {given.arch}",
-        "measures": measures,
+        "spaces": list(spaces),
         "recipe": {
             name: getattr(sizes, name) for name in ("num_latents", "k", "batch_size", "epochs")
         },
     }
     if given.results:
         given.results.write_text(json.dumps(results, indent=1) + "\n")
+    if given.figure:
+        trade_off_figure(found, title=results["title"]).savefig(given.figure, dpi=110)
     print(markdown(results))
 
 

@@ -130,7 +130,7 @@ class Recipe:
 
 
 _STEPS = 1500
-_RECOMMENDED_LAM = 0.4
+_RECOMMENDED_LAM = 0.8
 _HARD_BUDGET_LAM = 2e-3
 _CLIP = "clip-vit-l14"
 

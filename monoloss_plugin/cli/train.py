@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from monoloss_plugin._places import require_folder, without
+from monoloss_plugin._places import require_folder
 from monoloss_plugin.cli.evaluate import load_features
 from monoloss_plugin.cli.output import Output, one_of, table
 
@@ -124,8 +124,10 @@ def sweep(
     from monoloss_plugin.training import sweep as sweep_recipe
 
     held_out, device = options.pop("held_out"), options.pop("device")
-    if out is not None and out.exists():
-        require_folder(out, "out")
+    if out is not None:
+        if out.exists():
+            require_folder(out, "out")
+        out.mkdir(parents=True, exist_ok=True)  # so that a bad place is found before the runs
     opened = load_features(features)
     found = sweep_recipe(
         opened,
@@ -140,7 +142,7 @@ def sweep(
     files = {}
     if out is not None:
         files["numbers"] = found.save(out / "sweep.json")
-        files["figure"] = without(out / "sweep.png")
+        files["figure"] = out / "sweep.png"
         found.figure().savefig(files["figure"], dpi=150)
     comparison, front = found.comparison, found.front()
     names = {name: f"{name} *" if name in front else name for name in comparison.runs}

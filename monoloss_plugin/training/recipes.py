@@ -35,7 +35,8 @@ class Recipe:
 
     Raises:
         TypeError: a field of the wrong type.
-        ValueError: a field out of its range, or a ``k`` for an architecture without one.
+        ValueError: a field out of its range, more ``k`` than latents, or a ``k`` for an
+            architecture without one.
     """
 
     architecture: Architecture = "batchtopk"
@@ -92,6 +93,10 @@ class Recipe:
         if self.k is not None and self.architecture not in WITH_K:
             raise ValueError(
                 f"k: {self.architecture} has no k; give settings={{'l1_coefficient': ...}}"
+            )
+        if self.k is not None and self.num_latents is not None and self.k > self.num_latents:
+            raise ValueError(
+                f"k: expected at most the number of latents, {self.num_latents}, got {self.k}"
             )
 
     def with_lam(self, lam: float) -> Recipe:

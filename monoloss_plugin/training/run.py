@@ -84,19 +84,16 @@ def train(
             :data:`~monoloss_plugin.saes.BASELINES`.
 
     Raises:
-        FileExistsError: ``out`` holds a trained SAE already.
+        FileExistsError: ``out`` holds a trained SAE already, or files that are not of such a run.
         NotADirectoryError: ``out`` is a file.
         TypeError: an argument of another kind.
         ValueError: ``out`` holds an unfinished run with other settings; features of another width;
             or what :func:`make_trainer` refuses.
-        KeyboardInterrupt: Ctrl-C, after a checkpoint was saved.
+        KeyboardInterrupt: Ctrl-C. During training, a checkpoint is saved first.
     """
     require_sets(features, held_out, recipe)
     folder = as_path(out, "out", "a folder")
-    if folder.exists():
-        require_folder(folder, "out")
-    if (folder / EVALUATION).exists():
-        raise FileExistsError(f"out: {folder} holds a trained SAE already; give another folder")
+    _require_free(folder)
     if held_out is None:
         features, held_out = split(features, recipe.seed)
     recipe = recipe.fitted_to(len(features), features.width)
@@ -120,6 +117,18 @@ def train(
     comparison.save(folder / EVALUATION)
     without(folder / CHECKPOINTS)
     return Trained(sae, comparison, recipe, folder)
+
+
+def _require_free(folder: Path) -> None:
+    """Raise FileExistsError or NotADirectoryError unless a run can start or go on in a folder."""
+    if not folder.exists():
+        return
+    require_folder(folder, "out")
+    if (folder / EVALUATION).exists():
+        raise FileExistsError(f"out: {folder} holds a trained SAE already; give another folder")
+    # A run overwrites and deletes files, so all of them must be its own.
+    if not (folder / CHECKPOINTS / _SETTINGS).exists() and any(folder.iterdir()):
+        raise FileExistsError(f"out: {folder} holds other files; give a new folder")
 
 
 def require_sets(features: Any, held_out: Any, recipe: Any) -> None:
@@ -204,6 +213,8 @@ class Checkpoints:
         finally:
             if in_main:
                 signal.signal(signal.SIGINT, before)
+        if stop.is_set():  # it came in the last step
+            raise KeyboardInterrupt
 
     def _between_steps(
         self, trainer: SAETrainer[Any, Any], batches: Iterator[Tensor], stop: threading.Event

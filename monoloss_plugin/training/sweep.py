@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from monoloss_plugin._checks import as_device, as_list, require_at_least, require_number
+from monoloss_plugin._checks import as_device, as_list, require_number
 from monoloss_plugin._places import as_path
 from monoloss_plugin.comparison import Comparison, compare
 from monoloss_plugin.features import FeatureBatches, FeatureSet
@@ -69,8 +69,9 @@ class Sweep:
         """
         of_k = [run for run in self.runs if run.k == (self.runs[0].k if k is None else k)]
         r2 = {run.lam: self.comparison.runs[run.name][0]["r2"] for run in of_k}
-        least = r2[min(r2)] * (1 - self.cost)
-        return max(lam for lam, value in r2.items() if value >= least)
+        lowest = min(r2)
+        least = r2[lowest] - self.cost * abs(r2[lowest])
+        return max((lam for lam, value in r2.items() if value >= least), default=lowest)
 
     def front(self) -> list[str]:
         """Return the names on the Pareto front of R² and adjusted MonoScore, best R² first.
@@ -145,7 +146,7 @@ def sweep(
 
     Raises:
         TypeError: an argument of another kind.
-        ValueError: no weights, a weight twice, a recipe without a loss term, ``ks`` for an
+        ValueError: no weights, a weight or a k twice, a recipe without a loss term, ``ks`` for an
             architecture without k, or numbers out of range.
     """
     require_sets(features, held_out, recipe)
@@ -161,15 +162,16 @@ def sweep(
     weights = (
         [recipe.terms[0].lam * m for m in _MULTIPLES] if lams is None else as_list(lams, "lams")
     )
-    if not weights or len(set(weights)) < len(weights):
-        raise ValueError(f"lams: expected different weights, got {weights}")
+    if not weights or len({f"{lam:.3g}" for lam in weights}) < len(weights):
+        raise ValueError(f"lams: expected weights that differ in three digits, got {weights}")
     budgets: Sequence[int | None] = [recipe.k]
     if ks is not None:
         if recipe.architecture not in WITH_K:
             raise ValueError(f"ks: {recipe.architecture} has no k")
         budgets = as_list(ks, "ks")
-        for k in as_list(ks, "ks"):
-            require_at_least(1, k, "ks")
+        if not budgets or len(set(budgets)) < len(budgets):
+            raise ValueError(f"ks: expected different numbers, got {budgets}")
+    each = [replace(recipe.with_lam(lam), k=k) for k in budgets for lam in sorted(weights)]
     runs = [
         Run(f"lam {lam:.3g}" + (f", k {k}" if len(budgets) > 1 else ""), lam, k)
         for k in budgets
@@ -178,10 +180,10 @@ def sweep(
     batches = batches_for(features, recipe, as_device(device or default_device()))
     steps = _steps_that_fit(batches, recipe, _SHARE_OF_TRAINING * seconds / len(runs))
     saes = {}
-    for run in tqdm(runs, desc="Sweep", unit="run"):
-        one = replace(recipe.with_lam(run.lam), k=run.k, epochs=steps / len(batches))
+    for run, one in zip(tqdm(runs, desc="Sweep", unit="run"), each, strict=True):
         batches.set_epoch(0)
-        sae = as_others_load_it(make_trainer(batches, one).fit())
+        short = replace(one, epochs=steps / len(batches))
+        sae = as_others_load_it(make_trainer(batches, short).fit())
         saes[run.name] = sae if run.k is None else _at_k(sae, features, run)
     comparison = compare(saes, held_out, train=features, baselines=baselines, groups=())
     return Sweep(comparison, runs, steps, cost)
@@ -205,7 +207,7 @@ def _steps_that_fit(batches: FeatureBatches, recipe: Recipe, seconds: float) -> 
         if number == _TIMED:  # the first steps also set things up
             started = time.perf_counter()
         loss = trainer.step(next(trainer.data_provider)).loss
-    float(loss)  # waits for the device
+    loss.item()  # waits for the device
     per_step = (time.perf_counter() - started) / _TIMED
     fitting = int(seconds / per_step)
     if fitting < _FEWEST_STEPS:

@@ -69,7 +69,7 @@ def test_an_encoder_that_the_paper_does_not_have_gets_the_same_trade_off() -> No
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_takes_changes_and_nothing_else(name, digits) -> None:
-    assert get_recipe(name, digits, seed=3, num_latents=32).seed == 3
+    assert get_recipe(name, digits, seed=3, num_latents=32, k=4).seed == 3
     assert get_recipe(name, digits, k=None) == get_recipe(name, digits)
     with pytest.raises(TypeError, match="recipe: no such field: latents"):
         get_recipe(name, digits, latents=8)
@@ -115,3 +115,10 @@ def test_bad_recipes_are_named(digits) -> None:
         Recipe(terms=(0.1,))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="architecture: expected one of"):
         get_recipe("monoloss-paper", digits, architecture="gated")
+
+
+def test_more_active_latents_than_latents_are_refused() -> None:
+    with pytest.raises(ValueError, match="k: expected at most the number of latents, 8, got 9"):
+        Recipe(num_latents=8, k=9)
+    with pytest.raises(ValueError, match="k: expected at most the number of latents"):
+        Recipe(k=1000).fitted_to(1000, 4)

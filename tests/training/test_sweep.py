@@ -38,6 +38,20 @@ def test_each_k_has_its_own_suggestion() -> None:
     assert [found(points, runs).suggested(k) for k in (None, 4, 8)] == [0.0, 0.0, 0.1]
 
 
+@pytest.mark.parametrize("r2", [-0.5, 0.0, math.nan])
+def test_the_smallest_weight_is_suggested_if_no_other_will_do(r2) -> None:
+    runs = [Run("a", 0.0, 8), Run("b", 0.1, 8)]
+    assert found({"a": (r2, 0.1), "b": (-9.0, 0.3)}, runs).suggested() == 0.0
+
+
+def test_a_bad_folder_is_found_before_the_runs(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("monoloss_plugin.training.sweep", lambda *_, **__: pytest.fail("it ran"))
+    (tmp_path / "file").write_text("")
+    shown = CliRunner().invoke(cli.app, f"sweep digits:train --out {tmp_path}/file/x".split())
+    assert shown.exit_code == 1
+    assert "Not a directory" in shown.output
+
+
 def test_short_runs_over_the_weight() -> None:
     features, held_out = (load_features("digits", split) for split in ("train", "held_out"))
     recipe = get_recipe("recommended", features, **SIZES)
@@ -73,8 +87,13 @@ def test_bad_input_is_named() -> None:
     recipe = get_recipe("recommended", features, **SIZES)
     with pytest.raises(ValueError, match="recipe: expected one with a loss term"):
         sweep(features, Recipe(**SIZES))
-    with pytest.raises(ValueError, match=r"lams: expected different weights, got \[0.1, 0.1\]"):
-        sweep(features, recipe, lams=[0.1, 0.1])
+    with pytest.raises(ValueError, match=r"lams: expected weights that differ in three digits"):
+        sweep(features, recipe, lams=[0.1, 0.10001])
+    for ks in ([], [4, 4]):
+        with pytest.raises(ValueError, match="ks: expected different numbers"):
+            sweep(features, recipe, ks=ks)
+    with pytest.raises(ValueError, match="k: expected at most the number of latents, 32, got 40"):
+        sweep(features, recipe, ks=[4, 40])
     with pytest.raises(ValueError, match="seconds: expected a finite number above 0"):
         sweep(features, recipe, seconds=0)
     standard = get_recipe("recommended", features, architecture="standard")

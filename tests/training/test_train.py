@@ -137,6 +137,26 @@ def test_a_folder_with_another_run_is_refused(digits, tmp_path) -> None:
         train(digits, Recipe(**SMALL, terms=(term,), seed=1), out=tmp_path / "half")
 
 
+def test_a_folder_with_files_of_others_is_refused_and_left_alone(digits, tmp_path) -> None:
+    for name in ("cfg.json", "checkpoint/1000/thesis.tex"):
+        out = tmp_path / name.replace("/", "-")
+        (out / name).parent.mkdir(parents=True)
+        (out / name).write_text("mine")
+        with pytest.raises(FileExistsError, match="holds other files"):
+            train(digits, Recipe(**SMALL), out=out, baselines=())
+        assert [path for path in out.rglob("*") if path.is_file()] == [out / name]
+        assert (out / name).read_text() == "mine"
+
+
+def test_ctrl_c_in_the_last_step_counts(digits, tmp_path) -> None:
+    InterruptedAt.seen = 0
+    term = InterruptedAt(lam=0.2, lam_units="nmse", steps=(18,))  # the first step has weight 0
+    recipe = Recipe(**SMALL, terms=(term,))
+    with pytest.raises(KeyboardInterrupt):
+        train(digits, recipe, out=tmp_path, baselines=())
+    train(digits, recipe, out=tmp_path, baselines=())
+
+
 def test_bad_input_is_named(digits, held_out, tmp_path) -> None:
     with pytest.raises(TypeError, match="features: expected a FeatureSet, got Tensor"):
         train(torch.randn(9, 4), Recipe(), out=tmp_path)

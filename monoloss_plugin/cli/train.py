@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from monoloss_plugin.features import FeatureSet
     from monoloss_plugin.training import Recipe
 
+# Written out, because importing them would make --help slow. A test keeps them right.
 _NAMES = ("recommended", "plain", "monoloss-paper", "hard-budget")
 _ARCHITECTURES = ("batchtopk", "topk", "matryoshka_batchtopk", "jumprelu", "standard", "gated")
 
@@ -59,7 +60,10 @@ def recipe_options(
 def train(
     features: _Features,
     out: Annotated[Path, typer.Option(help="Folder for the SAE and its measures.")],
-    k: Annotated[int | None, typer.Option(min=1, help="Active latents per sample.")] = None,
+    k: Annotated[
+        int | None,
+        typer.Option(min=1, help="Active latents per sample; standard and gated have no k."),
+    ] = None,
     lam: Annotated[
         float | None, typer.Option(min=0, help="Weight of the loss; by default the recipe's.")
     ] = None,
@@ -73,7 +77,9 @@ def train(
     If you stop it with Ctrl-C, start it again with the same options, and it goes on.
     """
     from monoloss_plugin.training import train as train_recipe
+    from monoloss_plugin.training.run import require_free
 
+    require_free(out)
     held_out, device = options.pop("held_out"), options.pop("device")
     opened = load_features(features)
     recipe = _recipe(opened, k=k, lam=lam, **options)

@@ -122,7 +122,15 @@ class Recipe:
         Args:
             num_rows: N, the number of training rows.
             width: d.
+
+        Raises:
+            ValueError: ``batch_size`` is above the number of rows.
         """
+        if (self.batch_size or 0) > num_rows:
+            raise ValueError(
+                f"batch_size: expected at most {num_rows}, the rows of the features, got "
+                f"{self.batch_size}"
+            )
         num_latents = self.num_latents or _power_of_two(min(8192, 16 * width, num_rows // 4))
         batch_size = self.batch_size or min(
             num_rows, _power_of_two(min(2048, max(256, num_rows // 16)))

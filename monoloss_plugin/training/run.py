@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,14 +93,14 @@ def train(
     """
     require_sets(features, held_out, recipe)
     folder = as_path(out, "out", "a folder")
-    _require_free(folder)
+    require_free(folder)
     if held_out is None:
         features, held_out = split(features, recipe.seed)
     recipe = recipe.fitted_to(len(features), features.width)
     found = as_device(device or default_device())
     batches = batches_for(features, recipe, found)
     trainer = make_trainer(batches, recipe, logger=logger)
-    checkpoints = Checkpoints(folder / CHECKPOINTS, _settings(recipe, features))
+    checkpoints = Checkpoints(folder / CHECKPOINTS, _settings(recipe, features, held_out))
     checkpoints.resume(trainer, batches)
     with checkpoints.watching(trainer):
         trainer.fit()
@@ -114,12 +114,13 @@ def train(
     comparison = compare(
         {"trained": sae}, held_out, train=features, baselines=baselines, groups=(), progress=True
     )
-    comparison.save(folder / EVALUATION)
+    # It says that the run is finished, so it must not be there by half.
+    os.replace(comparison.save(folder / "partial.json"), folder / EVALUATION)
     without(folder / CHECKPOINTS)
     return Trained(sae, comparison, recipe, folder)
 
 
-def _require_free(folder: Path) -> None:
+def require_free(folder: Path) -> None:
     """Raise FileExistsError or NotADirectoryError unless a run can start or go on in a folder."""
     if not folder.exists():
         return
@@ -158,7 +159,9 @@ def split(features: FeatureSet, seed: int) -> tuple[FeatureSet, FeatureSet]:
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
     cut = max(1, round(_HELD_OUT * len(features)))
     held_out, rest = order[:cut].sort().values, order[cut:].sort().values
-    return features.select(rest), features.select(held_out)
+    tenth = features.select(held_out)
+    source = {**tenth.record.source, "split": "a tenth that was held out"}
+    return features.select(rest), FeatureSet(tenth.dataset, replace(tenth.record, source=source))
 
 
 class Checkpoints:
@@ -179,15 +182,17 @@ class Checkpoints:
         settings = self.folder / _SETTINGS
         if not settings.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            settings.write_text(json.dumps(self.settings, indent=1) + "\n")
+            partial = self.folder / "partial.json"
+            partial.write_text(json.dumps(self.settings, indent=1) + "\n")
+            os.replace(partial, settings)
             return
         then = json.loads(settings.read_text())
         now = json.loads(json.dumps(self.settings))
         if changed := [name for name in now if now[name] != then.get(name)]:
             name = changed[0]
             raise ValueError(
-                f"out: {self.folder} holds an unfinished run with another {name} "
-                f"({then.get(name)!r}, now {now[name]!r}); give another folder, or delete it"
+                f"out: {self.folder} holds an unfinished run with other settings ({name} was "
+                f"{then.get(name)!r}, is now {now[name]!r}); give another folder, or delete it"
             )
         if newest := max(self._saved(), key=lambda path: int(path.name), default=None):
             trainer.load_trainer_state(newest)
@@ -244,13 +249,12 @@ class Checkpoints:
         return [path for path in self.folder.iterdir() if path.name.isdigit()]
 
 
-def _settings(recipe: Recipe, features: FeatureSet) -> dict[str, Any]:
-    """Return everything that the result depends on, as JSON can hold it."""
-    terms = [{"term": type(term).__name__, **asdict(term)} for term in recipe.terms]
+def _settings(recipe: Recipe, features: FeatureSet, held_out: FeatureSet) -> dict[str, Any]:
+    """Return what the result depends on, as JSON can hold it."""
     return {
-        **{name: value for name, value in vars(recipe).items() if name != "settings"},
+        **vars(recipe),
         "settings": dict(recipe.settings),
-        "terms": terms,
-        "features": features.fingerprint(),
-        "rows": len(features),
+        "terms": [{"term": type(term).__name__, **asdict(term)} for term in recipe.terms],
+        "features": [len(features), features.fingerprint()],
+        "held_out": [len(held_out), held_out.fingerprint()],
     }

@@ -77,14 +77,16 @@ class Sweep:
         """Return the names on the Pareto front of R² and adjusted MonoScore, best R² first.
 
         A run or baseline is on the front if no other has both more R² and a higher MonoScore.
+        Those that reconstruct no better than the mean (R² of 0) are left out: their scores are
+        means over the few latents that are left.
         """
         points = {
             name: (of[0]["r2"], of[0]["monoscore_adjusted"])
             for name, of in self.comparison.runs.items()
+            if of[0]["r2"] > 0
         }
         best, names = -math.inf, []
-        defined = {name: point for name, point in points.items() if not any(map(math.isnan, point))}
-        for name, (_, score) in sorted(defined.items(), key=lambda one: one[1], reverse=True):
+        for name, (_, score) in sorted(points.items(), key=lambda one: one[1], reverse=True):
             if score > best:
                 best = score
                 names.append(name)

@@ -134,6 +134,8 @@ def as_others_load_it(sae: Any) -> SAE[Any]:
 
 
 def _new_sae(width: int, recipe: Recipe, device: torch.device) -> Any:
+    if recipe.settings.get("normalize_activations", "none") != "none":
+        raise ValueError("settings: normalize_activations: the inputs have unit norm already")
     torch.manual_seed(recipe.seed)
     sae_class, config_class = get_sae_training_class(recipe.architecture)
     num_latents, k = _set(recipe.num_latents), recipe.k

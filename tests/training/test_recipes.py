@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from monoloss_plugin.features import FeatureSet
 from monoloss_plugin.features.encoders import SHORT_NAMES
 from monoloss_plugin.losses import lam_factor
 from monoloss_plugin.training import PAPER_LAMS, RECIPES, Recipe, get_recipe, paper_lam
+from monoloss_plugin.training.recipes import Architecture
 
 
 def features_of(encoder: dict, width: int = 768, **source) -> FeatureSet:
@@ -98,6 +100,13 @@ def test_the_weight_can_be_changed(digits) -> None:
     assert term.lam == 0.01
     with pytest.raises(ValueError, match="lam: this recipe has no loss term"):
         get_recipe("plain", digits, lam=0.01)
+
+
+def test_the_command_knows_every_recipe_and_architecture() -> None:
+    from monoloss_plugin.cli.train import _ARCHITECTURES, _NAMES
+
+    assert tuple(RECIPES) == _NAMES
+    assert get_args(Architecture) == _ARCHITECTURES
 
 
 def test_bad_recipes_are_named(digits) -> None:

@@ -13,7 +13,7 @@ import torch
 from sae_lens import SAE
 from typer.testing import CliRunner
 
-from monoloss_plugin import MonoLoss, cli, load_features
+from monoloss_plugin import MonoLoss, cli, load_features, load_pretrained
 from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.features import FeatureSet
 from monoloss_plugin.losses import StepTensors, TermValue
@@ -133,7 +133,7 @@ def test_a_folder_with_another_run_is_refused(digits, tmp_path) -> None:
     term = InterruptedAt(lam=0.2, lam_units="nmse", steps=(0,))
     with pytest.raises(KeyboardInterrupt):
         train(digits, Recipe(**SMALL, terms=(term,)), out=tmp_path / "half")
-    with pytest.raises(ValueError, match=r"another seed \(0, now 1\)"):
+    with pytest.raises(ValueError, match=r"other settings \(seed was 0, is now 1\)"):
         train(digits, Recipe(**SMALL, terms=(term,), seed=1), out=tmp_path / "half")
 
 
@@ -155,6 +155,21 @@ def test_ctrl_c_in_the_last_step_counts(digits, tmp_path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(digits, recipe, out=tmp_path, baselines=())
     train(digits, recipe, out=tmp_path, baselines=())
+
+
+def test_a_run_is_bound_to_its_held_out_features(digits, held_out, tmp_path) -> None:
+    InterruptedAt.seen = 0
+    recipe = Recipe(**SMALL, terms=(InterruptedAt(lam=0.2, lam_units="nmse", steps=(0,)),))
+    with pytest.raises(KeyboardInterrupt):
+        train(digits, recipe, out=tmp_path, held_out=held_out)
+    with pytest.raises(ValueError, match=r"other settings \(held_out was"):
+        train(digits, recipe, out=tmp_path, held_out=held_out.select(torch.arange(100)))
+
+
+def test_the_tenth_that_is_held_out_is_not_called_training_data(digits, recwarn) -> None:
+    _, tenth = run_module.split(digits, seed=0)
+    evaluate(load_pretrained("digits").sae, tenth)
+    assert not [w for w in recwarn if "train" in str(w.message)]
 
 
 def test_bad_input_is_named(digits, held_out, tmp_path) -> None:

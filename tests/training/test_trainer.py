@@ -115,6 +115,11 @@ def test_settings_reach_the_sae(digits) -> None:
     assert make_trainer(batches_for(digits, recipe), recipe).sae.cfg.aux_loss_coefficient == 0.25
 
 
-def test_a_recipe_that_is_not_fitted_is_refused(digits) -> None:
+def test_a_recipe_that_cannot_be_trained_is_refused(digits) -> None:
+    twice = Recipe(**SMALL, settings={"normalize_activations": "layer_norm"})
+    with pytest.raises(ValueError, match=r"settings: normalize_activations: .* unit norm already"):
+        make_trainer(batches_for(digits, twice), twice)
+    with pytest.raises(ValueError, match="batch_size: expected at most 1198, the rows"):
+        Recipe(batch_size=2048).fitted_to(len(digits), 64)
     with pytest.raises(ValueError, match="recipe: some of it is None; call its fitted_to first"):
         batches_for(digits, Recipe())

@@ -39,10 +39,11 @@ def measured(example: str, *options: object) -> dict[str, float]:
     return numbers
 
 
-def spread(values: list[float]) -> str:
-    """Mean ± standard deviation, to three digits."""
+def spread(values: list[float], digits: int | None = None) -> str:
+    """Mean ± standard deviation, by default to three digits; to none from 10 on."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    digits = 0 if max(values) >= 10 else 3
+    if digits is None:
+        digits = 0 if max(values) >= 10 else 3
     return f"{statistics.fmean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 

@@ -89,7 +89,10 @@ def markdown(results: dict[str, Any]) -> str:
         "|---" * (len(columns) + 1) + "|",
     ]
     for name, runs in results["runs"].items():
-        cells = [spread([run[measure] for run in runs]) for measure in columns]
+        cells = [
+            spread([run[measure] for run in runs], 0 if measure == "dead_latents" else 3)
+            for measure in columns
+        ]
         lines.append(f"| {name} ({len(runs)}) | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

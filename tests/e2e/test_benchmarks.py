@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import finetune_case, over_seeds
+from benchmarks import finetune_case, over_seeds, recipes
 from benchmarks.data import Shape
 from benchmarks.setting import Setting
 
@@ -85,3 +85,27 @@ def test_an_example_is_run_over_weights_and_seeds(tmp_path, monkeypatch, capsys)
     (tmp_path / "toy.py").write_text("# --seed\nprint('nothing')\n")
     with pytest.raises(ValueError, match="printed no number"):
         over_seeds.main()
+
+
+def test_recipes_are_compared_and_not_trained_twice(tmp_path: Path, monkeypatch, capsys) -> None:
+    made: list[str] = []
+    make_trainer = recipes.make_trainer
+
+    def counted(batches, recipe):
+        made.append(recipe.architecture)
+        return make_trainer(batches, recipe)
+
+    monkeypatch.setattr(recipes, "make_trainer", counted)
+    sizes = "--latents 32 --k 4 --batch-size 256 --epochs 25 --seeds 0"
+    where = f"--name digits --out {tmp_path / 'runs'} --results {tmp_path / 'found.json'}"
+    arguments = [*f"digits:train digits:held_out {sizes} {where} --runs".split(), "plain"]
+    for runs in ([], [recipes.SHUFFLED, "from data, MonoLoss 0.4"]):
+        monkeypatch.setattr("sys.argv", ["recipes", *arguments, *runs])
+        recipes.main()
+    assert len(made) == 3
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert list(found["runs"])[:3] == ["plain", recipes.SHUFFLED, "from data, MonoLoss 0.4"]
+    assert all(
+        run["l0"] == pytest.approx(4, rel=0.02) for (run,) in list(found["runs"].values())[:3]
+    )
+    assert recipes.markdown(found) in capsys.readouterr().out

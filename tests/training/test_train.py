@@ -216,3 +216,16 @@ def test_the_command_says_what_it_trained(tmp_path) -> None:
     wrong = monoloss("train", *ON, "--out", tmp_path / "b", "--recipe", "plain", "--lam", 1)
     assert wrong.exit_code == 1
     assert "this recipe has no loss term" in wrong.output
+
+
+def test_wandb_gets_saelens_s_logs(tmp_path, monkeypatch) -> None:
+    import wandb
+
+    logged: dict[str, object] = {}
+    begun: list[object] = []
+    monkeypatch.setattr(wandb, "init", lambda project, **_: begun.append(project))
+    monkeypatch.setattr(wandb, "log", lambda entries, **_: logged.update(entries))
+    shown = monoloss("train", *ON, "--out", tmp_path / "sae", *SIZES, "--wandb", "photos")
+    assert shown.exit_code == 0, shown.output
+    assert begun == ["photos"]
+    assert {"losses/mse_loss", "losses/monoloss", "metrics/monoscore"} <= set(logged)

@@ -1,7 +1,7 @@
-"""How to train an SAE: the papers' settings as data, and what we recommend instead.
+"""How to train an SAE: the papers' settings, and what we recommend instead.
 
-:data:`RECIPES` has four recipes by name. A recipe is a frozen dataclass; change it with
-``dataclasses.replace(RECIPES["recommended"], k=32)``.
+:func:`get_recipe` returns one of four recipes by name. A recipe is a frozen dataclass, so you can
+change it with ``dataclasses.replace(recipe, k=32)``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from monoloss_plugin._checks import (
     require_at_least,
@@ -17,8 +17,8 @@ from monoloss_plugin._checks import (
     require_flag,
     require_number,
 )
-from monoloss_plugin.features.encoders import SHORT_NAMES
 from monoloss_plugin.losses import LamUnits, LossTerm, MonoLoss, OffSupportL1
+from monoloss_plugin.training.paper import paper_lam
 
 if TYPE_CHECKING:
     from monoloss_plugin.features import FeatureSet
@@ -27,6 +27,13 @@ Architecture = Literal["batchtopk", "topk", "matryoshka_batchtopk", "jumprelu", 
 
 WITH_K = ("batchtopk", "topk", "matryoshka_batchtopk", "jumprelu")
 """The architectures with a number of active latents to aim at."""
+
+_STEPS = 1500
+"""A run has at least so many steps by default."""
+_RECOMMENDED_LAM = 0.8
+"""In the units "nmse"; docs/recipe.md shows what others give."""
+_HARD_BUDGET_LAM = 2e-3
+"""In the units "nmse". The paper's weights are not known."""
 
 
 @dataclass(frozen=True)
@@ -142,77 +149,9 @@ class Recipe:
         return replace(self, num_latents=num_latents, k=k, batch_size=batch_size, epochs=epochs)
 
 
-_STEPS = 1500
-_RECOMMENDED_LAM = 0.8
-_HARD_BUDGET_LAM = 2e-3
-_CLIP = "clip-vit-l14"
-
-
 def _power_of_two(most: float) -> int:
     """Return the largest power of two that is at most this, and at least 1."""
     return 1 << max(0, int(most).bit_length() - 1)
-
-
-class PaperLam(NamedTuple):
-    """A weight of MonoLoss in the paper's appendix B."""
-
-    dataset: str
-    encoder: str
-    """A short name of :data:`monoloss_plugin.features.encoders.SHORT_NAMES`."""
-    architecture: str
-    lam: float
-    """In the units "nmse" for topk, "mse" for the others."""
-
-
-def _paper_lams() -> tuple[PaperLam, ...]:
-    encoders = ("clip-vit-l14", "siglip2-so400m", "vit-l16")
-    table = {
-        ("openimages", "topk"): (0.5, 0.3, 0.9),
-        ("openimages", "batchtopk"): (5e-4, 2e-4, 7e-4),
-        ("openimages", "standard"): (1e-4, 3e-5, 1e-4),
-        ("openimages", "jumprelu"): (5e-4, 1e-4, 5e-4),
-        ("imagenet", "topk"): (0.09, 0.14, 0.09),
-        ("imagenet", "batchtopk"): (3e-4, 1e-4, 4e-4),
-        ("imagenet", "standard"): (1e-4, 3e-5, 9e-5),
-        ("imagenet", "jumprelu"): (5e-4, 1e-4, 7e-4),
-    }
-    return tuple(
-        PaperLam(dataset, encoder, architecture, lam)
-        for (dataset, architecture), lams in table.items()
-        for encoder, lam in zip(encoders, lams, strict=True)
-    )
-
-
-PAPER_LAMS = _paper_lams()
-"""The 24 weights of the MonoLoss paper: two data sets, three encoders, four architectures."""
-
-
-def paper_lam(features: FeatureSet, architecture: str) -> PaperLam:
-    """Return the paper's weight of MonoLoss for a feature set and an architecture.
-
-    The feature set's record says its encoder and its source. For an encoder that the paper does not
-    have, take its ImageNet weight for CLIP ViT-L/14; with "mse" units, times 768/d, so that it
-    means the same (see docs/lam.md).
-
-    Raises:
-        ValueError: the paper does not have the architecture.
-    """
-    require_choice(architecture, "architecture", ("batchtopk", "topk", "jumprelu", "standard"))
-    record = features.record
-    dataset = "openimages" if record.source.get("kind") == "open-images" else "imagenet"
-    encoder = _short_name(record.encoder)
-    lams = {one[:3]: one for one in PAPER_LAMS}
-    if encoder is not None:
-        return lams[dataset, encoder, architecture]
-    found = lams["imagenet", _CLIP, architecture]
-    scale = 1.0 if architecture == "topk" else SHORT_NAMES[_CLIP].width / features.width
-    return found._replace(lam=found.lam * scale)
-
-
-def _short_name(encoder: Mapping[str, Any]) -> str | None:
-    """Return the short name of an encoder's record; None if the paper does not have it."""
-    named = f"{encoder.get('library')}:{encoder.get('name')}"
-    return next((short for short, pinned in SHORT_NAMES.items() if pinned.name == named), None)
 
 
 def get_recipe(
@@ -295,3 +234,4 @@ RECIPES: Mapping[str, Callable[[FeatureSet, Architecture | None], Recipe]] = Map
         "hard-budget": _hard_budget,
     }
 )
+"""Every recipe by its name: a function of the features and the architecture, None for its own."""

@@ -396,7 +396,7 @@ def test_wrong_arguments_are_named(arguments, kind, said) -> None:
 
 def test_what_cannot_be_made_or_matched_is_blamed_on_the_argument_that_asked_for_it() -> None:
     few = set_of(HELD_OUT.tensor()[:20], HELD_OUT.labels[:20])
-    with pytest.raises(ValueError, match=r"^baselines: 'data points': num_latents: expected at mo"):
+    with pytest.raises(ValueError, match=r"^baselines: 'data points': features: expected at le"):
         quick({"a": topk()}, train=few, baselines=["data points"])
     with pytest.raises(ValueError, match=r"^match: 'plain': l0: expected at most 3\.998"):
         quick({"a": topk(k=8), "plain": Plain()}, match="l0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -157,6 +158,18 @@ def as_device(device: Any) -> torch.device:
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise ValueError(f"device: cannot use {str(device)!r} here: {reason}") from error
+
+
+def device_or_gpu(device: Any) -> torch.device:
+    """Return a device as :func:`as_device`; for None a GPU if there is one.
+
+    Under torchrun, it is the GPU with the number ``LOCAL_RANK``.
+    """
+    if device is not None:
+        return as_device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
 
 
 def require_choice(value: str, name: str, allowed: tuple[str, ...]) -> None:

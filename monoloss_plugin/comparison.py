@@ -204,7 +204,7 @@ def compare(
     if match is not None:
         require_choice(match, "match", ("l0",))
     require_flag(progress, "progress")
-    _require_set(features, "features")
+    require_set(features, "features")
     if isinstance(baselines, bool):
         baselines = list(BASELINES) if baselines else []
     kinds = as_list(baselines, "baselines")
@@ -220,7 +220,7 @@ def compare(
             "There are no training features. So probes and baselines were fitted on a random half "
             f"({len(train)} rows), and everything was scored on the other ({len(features)} rows)."
         )
-    _require_set(train, "train")
+    require_set(train, "train")
     if train.width != features.width:
         raise ValueError(f"train: expected width {features.width} as features, got {train.width}")
 
@@ -383,7 +383,8 @@ def _recipes(saes: Any) -> dict[str, list[SAE]]:
     return recipes
 
 
-def _require_set(one: Any, name: str) -> None:
+def require_set(one: Any, name: str) -> None:
+    """Raise TypeError unless an argument of this name is a feature set."""
     if not isinstance(one, FeatureSet):
         raise TypeError(
             f"{name}: expected a FeatureSet, got {kind_of(one)}; FeatureSet.from_tensors makes one "
@@ -399,7 +400,7 @@ def _matched(features: FeatureSet, spaces: Any) -> dict[str, tuple[FeatureSet, T
         raise ValueError(f"spaces: {_OF_LABELS!r} is the space of the labels; give another name")
     matched = {}
     for name, other in spaces.items():
-        _require_set(other, f"spaces: {name!r}")
+        require_set(other, f"spaces: {name!r}")
         with _blamed_on(f"spaces: {name!r}"):
             ours, theirs = rows_in_common(features, [other])
         matched[name] = other, torch.full((len(features),), -1).index_put_((ours,), theirs)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from monoloss_plugin._checks import (
-    as_device,
+    device_or_gpu,
     require_at_least,
     require_choice,
     require_number,
@@ -149,7 +149,7 @@ def extract(
     require_number(save_every, "save_every")
     if not save_every >= 0:
         raise ValueError(f"save_every: expected seconds, 0 or more, got {save_every}")
-    share, folder, on = _share(shard), as_path(out, "out"), _device(device)
+    share, folder, on = _share(shard), as_path(out, "out"), device_or_gpu(device)
     opened = source if isinstance(source, Source) else open_source(source)
     if isinstance(encoder, str):
         encoder = load_encoder(encoder)
@@ -303,14 +303,6 @@ def _share(shard: tuple[int, int] | None) -> tuple[int, int]:
     if shard is None:
         shard = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     return require_share(shard)
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    if device is not None:
-        return as_device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cpu")
 
 
 def _workers(device: torch.device) -> int:

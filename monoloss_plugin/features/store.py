@@ -136,7 +136,7 @@ class Contents:
         files = {name: asdict(file) for name, file in self.files.items()}
         left_out = [asdict(one) for one in self.unreadable]
         lists = {"files": files, "left_out": left_out}
-        _write_json(folder, RECORD, {"format": _FORMAT, **self.record.to_dict(), **lists})
+        write_json(folder, RECORD, {"format": _FORMAT, **self.record.to_dict(), **lists})
 
 
 def begin(folder: Path, settings: FeatureRecord) -> None:
@@ -155,7 +155,7 @@ def begin(folder: Path, settings: FeatureRecord) -> None:
     if not path.exists():
         if others:
             raise SettingsError(f"out: {folder} holds something else; give an empty or new folder")
-        _write_json(folder, SETTINGS, given)
+        write_json(folder, SETTINGS, given)
     there = read_json(path)
     versions = there.pop("versions", None), given.pop("versions", None)
     if versions[0] != versions[1]:
@@ -207,7 +207,7 @@ def claim(folder: Path, task: str, *, forever: bool = False) -> Iterator[None]:
 def note_total(folder: Path, rows: int) -> None:
     """Write down how many rows the source has, if that is not known yet."""
     if total_rows(folder) is None:
-        _write_json(folder, _TOTAL, rows)
+        write_json(folder, _TOTAL, rows)
 
 
 def total_rows(folder: Path) -> int | None:
@@ -410,7 +410,8 @@ def _require_settings(folder: Path, argument: str) -> None:
         raise FileNotFoundError(f"{argument}: no feature dataset in {folder}: it has no {SETTINGS}")
 
 
-def _write_json(folder: Path, name: str, content: Any) -> None:
+def write_json(folder: Path, name: str, content: Any) -> None:
+    """Write a file of JSON into a folder, so that it is there whole or not at all."""
     made = unfinished(folder)
     made.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     put(made, folder / name)

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from monoloss_plugin._checks import require_at_least, require_choice, require_flag, require_number
 from monoloss_plugin._optional import missing_extra
-from monoloss_plugin.embeddings import unit_rows
 from monoloss_plugin.saes.decoder import ridge_decoder
-from monoloss_plugin.saes.initialise import data_directions
+from monoloss_plugin.saes.initialise import data_directions, unit_directions
 from monoloss_plugin.saes.rows import BATCH, Rows, require_samples
 from monoloss_plugin.saes.selection import pre_activations, threshold_for_l0
 
@@ -136,7 +135,7 @@ def _empty_sae(selection: str, x: Tensor, num_latents: int, l0: float) -> Any:
 
 def _random_directions(rows: Rows, mean: Tensor, most: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return _unit(torch.randn(most, rows.width, generator=generator))
+    return unit_directions(torch.randn(most, rows.width, generator=generator))
 
 
 def _data_points(rows: Rows, mean: Tensor, most: int, seed: int) -> Tensor:
@@ -159,7 +158,7 @@ def _cluster_centres(rows: Rows, mean: Tensor, most: int, seed: int) -> Tensor:
     require_samples(rows, most)
     sample = rows.sample(max(_K_MEANS_SAMPLES, most), seed).cpu().numpy()
     fitted = MiniBatchKMeans(most, random_state=seed, n_init=1).fit(sample)
-    return _unit(torch.from_numpy(fitted.cluster_centers_).to(mean) - mean)
+    return unit_directions(torch.from_numpy(fitted.cluster_centers_).to(mean) - mean)
 
 
 BASELINES: Mapping[str, Directions] = MappingProxyType(
@@ -197,10 +196,6 @@ def _components(rows: Rows, mean: Tensor) -> Tensor:
     variances, vectors = torch.linalg.eigh(scatter)
     components: Tensor = vectors.T[variances > 1e-10 * variances[-1]].flip(0)
     return components
-
-
-def _unit(directions: Tensor) -> Tensor:
-    return unit_rows(directions, torch.float64)[0]
 
 
 def _both_signs(components: Tensor) -> Tensor:

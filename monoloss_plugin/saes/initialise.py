@@ -47,12 +47,14 @@ def data_directions(
         ValueError: there are fewer samples than directions.
     """
     require_samples(rows, count)
-    directions = _unit(rows.sample(count, seed) - mean)
+    directions = unit_directions(rows.sample(count, seed) - mean)
     if blend == 1:
         return directions
     generator = torch.Generator().manual_seed(seed)
-    random = _unit(torch.randn(count, rows.width, generator=generator, dtype=torch.float64))
-    return _unit(blend * directions + (1 - blend) * random.to(directions))
+    random = unit_directions(
+        torch.randn(count, rows.width, generator=generator, dtype=torch.float64)
+    )
+    return unit_directions(blend * directions + (1 - blend) * random.to(directions))
 
 
 @torch.no_grad()
@@ -157,5 +159,6 @@ def _as_the_encoder_sees_them(rows: Rows, sae: Any) -> tuple[Rows, float]:
     )
 
 
-def _unit(directions: Tensor) -> Tensor:
+def unit_directions(directions: Tensor) -> Tensor:
+    """Return directions (n, d) of unit length, float64."""
     return unit_rows(directions, torch.float64)[0]

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from monoloss_plugin._checks import as_device
+from monoloss_plugin._checks import device_or_gpu
 from monoloss_plugin._places import as_path, kind_of, require_folder, without
 from monoloss_plugin._samples import own_record
-from monoloss_plugin.comparison import Comparison, compare
+from monoloss_plugin.comparison import Comparison, compare, require_set
 from monoloss_plugin.features import FeatureBatches, FeatureSet
+from monoloss_plugin.features.store import write_json
 from monoloss_plugin.saes.baselines import QUICK
 from monoloss_plugin.saes.refit import refit_decoder
 from monoloss_plugin.training.recipes import Recipe
@@ -97,7 +98,7 @@ def train(
     if held_out is None:
         features, held_out = split(features, recipe.seed)
     recipe = recipe.fitted_to(len(features), features.width)
-    found = as_device(device or default_device())
+    found = device_or_gpu(device)
     batches = batches_for(features, recipe, found)
     trainer = make_trainer(batches, recipe, logger=logger)
     checkpoints = Checkpoints(folder / CHECKPOINTS, _settings(recipe, features, held_out))
@@ -114,8 +115,7 @@ def train(
     comparison = compare(
         {"trained": sae}, held_out, train=features, baselines=baselines, groups=(), progress=True
     )
-    # It says that the run is finished, so it must not be there by half.
-    os.replace(comparison.save(folder / "partial.json"), folder / EVALUATION)
+    write_json(folder, EVALUATION, comparison.to_dict())  # it says that the run is finished
     without(folder / CHECKPOINTS)
     return Trained(sae, comparison, recipe, folder)
 
@@ -136,22 +136,12 @@ def require_sets(features: Any, held_out: Any, recipe: Any) -> None:
     """Raise TypeError or ValueError unless these can be trained with and measured on."""
     if not isinstance(recipe, Recipe):
         raise TypeError(f"recipe: expected a Recipe, got {kind_of(recipe)}; see get_recipe")
-    if not isinstance(features, FeatureSet):
-        raise TypeError(
-            f"features: expected a FeatureSet, got {kind_of(features)}; FeatureSet.open opens "
-            "a folder, FeatureSet.from_tensors makes one of arrays"
-        )
+    require_set(features, "features")
     if held_out is None:
         return
-    if not isinstance(held_out, FeatureSet):
-        raise TypeError(f"held_out: expected a FeatureSet, got {kind_of(held_out)}")
+    require_set(held_out, "held_out")
     if held_out.width != features.width:
         raise ValueError(f"held_out: expected width {features.width}, got {held_out.width}")
-
-
-def default_device() -> str:
-    """Return "cuda" if there is a GPU, else "cpu"."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def split(features: FeatureSet, seed: int) -> tuple[FeatureSet, FeatureSet]:
@@ -182,9 +172,7 @@ class Checkpoints:
         settings = self.folder / _SETTINGS
         if not settings.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            partial = self.folder / "partial.json"
-            partial.write_text(json.dumps(self.settings, indent=1) + "\n")
-            os.replace(partial, settings)
+            write_json(self.folder, _SETTINGS, self.settings)
             return
         then = json.loads(settings.read_text())
         now = json.loads(json.dumps(self.settings))
@@ -239,10 +227,10 @@ class Checkpoints:
         partial.mkdir()
         trainer.sae.save_model(partial)
         trainer.save_trainer_state(partial)
-        earlier = self._saved()
-        os.replace(partial, without(self.folder / str(trainer.n_training_steps)))
-        for path in earlier:
-            if path.name != str(trainer.n_training_steps):
+        newest = without(self.folder / str(trainer.n_training_steps))
+        os.replace(partial, newest)
+        for path in self._saved():
+            if path != newest:
                 without(path)
 
     def _saved(self) -> list[Path]:

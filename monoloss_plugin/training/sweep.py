@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from monoloss_plugin._checks import as_device, as_list, require_number
+from monoloss_plugin._checks import as_list, device_or_gpu, require_number
 from monoloss_plugin._places import as_path
 from monoloss_plugin.comparison import Comparison, compare
 from monoloss_plugin.features import FeatureBatches, FeatureSet
@@ -22,7 +22,7 @@ from monoloss_plugin.report import trade_off_figure
 from monoloss_plugin.saes.baselines import QUICK
 from monoloss_plugin.saes.selection import with_l0
 from monoloss_plugin.training.recipes import WITH_K, Recipe
-from monoloss_plugin.training.run import default_device, require_sets, split
+from monoloss_plugin.training.run import require_sets, split
 from monoloss_plugin.training.trainer import as_others_load_it, batches_for, make_trainer
 
 from tqdm.auto import tqdm  # isort: skip  # after the module whose error names the extra
@@ -173,13 +173,14 @@ def sweep(
         budgets = as_list(ks, "ks")
         if not budgets or len(set(budgets)) < len(budgets):
             raise ValueError(f"ks: expected different numbers, got {budgets}")
-    each = [replace(recipe.with_lam(lam), k=k) for k in budgets for lam in sorted(weights)]
     runs = [
         Run(f"lam {lam:.3g}" + (f", k {k}" if len(budgets) > 1 else ""), lam, k)
         for k in budgets
         for lam in sorted(weights)
     ]
-    batches = batches_for(features, recipe, as_device(device or default_device()))
+    # All of them before the first run: a bad number is found at once.
+    each = [replace(recipe.with_lam(run.lam), k=run.k) for run in runs]
+    batches = batches_for(features, recipe, device_or_gpu(device))
     steps = _steps_that_fit(batches, recipe, _SHARE_OF_TRAINING * seconds / len(runs))
     saes = {}
     for run, one in zip(tqdm(runs, desc="Sweep", unit="run"), each, strict=True):

@@ -18,10 +18,13 @@ from sae_lens import SAE, SAETrainer  # isort: skip
 from sae_lens.config import LoggingConfig, SAETrainerConfig  # isort: skip
 from sae_lens.registry import get_sae_training_class  # isort: skip
 
-
 Number = TypeVar("Number", int, float)
 
 _DEAD_FEATURE_WINDOW = 1000  # SAELens's default, which is longer than a short run
+_TOWARDS_K = 0.01
+"""JumpReLU's weight of the squared distance to k, for inputs of unit norm."""
+_L1 = 0.05
+"""The L1 weight of "standard" and "gated", for inputs of unit norm."""
 
 
 def make_trainer(
@@ -150,12 +153,6 @@ def _new_sae(width: int, recipe: Recipe, device: torch.device) -> Any:
     if recipe.architecture == "matryoshka_batchtopk":
         settings["matryoshka_widths"] = sorted({max(1, num_latents // 4), num_latents})
     return sae_class(config_class(**settings | dict(recipe.settings)))
-
-
-_TOWARDS_K = 0.01
-"""JumpReLU's weight of the squared distance to k, for inputs of unit norm."""
-_L1 = 0.05
-"""The L1 weight of "standard" and "gated", for inputs of unit norm."""
 
 
 def _set(number: Number | None) -> Number:

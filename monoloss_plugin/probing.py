@@ -20,8 +20,8 @@ from monoloss_plugin._checks import (
     require_finite,
 )
 from monoloss_plugin._optional import missing_extra
+from monoloss_plugin._sae import SAE
 from monoloss_plugin.batch import Batch
-from monoloss_plugin.evaluation import SAE
 
 try:
     import numpy as np

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from monoloss_plugin._checks import as_rows
 from monoloss_plugin._places import kind_of
+from monoloss_plugin._progress import progress_bar
+from monoloss_plugin._sae import require_sae, selects_over_batches
 from monoloss_plugin._samples import own_record
-from monoloss_plugin.evaluation import progress_bar, require_sae, selects_over_batches
 from monoloss_plugin.kernels.support import is_sparse, support_of
 from monoloss_plugin.metrics import R2
 from monoloss_plugin.saes.decoder import Decoder, require_ridge, ridge_decoder

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from monoloss_plugin._checks import as_rows, require_finite
 from monoloss_plugin._places import kind_of
+from monoloss_plugin._sae import device_of, require_sae, require_width
 from monoloss_plugin._samples import Samples, scaling_for
 from monoloss_plugin.embeddings import unit_rows
-from monoloss_plugin.evaluation import device_of, require_sae, require_width
 
 if TYPE_CHECKING:
     from monoloss_plugin.features import FeatureSet

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from monoloss_plugin._checks import as_list, as_rows, require_at_least, require_number
 from monoloss_plugin._places import kind_of
-from monoloss_plugin.evaluation import SAE
+from monoloss_plugin._sae import SAE
 from monoloss_plugin.metrics import R2
 from monoloss_plugin.saes.rows import BATCH, Rows
 

@@ -1,0 +1,190 @@
+"""One pass of an SAE over samples, which takes every measure on the way."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from monoloss_plugin._checks import as_device, as_labels, as_rows, as_tensor, require_finite
+from monoloss_plugin._progress import progress_bar
+from monoloss_plugin._sae import SAE, device_of, require_sae, require_width, selects_over_batches
+from monoloss_plugin._samples import Samples, is_scaled, of_training, scaling_for, trained_on
+from monoloss_plugin.batch import Batch
+from monoloss_plugin.embeddings import unit_rows
+from monoloss_plugin.kernels.support import Support, is_sparse, support_of
+from monoloss_plugin.metrics import R2, ClassPurity, MonoScore
+from monoloss_plugin.purity import Purity
+from monoloss_plugin.results import Evaluation, Spaces
+
+if TYPE_CHECKING:
+    from monoloss_plugin.features import FeatureSet
+
+
+class Encoded(NamedTuple):
+    """A batch of B samples, as the SAE saw it."""
+
+    rows: Tensor
+    """(B,) int64 on the CPU: the samples' row numbers."""
+    latents: Tensor | Support
+    """(B, M), on the SAE's device."""
+    reconstruction: Tensor
+    """(B, d_in)"""
+    embeddings: Tensor
+    """(B, d): what the samples are compared by."""
+
+
+class Scoring:
+    """The measures of :func:`~monoloss_plugin.evaluation.evaluate`, for one pass.
+
+    Read every one of :meth:`batches`, then call :meth:`evaluation`. Its arguments, errors and
+    warnings are those of ``evaluate``.
+    """
+
+    def __init__(
+        self,
+        sae: SAE,
+        features: Tensor | FeatureSet | Iterable[Batch],
+        labels: Tensor | None = None,
+        *,
+        num_classes: int | None = None,
+        embeddings: Tensor | None = None,
+        normalize: bool | None = None,
+        batch_size: int = 2048,
+        device: torch.device | str | None = None,
+    ) -> None:
+        require_sae(sae)
+        self.sae = sae
+        self.samples = Samples.of(features, labels, embeddings, num_classes, batch_size)
+        self.scaled = scaling_for(sae, self.samples, normalize)
+        self.device = as_device(device) if device is not None else device_of(sae)
+        self.monoscore, self.r2 = MonoScore(), R2()
+        self.purity: ClassPurity | None = None
+        self._say_if_scaled = normalize is None and self.samples.scaling != "wanted"
+        if selects_over_batches(sae):
+            _warn(
+                "sae: a BatchTopK SAE in training selects over each batch, so its scores depend on "
+                "the batch size. Save it with save_inference_model and evaluate what "
+                "SAE.load_from_disk gives: that is what others will use"
+            )
+        if split := of_training(features):
+            _warn(
+                f"features: these are of the split {split!r}. If the SAE was trained on them, its "
+                "scores are too good; use held-out features"
+            )
+
+    @torch.no_grad()
+    def batches(self, title: str, progress: bool) -> Iterator[Encoded]:
+        """Encode every batch, add it to the measures, and yield it."""
+        decode, seen, samples = _Decoder(self.sae), 0, self.samples
+        were_scaled = True
+        with progress_bar(title, samples.total, progress) as advance:
+            for batch in samples.batches:
+                given = as_rows(batch.features, "features")
+                require_width(self.sae, given.shape)
+                given = given if self.device is None else given.to(self.device)
+                require_finite(given, "features")
+                if self.scaled:
+                    were_scaled = were_scaled and is_scaled(given)
+                    given, _ = unit_rows(given, torch.float32)
+                latents = as_rows(self.sae.encode(given), "sae.encode(features)", keep_sparse=True)
+                # Look for the entries once; every measure sums over them.
+                found = support_of(latents) if is_sparse(latents) else latents
+                reconstruction = decode(latents, found)
+                self.r2.update(given, reconstruction)
+                similarity = given if batch.embeddings is None else batch.embeddings
+                embeddings = as_tensor(similarity, "embeddings").to(given.device)
+                self.monoscore.update(found, embeddings)
+                if batch.labels is not None:
+                    self._add_labels(found, latents, as_labels(batch.labels).flatten())
+                counted = torch.arange(seen, seen + len(given))
+                seen += len(given)
+                rows = counted if batch.rows is None else batch.rows.flatten()
+                yield Encoded(rows, found, reconstruction, embeddings)
+                advance(len(given))
+        self._say_if_scaled = self._say_if_scaled and self.scaled and not were_scaled
+
+    def evaluation(self) -> Evaluation:
+        """Return the measures of everything that was read, on the CPU.
+
+        Raises:
+            ValueError: no samples.
+        """
+        if not self.r2.n:
+            raise ValueError("features: expected at least one sample, got none")
+        purity = None if self.purity is None else self.purity.compute()
+        found = Evaluation(
+            monoscore=self.monoscore.compute().cpu(),
+            purity=None if purity is None else Purity(*(of.cpu() for of in purity)),
+            r2=self.r2.compute(),
+            spaces=Spaces(self.samples.compared_by, trained_on(self.sae)),
+            classes=self.samples.classes,
+        )
+        if self._say_if_scaled:
+            _warn(
+                "features: scaled to unit norm, because the SAE was trained on unit norm. Pass "
+                "normalize=False to use them as they are"
+            )
+        if found.r2 < 0:
+            _warn(
+                f"sae: R² is {found.r2:.2f}, worse than the mean of the features would be. Check "
+                "that the features are on the scale that the SAE was trained on"
+            )
+        return found
+
+    def _add_labels(self, found: Tensor | Support, latents: Tensor, labels: Tensor) -> None:
+        if self.samples.num_classes is None:
+            raise ValueError("num_classes: needed for the purity of batches with labels")
+        if self.purity is None:
+            self.purity = ClassPurity(self.samples.num_classes)
+        self.purity.update(*_labelled(found, latents, labels.to(latents.device)))
+
+
+def _labelled(
+    found: Tensor | Support, latents: Tensor, labels: Tensor
+) -> tuple[Tensor | Support, Tensor]:
+    """Return the samples that have a label, which is not -1."""
+    unlabelled = labels == -1
+    if not bool(unlabelled.any()):
+        return found, labels
+    dense = latents if latents.layout == torch.strided else latents.to_dense()
+    return dense[~unlabelled], labels[~unlabelled]
+
+
+class _Decoder:
+    """Decodes sparse latents from their entries, which is faster, if the SAE's ``decode`` can.
+
+    The first sparse batch is decoded both ways. If the results agree, all later ones are decoded
+    sparse.
+    """
+
+    def __init__(self, sae: SAE) -> None:
+        self.decode = sae.decode
+        self.takes_sparse: bool | None = None
+
+    def __call__(self, latents: Tensor, found: Tensor | Support) -> Tensor:
+        if latents.layout != torch.strided or not isinstance(found, Support):
+            return self.decode(latents)
+        if self.takes_sparse:
+            return self.decode(found.by_sample())
+        dense = self.decode(latents)
+        if self.takes_sparse is None and len(found.values):
+            self.takes_sparse = self._agrees(found.by_sample(), dense)
+        return dense
+
+    def _agrees(self, sparse: Tensor, expected: Tensor) -> bool:
+        try:
+            given = self.decode(sparse)
+        except Exception:  # a decode that does not know sparse tensors may raise anything
+            return False
+        if given.layout != expected.layout or given.shape != expected.shape:
+            return False
+        tolerance = 1e-5 * expected.abs().max()  # with a NaN, no comparison below is true
+        return bool(((given - expected).abs() <= tolerance + 1e-4 * expected.abs()).all())
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=4)  # shown at the call of evaluate

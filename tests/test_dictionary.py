@@ -1,8 +1,9 @@
-"""Stability and redundancy of decoder directions, against brute force and scipy."""
+"""Decoder directions: matched, repeated and nearest, against brute force and scipy."""
 
 from __future__ import annotations
 
 import math
+import sys
 from itertools import permutations
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from monoloss_plugin import load_pretrained
-from monoloss_plugin.dictionary import redundancy, stability
+from monoloss_plugin.dictionary import nearest_latents, redundancy, stability
 
 
 @pytest.fixture
@@ -123,6 +124,65 @@ def test_redundancy_looks_in_every_chunk(generator, monkeypatch) -> None:
     assert redundancy(u) == 2 / 50
 
 
+@pytest.mark.parametrize("of_another", [False, True])
+def test_nearest_latents_of_real_decoders_equal_a_sort_of_cosines_from_loops(
+    decoders, of_another
+) -> None:
+    cosines = cosines_of(decoders[0], decoders[1] if of_another else decoders[0])
+    if not of_another:
+        np.fill_diagonal(cosines, -2)
+    expected = np.argsort(-cosines, axis=1)[:, :4]
+    found = nearest_latents(decoders[0], decoders[1] if of_another else None, count=4)
+    np.testing.assert_allclose(
+        found.cosines, np.take_along_axis(cosines, expected, axis=1), atol=1e-6
+    )
+    # Two cosines may be the same but for rounding.
+    assert (found.latents.numpy() == expected).mean() > 0.99
+    taken = np.take_along_axis(cosines, found.latents.numpy(), axis=1)
+    np.testing.assert_allclose(found.cosines, taken, atol=1e-6)
+    assert found.latents.dtype == torch.int64
+    assert found.cosines.dtype == torch.float32
+
+
+def test_nearest_latents_leave_out_what_is_dead_or_zero(generator) -> None:
+    u = torch.randn(12, 6, generator=generator)
+    u[3] = 0
+    alive = torch.arange(12) % 4 > 0  # 1, 2, 3, 5, 6, 7, 9, 10, 11, of which 3 is zero
+    asked = [1, 2, 5, 6, 7, 9, 10, 11]
+    found = nearest_latents(u, count=9, alive=alive)
+    cosines = cosines_of(u[asked], u[asked])
+    for i, latent in enumerate(asked):
+        others = sorted(set(range(8)) - {i}, key=lambda j: -cosines[i, j])
+        assert found.latents[latent].tolist() == [asked[j] for j in others] + [-1, -1]
+        assert found.cosines[latent, 7:].isnan().all()
+    rest = torch.tensor([0, 3, 4, 8])
+    assert (found.latents[rest] == -1).all()
+    assert found.cosines[rest].isnan().all()
+    # In another dictionary, all count that are not zero, also the latent with the same number.
+    in_other = nearest_latents(u, 2 * u, count=1, alive=alive)
+    assert in_other.latents[asked, 0].tolist() == asked
+    assert (in_other.latents[rest] == -1).all()
+    assert (nearest_latents(torch.eye(1), count=2).latents == -1).all()
+    assert (nearest_latents(torch.eye(2), torch.zeros(3, 2)).latents == -1).all()
+
+
+def test_nearest_latents_look_in_every_chunk(generator, monkeypatch) -> None:
+    u, v = (torch.randn(50, 30, generator=generator) for _ in range(2))
+    whole, in_other = nearest_latents(u), nearest_latents(u, v)
+    monkeypatch.setattr("monoloss_plugin.dictionary._COSINES", 150)
+    torch.testing.assert_close(nearest_latents(u), whole)
+    torch.testing.assert_close(nearest_latents(u, v), in_other)
+
+
+def test_only_matching_needs_scipy(monkeypatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "scipy"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert redundancy(torch.eye(2)) == 0
+    assert nearest_latents(torch.eye(2), count=1).latents.tolist() == [[1], [0]]
+    with pytest.raises(ModuleNotFoundError, match=r"needs scipy\S*, which is not installed"):
+        stability([torch.eye(2), torch.eye(2)])
+
+
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
@@ -135,6 +195,9 @@ def test_redundancy_looks_in_every_chunk(generator, monkeypatch) -> None:
         (lambda: redundancy(torch.eye(2), alive=torch.ones(2)), TypeError, "alive: expected bool"),
         (lambda: redundancy(torch.eye(2), alive=[True]), ValueError, r"alive: expected \(2,\)"),
         (lambda: redundancy([[1, 2]]), TypeError, "dictionary: expected a floating"),
+        (lambda: nearest_latents(torch.eye(2), count=0), ValueError, "count: expected at least 1"),
+        (lambda: nearest_latents(torch.eye(2), torch.eye(3)), ValueError, "other: expected width"),
+        (lambda: nearest_latents(torch.eye(2), [[1, 2]]), TypeError, "other: expected a floating"),
     ],
 )
 def test_errors_name_the_argument(call, error, text) -> None:

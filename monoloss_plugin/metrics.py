@@ -214,6 +214,31 @@ class MonoScore(StreamingMetric[Moments]):
             num_samples=int(samples.n),
         )
 
+    def mean_embeddings(self) -> Tensor:
+        """Return the mean unit embedding of each latent, weighted by its activations.
+
+        This is w / u of :mod:`monoloss_plugin.sums`: each sample counts by how far it activates the
+        latent above the latent's minimum. A mean is shorter than 1 unless all of these samples are
+        alike.
+
+        Returns:
+            (M, d) float32; zero for a latent that is never above its minimum, such as a dead one.
+
+        Raises:
+            ValueError: no data yet.
+        """
+        sums = self._seen().sums
+        return (sums.w / sums.u.masked_fill(sums.u == 0, 1.0).unsqueeze(1)).float()
+
+    def mean_embedding(self) -> Tensor:
+        """Return the mean unit embedding (d,) of all samples, in float32.
+
+        Raises:
+            ValueError: no data yet.
+        """
+        samples = self._seen().samples
+        return (samples.sum_h / samples.n).float()
+
 
 class ClassPurity(StreamingMetric[ClassSums]):
     """Class purity of every latent, binary, weighted and above chance, in one pass.

@@ -32,6 +32,20 @@ def monoscore_by_loops(latents: Tensor, embeddings: Tensor) -> np.ndarray:
     return scores
 
 
+def mean_embeddings_by_loops(latents: Tensor, embeddings: Tensor) -> np.ndarray:
+    """The mean unit embedding of each latent, weighted by activation above its minimum; or 0."""
+    a, e = latents.double().numpy(), embeddings.double().numpy()
+    means = np.zeros((a.shape[1], e.shape[1]))
+    for k in range(a.shape[1]):
+        low, weight = a[:, k].min(), 0.0
+        for n in range(len(a)):
+            norm = math.sqrt(sum(x * x for x in e[n]))
+            means[k] += (a[n, k] - low) * e[n] / (norm or 1.0)
+            weight += a[n, k] - low
+        means[k] /= weight or 1.0
+    return means
+
+
 def purity_by_loops(latents: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Section 4.1 of the MonoLoss paper, sample by sample; NaN where never active."""
     binary, weighted = [], []

@@ -45,6 +45,26 @@ def test_streamed_scores_equal_the_definition(
     assert result.num_samples == 40
 
 
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("form", ["dense", "sparse", "merged"])
+def test_mean_embeddings_equal_loops(case: str, form: str, embeddings: Tensor, way: str) -> None:
+    a = CASES[case]
+    if form == "merged":  # the minimum of the second shard may be lower
+        metric = streamed(a[:17], embeddings[:17], [8, 9])
+        metric.merge(streamed(a[17:], embeddings[17:], [23]))
+    else:
+        given = a.to_sparse() if form == "sparse" else a
+        metric = streamed(given, embeddings, [1, 13, 20, 6])
+    means = metric.mean_embeddings()
+    assert means.dtype == torch.float32
+    expected = oracle.mean_embeddings_by_loops(a, embeddings)
+    np.testing.assert_allclose(means.numpy(), expected, atol=2e-6)
+    never = (a == a.amin(0)).all(0)
+    assert (means[never] == 0).all()
+    units = [row / (np.linalg.norm(row) or 1.0) for row in embeddings.double().numpy()]
+    np.testing.assert_allclose(metric.mean_embedding().numpy(), np.mean(units, 0), atol=1e-6)
+
+
 @pytest.mark.parametrize("sizes", [[40], [1, 13, 20, 6], [1] * 40], ids=str)
 @pytest.mark.parametrize("others", [1e-1, 1e-3, 1e-5])
 def test_one_sample_with_nearly_all_of_the_activation_costs_no_accuracy(
@@ -292,6 +312,9 @@ def test_empty_metrics_say_so() -> None:
     for metric in (MonoScore(), ClassPurity(3), R2()):
         with pytest.raises(ValueError, match="no data yet"):
             metric.compute()
+    for mean in (MonoScore().mean_embeddings, MonoScore().mean_embedding):
+        with pytest.raises(ValueError, match="no data yet"):
+            mean()
 
 
 def _reduce_on_a_rank(rank: int, folder: str) -> None:

@@ -303,3 +303,11 @@ class ClassPurity(StreamingMetric[ClassSums]):
             ValueError: no data yet.
         """
         return purity_from_sums(self._seen())
+
+    def class_counts(self) -> Tensor:
+        """Return how many samples of each class activate each latent (C, M), int64.
+
+        Raises:
+            ValueError: no data yet.
+        """
+        return self._seen().counts.sum(0)

@@ -172,6 +172,7 @@ def compare(
     baselines: bool | Sequence[str] = False,
     match: Literal["l0"] | None = None,
     groups: Sequence[Group] = GROUPS,
+    score: Callable[[SAE, FeatureSet], Evaluation] = evaluate,
     progress: bool = False,
 ) -> Comparison:
     """Measure SAEs of the same features side by side, with SAEs that have learnt nothing.
@@ -179,14 +180,17 @@ def compare(
     Args:
         saes: SAEs by name; several of a name are the same recipe with other seeds, and get means.
         features: held-out features.
-        train: training features, for what must be fitted: baselines and probes. By default half of
-            ``features``, chosen at random; the SAEs are then scored on the other half.
+        train: training features, for what must be fitted: baselines, probes and thresholds. By
+            default half of ``features``, chosen at random; the SAEs are then scored on the other
+            half. Where nothing is fitted, they are scored on all of them.
         spaces: other feature sets of the same images, by name. MonoScore is computed in each.
         baselines: True for all of :data:`~monoloss_plugin.saes.baselines.BASELINES`, or their
             names. They have the number of latents and the L0 of the first SAE, and as many seeds.
         match: "l0" gives every SAE one threshold, so that all have the L0 of the first SAE on
             ``train`` (see :func:`~monoloss_plugin.saes.selection.with_l0`), also the baselines.
         groups: which :data:`Group` of measures to take beside those of ``evaluate``.
+        score: gives the evaluation of an SAE or a baseline; a function of yours may do more in the
+            same pass.
         progress: show a progress bar.
 
     Raises:
@@ -212,7 +216,9 @@ def compare(
         require_choice(kind, "baselines", tuple(BASELINES))
     matched = _matched(features, {} if spaces is None else spaces)
     notes = []
-    if train is None:
+    if train is None and not (kinds or match or "probes" in groups):
+        train = features
+    elif train is None:
         fitted, scored = _halves(len(features))
         train, features = features.select(fitted), features.select(scored)
         matched = {name: (other, rows[scored]) for name, (other, rows) in matched.items()}
@@ -224,27 +230,25 @@ def compare(
     if train.width != features.width:
         raise ValueError(f"train: expected width {features.width} as features, got {train.width}")
 
-    leader = next(iter(recipes.values()))
-    rows = Rows.for_sae(leader[0], train, None)
-    l0, num_latents = l0_and_width(leader[0], rows)
-    size = _Size(num_latents, l0, len(leader), rows.unit_norm)
+    if kinds or match:
+        size = _Size.of(next(iter(recipes.values())), train)
     if match:
         for name, of in recipes.items():
             with _blamed_on(f"match: {name!r}"):
-                recipes[name] = [with_l0(sae, train, l0) for sae in of]
-        notes.append(f"Every SAE has one threshold, for an L0 of {l0:.3g} on training rows.")
+                recipes[name] = [with_l0(sae, train, size.l0) for sae in of]
+        notes.append(f"Every SAE has one threshold, for an L0 of {size.l0:.3g} on training rows.")
     for kind in kinds:
         recipes[kind] = _shown(
             _baselines(kind, train, size, match is not None), kind, progress, size.seeds
         )
     if kinds:
         notes.append(
-            f"Baselines have {num_latents} latents"
-            + ("" if match else f", and {max(1, round(l0))} active ones per sample")
+            f"Baselines have {size.num_latents} latents"
+            + ("" if match else f", and {max(1, round(size.l0))} active ones per sample")
             + ". Their decoders were fitted to the training rows by ridge regression."
         )
     evaluations = {
-        name: _shown((evaluate(sae, features) for sae in of), name, progress, len(of))
+        name: _shown((score(sae, features) for sae in of), name, progress, len(of))
         for name, of in recipes.items()
     }
     referee = _Referee(features, train, matched, tuple(groups))
@@ -267,6 +271,13 @@ class _Size(NamedTuple):
     l0: float
     seeds: int
     unit_norm: bool
+
+    @classmethod
+    def of(cls, leader: Sequence[SAE], train: FeatureSet) -> _Size:
+        """Return that of the first of some SAEs."""
+        rows = Rows.for_sae(leader[0], train, None)
+        l0, num_latents = l0_and_width(leader[0], rows)
+        return cls(num_latents, l0, len(leader), rows.unit_norm)
 
 
 def _baselines(kind: str, train: FeatureSet, size: _Size, by_threshold: bool) -> Iterator[SAE]:

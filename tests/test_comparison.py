@@ -279,7 +279,6 @@ def test_without_training_rows_half_is_for_fitting_and_the_other_half_is_scored(
         return evaluate(sae, features)
 
     monkeypatch.setattr("monoloss_plugin.comparison.make_baseline", fit)
-    monkeypatch.setattr("monoloss_plugin.comparison.evaluate", score)
     x = torch.cat((HELD_OUT.tensor().float(), torch.arange(599.0)[:, None] / 1e6), 1)
     ids = list(map(str, range(599))) if with_ids else None
     other = set_of(torch.rand(599, 3), None, ids)
@@ -290,6 +289,7 @@ def test_without_training_rows_half_is_for_fitting_and_the_other_half_is_scored(
         spaces={"other": other},
         baselines=["PCA"],
         groups=["spaces", "probes"],
+        score=score,
     )
     fitted, scored = (
         set((seen[name].tensor()[:, -1] * 1e6).round().long().tolist())
@@ -303,6 +303,10 @@ def test_without_training_rows_half_is_for_fitting_and_the_other_half_is_scored(
     assert f"({len(fitted)} rows)" in found.notes[0]
     assert f"({len(scored)} rows)" in found.notes[0]
     assert found.evaluations["a"][0].monoscore.num_samples == len(scored)
+    # Where nothing is fitted, there is nothing to hold out.
+    whole = compare({"a": sae}, set_of(x), groups=["budgets"])
+    assert whole.evaluations["a"][0].monoscore.num_samples == 599
+    assert whole.notes == ["a: samples are compared by features of an encoder without a name."]
     # The space is that of the scored images, row by row.
     rows = torch.tensor(sorted(scored))
     direct = evaluate(sae, x[rows], embeddings=other.take(rows), normalize=True)

@@ -63,6 +63,9 @@ class ActivatingSamples:
     """(M, d) float32: the activation-weighted mean of the samples' unit embeddings."""
     mean_embedding: Tensor
     """(d,) float32: the mean of all unit embeddings."""
+    directions: Tensor | None
+    """(M, d_in) float32: what a unit of each latent adds to the reconstruction; None if the SAE
+    cannot tell."""
     of_rows: RowLatents
     """The view from a sample."""
 
@@ -129,6 +132,7 @@ def activating_samples(
         class_counts=None if scoring.purity is None else scoring.purity.class_counts().cpu(),
         mean_embeddings=means.cpu(),
         mean_embedding=scoring.monoscore.mean_embedding().cpu(),
+        directions=kept.directions(),
         of_rows=joined(kept.rows),
     )
 
@@ -177,6 +181,11 @@ class _Kept:
             held.rows.gather(1, place).where(there, torch.tensor(-1)),
             held.values.gather(1, place).where(there, torch.tensor(0.0)),
         )
+
+    def directions(self) -> Tensor | None:
+        """Return the decoder directions (M, d_in)."""
+        found = self.contributions.directions
+        return None if found is None else found.cpu()
 
     def histogram(self) -> tuple[Tensor, int]:
         """Return the bins (M, b) from the first to the last that is not empty; and the first."""

@@ -97,6 +97,7 @@ def test_curves_show_every_run_and_their_mean() -> None:
     ]
     assert [line.get_xdata().tolist() for line in ax.lines[2:]] == [[0, 0.5, 1], [0, 1]]
     assert labels_of(ax) == ["with\nmean of 2 runs", "without"]
+    assert describe(ax).endswith("without: 0.4 at 0, 0.3 at 1.")
 
 
 def test_chance_is_a_line_across_the_curves() -> None:

@@ -156,9 +156,8 @@ def plot_support(
     """Plot the MonoScore above chance of each latent against the number of its active samples.
 
     Rare latents score high by chance: two samples may be alike for no reason. So a latent is filled
-    only if its score is significant at 0.01 (:meth:`MonoScoreResult.significant
-    <monoloss_plugin.metrics.MonoScoreResult.significant>`), and hollow otherwise. Latents without a
-    score are left out.
+    only if its score is significant (:meth:`~monoloss_plugin.metrics.MonoScoreResult.significant`
+    at 0.01), and hollow otherwise. Latents without a score are left out.
 
     Args:
         evaluations: as for :func:`plot_scores`; the latents of several runs are drawn together.

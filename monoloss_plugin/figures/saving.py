@@ -137,7 +137,7 @@ def _of_line(points: np.ndarray[Any, Any]) -> str:
             return f"a line at {_number(points[0, axis])}"
     if not len(points):
         return "nothing"
-    chosen = points[[0, len(points) // 2, -1]]
+    chosen = points[sorted({0, len(points) // 2, len(points) - 1})]
     return ", ".join(f"{_number(y)} at {_number(x)}" for x, y in chosen)
 
 

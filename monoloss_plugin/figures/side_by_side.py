@@ -44,9 +44,9 @@ def plot_curves(
     """Plot MonoScore curves: the scores in decreasing order, against the latent's rank in [0, 1].
 
     Args:
-        curves: for each name the (M,) curve (:meth:`MonoScoreResult.curve
-            <monoloss_plugin.metrics.MonoScoreResult.curve>`), or a list of the curves of several
-            runs: each is a thin line, and their mean a thick one.
+        curves: for each name the (M,) curve of an SAE, from
+            :meth:`~monoloss_plugin.metrics.MonoScoreResult.curve`; or a list of the curves of
+            several runs: each is a thin line, and their mean a thick one.
         chance: the score of shuffled activations, drawn as a dotted line.
         title: title of the axes.
         ax: axes to draw on; by default those of a new figure.
@@ -90,8 +90,7 @@ def plot_trade_off(
 
     Args:
         comparison: of the SAEs.
-        x: name of a measure, as in :meth:`Comparison.measures
-            <monoloss_plugin.comparison.Comparison.measures>`.
+        x: name of a measure, as in :meth:`~monoloss_plugin.comparison.Comparison.measures`.
         y: name of another.
         title: title of the axes.
         ax: axes to draw on; by default those of a new figure.

@@ -26,6 +26,7 @@ from benchmarks.feature_cases import extraction, extraction_memory, feeding, loa
 from benchmarks.figure import growth_figure
 from benchmarks.finetune_case import finetuning
 from benchmarks.setting import Setting
+from monoloss_plugin.figures import save_figure
 
 FEATURE_CASES = {case.__name__: case for case in (loading, feeding, extraction, extraction_memory)}
 EVERY_CASE = CASES | FEATURE_CASES | {"finetuning": finetuning}
@@ -92,7 +93,7 @@ def main() -> None:
     report = {"date": date.today().isoformat(), "machine": where, "shape": vars(shape), **found}
     (options.out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
     if "growth" in found:
-        growth_figure(found["growth"], where["device"]).savefig(options.out / "growth.png", dpi=150)
+        save_figure(growth_figure(found["growth"], where["device"]), options.out / "growth.png")
     print(f"written to {options.out}/")
 
 

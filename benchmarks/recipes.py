@@ -24,7 +24,7 @@ from monoloss_plugin.adapters.sae_lens import add_loss
 from monoloss_plugin.cli.evaluate import load_features
 from monoloss_plugin.comparison import compare
 from monoloss_plugin.features import FeatureSet
-from monoloss_plugin.report import trade_off_figure
+from monoloss_plugin.figures import plot_trade_off, save_figure
 from monoloss_plugin.saes.baselines import QUICK
 from monoloss_plugin.saes.selection import with_l0
 from monoloss_plugin.training import Recipe, batches_for, get_recipe, make_trainer
@@ -168,7 +168,7 @@ def main() -> None:
     if given.results:
         given.results.write_text(json.dumps(results, indent=1) + "\n")
     if given.figure:
-        trade_off_figure(found, title=results["title"]).savefig(given.figure, dpi=110)
+        save_figure(plot_trade_off(found, title=results["title"]), given.figure, dpi=110)
     print(markdown(results))
 
 

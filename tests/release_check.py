@@ -51,8 +51,8 @@ PROMISED = {
     "from monoloss_plugin.features import FeatureBatches\n"
     "next(iter(FeatureBatches(load_features('digits', 'train'), batch_size=64)))",
     "lightning": "import monoloss_plugin.adapters.lightning",
-    "report": "from monoloss_plugin.report import curves_figure\n"
-    "curves_figure({'one': [torch.rand(5)]}).savefig('curves.png')",
+    "report": "from monoloss_plugin.figures import plot_curves, save_figure\n"
+    "save_figure(plot_curves({'one': torch.rand(5)}), 'curves.png')",
     "metrics": "import monoloss_plugin.torchmetrics",
     "referee": "from monoloss_plugin.dictionary import redundancy\n"
     "import monoloss_plugin.probing\n"

@@ -54,6 +54,7 @@ from monoloss_plugin.features import (
 )
 from monoloss_plugin.features.sources import open_source
 from monoloss_plugin.features.store import join
+from monoloss_plugin.figures import plot_curves
 from monoloss_plugin.finetuning import (
     LatentRecorder,
     MonoLayer,
@@ -66,7 +67,6 @@ from monoloss_plugin.finetuning import (
 from monoloss_plugin.losses import lam_factor
 from monoloss_plugin.metrics import R2
 from monoloss_plugin.probing import probe, small_budget_probe
-from monoloss_plugin.report import curves_figure
 from monoloss_plugin.saes import make_baseline
 from monoloss_plugin.saes.selection import k_robustness, with_l0
 
@@ -451,8 +451,9 @@ def cases_of_features() -> dict[str, Case]:
             ),
             runs=False,
         ),
-        "curves_figure": Case(
-            curves_figure, {"curves": {"some": [torch.rand(3)]}, "ylabel": "y", "title": ""}
+        "plot_curves": Case(
+            plot_curves,
+            {"curves": {"some": [torch.rand(3)]}, "chance": 0.1, "title": None, "ax": None},
         ),
     }
 

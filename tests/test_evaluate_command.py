@@ -41,7 +41,7 @@ def test_saes_side_by_side_with_everything_that_is_written(tmp_path: Path) -> No
     assert first == pytest.approx(second, rel=0.03)
     loaded = Evaluation.load(out / "latents" / "digits-batchtopk-256-monoloss-0.003")
     assert loaded.num_latents == 256
-    for name in ("curves", "trade-off", "density"):
+    for name in ("curves", "trade-off", "scores", "support", "density"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -100,7 +100,7 @@ def test_the_core_imports_torch_alone_and_little_beside_it() -> None:
 
 MISSING = {
     ("monoloss_plugin.adapters.sae_lens", "sae_lens"): "sae-lens",
-    ("monoloss_plugin.report", "matplotlib"): "matplotlib",
+    ("monoloss_plugin.figures", "matplotlib"): "matplotlib",
     ("monoloss_plugin.demo.digits", "timm"): "timm",
     ("monoloss_plugin.features", "datasets"): "datasets",
     ("monoloss_plugin.hub:load_features", "huggingface_hub"): "huggingface-hub",

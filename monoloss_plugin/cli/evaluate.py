@@ -117,20 +117,28 @@ def load_features(place: str) -> FeatureSet:
 
 def _write(found: Any, out: Path) -> dict[str, Path]:
     """Write everything that was found, and return the files by what they hold."""
-    from monoloss_plugin.report import curves_figure, density_figure, trade_off_figure
+    from monoloss_plugin.figures import (
+        plot_curves,
+        plot_density,
+        plot_scores,
+        plot_support,
+        plot_trade_off,
+        save_figure,
+    )
 
     first = {name: of[0] for name, of in found.evaluations.items()}
     files = {"numbers": found.save(out / "comparison.json")}
     for name, evaluation in first.items():
         folder = out / "latents" / re.sub(r"[^\w.=+-]+", "-", name).strip("-.")
         files[f"latents of {name}"] = evaluation.save(folder)
-    curves = {name: [of.monoscore.curve()] for name, of in first.items()}
+    curves = {name: of.monoscore.curve() for name, of in first.items()}
     chance = next(iter(first.values())).monoscore.chance
-    for name, figure in (
-        ("curves", curves_figure(curves, chance=chance)),
-        ("trade-off", trade_off_figure(found)),
-        ("density", density_figure(first)),
+    for name, axes in (
+        ("curves", plot_curves(curves, chance=chance)),
+        ("trade-off", plot_trade_off(found)),
+        ("scores", plot_scores(first)),
+        ("support", plot_support(first)),
+        ("density", plot_density(first)),
     ):
-        files[name] = without(out / f"{name}.png")
-        figure.savefig(files[name], dpi=150)
+        files[name] = save_figure(axes, without(out / f"{name}.png"))
     return files

@@ -127,6 +127,7 @@ def sweep(
     Prints R² and MonoScore above chance of each run and of baselines, which of them are on the
     Pareto front, and the largest weight that costs little R².
     """
+    from monoloss_plugin.figures import save_figure
     from monoloss_plugin.training import sweep as sweep_recipe
 
     held_out, device = options.pop("held_out"), options.pop("device")
@@ -148,8 +149,7 @@ def sweep(
     files = {}
     if out is not None:
         files["numbers"] = found.save(out / "sweep.json")
-        files["figure"] = out / "sweep.png"
-        found.figure().savefig(files["figure"], dpi=150)
+        files["figure"] = save_figure(found.plot(), out / "sweep.png")
     comparison, front = found.comparison, found.front()
     names = {name: f"{name} *" if name in front else name for name in comparison.runs}
     text: list[str | Table] = [

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from monoloss_plugin.figures import LatentRow
 from monoloss_plugin.metrics import MonoScoreResult
-from monoloss_plugin.report import LatentRow
 
 BAND = 5
 """Number of images in each of a latent's three bands."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,13 +23,22 @@ from monoloss_plugin.demo.pictures import (
 )
 from monoloss_plugin.embeddings import unit_rows
 from monoloss_plugin.features import FeatureSet
+from monoloss_plugin.figures import (
+    activating_images_figure,
+    plot_curves,
+    plot_trade_off,
+    save_figure,
+)
 from monoloss_plugin.losses import LossTerm
-from monoloss_plugin.report import activating_images_figure, curves_figure, trade_off_figure
 from monoloss_plugin.saes.baselines import QUICK
 from monoloss_plugin.training import Recipe, batches_for, make_trainer
 
 # After the modules above, whose import errors name the extra to install.
 from sae_lens import SAE  # isort: skip
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _STEPS = 1500
 _BATCH = 256
@@ -142,9 +151,9 @@ def _draw(result: DemoResult, data: DigitFeatures, out: Path) -> dict[str, Path]
     curves = {f"{run} {name}": [e.monoscore.curve() for e in evaluations[run]] for run in RUNS}
     title = f"{result.architecture} SAE, held-out digits"
     chance = evaluations[RUNS[0]][0].monoscore.chance
-    figures = {
-        "curves": curves_figure(curves, title=title, chance=chance),
-        "trade-off": trade_off_figure(result.comparison, title=title),
+    figures: dict[str, Axes | Figure] = {
+        "curves": plot_curves(curves, chance=chance, title=title),
+        "trade-off": plot_trade_off(result.comparison, title=title),
     }
     features, _ = unit_rows(data.held_out.tensor(), torch.float32)
     scored = []
@@ -161,7 +170,7 @@ def _draw(result: DemoResult, data: DigitFeatures, out: Path) -> dict[str, Path]
             figures[what] = activating_images_figure(
                 pairs, data.held_out_images, count=BAND, title=f"{name}: {title}"
             )
-    files = {what: without(out / f"{what.replace(' ', '_')}.png") for what in figures}
-    for what, figure in figures.items():
-        figure.savefig(files[what], dpi=150)
-    return files
+    return {
+        what: save_figure(figure, without(out / f"{what.replace(' ', '_')}.png"))
+        for what, figure in figures.items()
+    }

@@ -282,14 +282,13 @@ def _taking_any_norm(sae: SAE[Any], inputs: Inputs | None) -> SAE[Any]:
 def _draw_curves(
     path: Path, record: SAERecord, evaluation: Evaluation, baseline: Metrics | None
 ) -> None:
-    from monoloss_plugin.report import curves_figure
+    from monoloss_plugin.figures import plot_curves, save_figure
 
     added = " + ".join(str(term["name"]) for term in record.losses)
-    curves = {f"with {added}" if added else "MonoScore": [evaluation.monoscore.curve()]}
+    curves = {f"with {added}" if added else "MonoScore": evaluation.monoscore.curve()}
     if isinstance(baseline, Evaluation):
-        curves = {f"without {added or 'the losses'}": [baseline.monoscore.curve()], **curves}
-    # Without a time or version, so that the same curves make the same file.
-    curves_figure(curves).savefig(path, dpi=110, metadata={"Software": None})
+        curves = {f"without {added or 'the losses'}": baseline.monoscore.curve(), **curves}
+    save_figure(plot_curves(curves, chance=evaluation.monoscore.chance), path, dpi=110)
 
 
 def _copy_picture(source: Path, target: Path) -> None:

@@ -18,7 +18,7 @@ from monoloss_plugin._checks import as_list, device_or_gpu, require_number
 from monoloss_plugin._places import as_path
 from monoloss_plugin.comparison import Comparison, compare
 from monoloss_plugin.features import FeatureBatches, FeatureSet
-from monoloss_plugin.report import trade_off_figure
+from monoloss_plugin.figures import plot_trade_off
 from monoloss_plugin.saes.baselines import QUICK
 from monoloss_plugin.saes.selection import with_l0
 from monoloss_plugin.training.recipes import WITH_K, Recipe
@@ -28,7 +28,7 @@ from monoloss_plugin.training.trainer import as_others_load_it, batches_for, mak
 from tqdm.auto import tqdm  # isort: skip  # after the module whose error names the extra
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
 logger = logging.getLogger(__name__)
 
@@ -92,9 +92,10 @@ class Sweep:
                 names.append(name)
         return names
 
-    def figure(self) -> Figure:
-        """Return a figure of R² against adjusted MonoScore, with the baselines."""
-        return trade_off_figure(self.comparison, title=f"{self.steps} steps, held-out features")
+    def plot(self, *, ax: Axes | None = None) -> Axes:
+        """Plot R² against adjusted MonoScore, with the baselines; by default in a new figure."""
+        title = f"{self.steps} steps, held-out features"
+        return plot_trade_off(self.comparison, title=title, ax=ax)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, as JSON can hold it."""

@@ -66,7 +66,7 @@ def test_short_runs_over_the_weight() -> None:
     assert swept.suggested() == 0.0
     assert list(swept.comparison.runs) == ["lam 0", "lam 20", "PCA"]
     assert json.loads(json.dumps(swept.to_dict()))["suggested"] == {"4": 0.0}
-    assert swept.figure().axes
+    assert swept.plot().get_title() == f"{swept.steps} steps, held-out features"
 
 
 def test_the_command_writes_numbers_and_a_figure(tmp_path) -> None:

@@ -93,6 +93,18 @@ class Source:
             raise TypeError("a stream has no rows by number; take them from stream()")
         return self._row(number, self.rows[number])
 
+    def ids(self) -> list[str]:
+        """Return the id of every image, without reading the images.
+
+        Raises:
+            TypeError: the source is a stream.
+        """
+        if isinstance(self.rows, IterableDataset):
+            raise TypeError("a stream does not tell its ids; take them from the rows of stream()")
+        names = self.rows.flatten()[f"{self.image}.path"][:]
+        given = [None] * len(names) if self.image_id is None else self.rows[self.image_id][:]
+        return list(map(_image_id, range(len(names)), given, names))
+
     def stream(self, start: int = 0) -> Iterator[Row]:
         """Yield the rows from a number on."""
         if isinstance(self.rows, Dataset):
@@ -103,11 +115,16 @@ class Source:
         image = row[self.image] or {"bytes": None, "path": None}
         label = None if self.label is None else row[self.label]
         image_id = row[self.image_id] if self.image_id is not None else None
-        if image_id is None:
-            # File names may repeat, since datasets keeps them without their folders.
-            file = os.path.basename(image["path"] or "")
-            image_id = f"{number}:{file}" if file else number
-        return Row(number, image, label, str(image_id))
+        return Row(number, image, label, _image_id(number, image_id, image["path"]))
+
+
+def _image_id(number: int, given: Any, path: str | None) -> str:
+    """Return the id of an image: what the id column says, or else its row and file."""
+    if given is None:
+        # File names may repeat, since datasets keeps them without their folders.
+        file = os.path.basename(path or "")
+        given = f"{number}:{file}" if file else number
+    return str(given)
 
 
 def open_source(

@@ -154,6 +154,17 @@ def test_files_of_the_same_name_have_ids_of_their_own(image_folder: Path) -> Non
     assert sum(name.endswith(":x.png") for name in ids) == 2
 
 
+def test_all_ids_are_those_of_the_rows(image_folder: Path, digit_images) -> None:
+    loaded = load_dataset("imagefolder", data_dir=str(image_folder), split="train")
+    named = digits_dataset(digit_images[:3], image_id=["a", None, "c"])
+    shuffled = digits_dataset(digit_images).shuffle(seed=0).select(range(9))
+    for place in (image_folder, loaded, named, named.select([2, 1]), shuffled):
+        source = open_source(place)
+        assert source.ids() == ids_of(source)
+    with pytest.raises(TypeError, match="a stream does not tell its ids"):
+        open_source(named.to_iterable_dataset()).ids()
+
+
 def test_a_saved_dataset_and_its_splits(digit_images, tmp_path: Path) -> None:
     dataset = digits_dataset(digit_images)
     DatasetDict(train=dataset.select(range(50)), test=dataset.select(range(50, 60))).save_to_disk(

@@ -1,0 +1,120 @@
+"""Thumbnails of pictures: small WebP files, made by threads and kept between calls."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import operator
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+from PIL.Image import Resampling
+
+from monoloss_plugin._checks import as_list, require_at_least
+from monoloss_plugin._places import kind_of
+from monoloss_plugin._progress import progress_bar
+from monoloss_plugin.gallery.pictures import Pictures
+from monoloss_plugin.gallery.thumbnail_cache import ThumbnailCache
+
+__all__ = ["make_thumbnails"]
+
+logger = logging.getLogger(__name__)
+
+_PIXELATED = 32
+"""Thumbnails of at most so many pixels are lossless: they are shown enlarged."""
+_LOSSY: dict[str, Any] = {"quality": 75, "method": 4}
+_LOSSLESS: dict[str, Any] = {"lossless": True, "quality": 20, "method": 2}
+"""Options of WebP. More effort for so few pixels takes longer, for no fewer bytes."""
+_MAKING = f"1 {_PIXELATED} {_LOSSY} {_LOSSLESS}"
+"""Version of how thumbnails are made. Another version finds none of those that are kept."""
+
+
+def make_thumbnails(
+    pictures: Pictures, rows: Iterable[int] | Any, size: int = 64, *, progress: bool = False
+) -> dict[int, bytes]:
+    """Make thumbnails of some pictures. Those of earlier calls are kept, and found again.
+
+    A picture's longer side becomes ``size`` pixels, unless it is shorter; it is never enlarged.
+    Thumbnails of at most 32 pixels are lossless.
+
+    Args:
+        pictures: as :func:`~monoloss_plugin.gallery.pictures.open_pictures` returns them.
+        rows: (n,) rows of the pictures.
+        size: pixels of the longer side.
+        progress: show a progress bar.
+
+    Returns:
+        For each row a WebP file; no bytes where a picture cannot be read. A warning says how many
+        these are.
+
+    Raises:
+        TypeError: ``pictures`` or ``rows`` are something else, or ``size`` is not an integer.
+        ValueError: ``size`` is below 1.
+        IndexError: there is no such row.
+    """
+    if not isinstance(pictures, Pictures):
+        raise TypeError(f"pictures: expected Pictures, got {kind_of(pictures)}")
+    require_at_least(1, size, "size")
+    wanted = _rows(rows, len(pictures))
+    cache, pool = ThumbnailCache(), ThreadPoolExecutor()
+    try:
+        keys = dict(zip(wanted, pool.map(partial(_key, pictures, size), wanted), strict=True))
+        kept = cache.get([key for key in keys.values() if key is not None])
+        found = {row: kept[key] for row, key in keys.items() if key in kept}
+        left = [row for row in wanted if row not in found]
+        made = pool.map(partial(_make, pictures, size), left)
+        errors = {}
+        with progress_bar("Making thumbnails", len(left), progress) as advance:
+            for row, thumbnail in zip(left, made, strict=True):
+                advance(1)
+                if isinstance(thumbnail, Exception):
+                    errors[row], found[row] = thumbnail, b""
+                    continue
+                found[row] = thumbnail
+                if (key := keys[row]) is not None:
+                    cache.add(key, thumbnail)
+    finally:  # after an interrupt too
+        pool.shutdown(cancel_futures=True)
+        cache.close()
+    for row, error in list(errors.items())[:1]:
+        logger.warning(
+            "%d of %d pictures cannot be read; the first is %s (%s: %s)",
+            *(len(errors), len(wanted), pictures.name(row), type(error).__name__, error),
+        )
+    return {row: found[row] for row in wanted}
+
+
+def _rows(rows: Any, num_pictures: int) -> list[int]:
+    """Return row numbers without repeats, checked."""
+    numbers: dict[int, None] = {}
+    for row in as_list(rows, "rows"):
+        if not hasattr(row, "__index__"):
+            raise TypeError(f"rows: expected integers, got {kind_of(row)}")
+        if not 0 <= row < num_pictures:
+            raise IndexError(f"rows: row {row} of {num_pictures} pictures")
+        numbers[operator.index(row)] = None
+    return list(numbers)
+
+
+def _key(pictures: Pictures, size: int, row: int) -> str | None:
+    """Return the name of a thumbnail in the cache; None for a picture that cannot be found."""
+    try:
+        identity = pictures.identity(row)
+    except Exception:  # _make meets the same, and says so
+        return None
+    return hashlib.sha256(f"{identity} {size} {_MAKING}".encode()).hexdigest()
+
+
+def _make(pictures: Pictures, size: int, row: int) -> bytes | Exception:
+    """Return a thumbnail, or what went wrong."""
+    try:
+        picture = pictures.open(row, size)
+        picture.thumbnail((size, size), Resampling.LANCZOS)
+        file = io.BytesIO()
+        picture.save(file, "WEBP", **_LOSSLESS if max(picture.size) <= _PIXELATED else _LOSSY)
+        return file.getvalue()
+    except Exception as error:  # a decoder may raise anything on a damaged file
+        return error

@@ -142,7 +142,7 @@ class Evaluation:
         if self.purity is not None:
             columns["purity"] = self.purity.binary.numpy()
             columns["purity_adjusted"] = self.purity.adjusted.numpy()
-            columns["class"] = [self._class_name(label) for label in self.purity.dominant.tolist()]
+            columns["class"] = [self.class_name(label) for label in self.purity.dominant.tolist()]
         return pandas.DataFrame(columns).rename_axis("latent")
 
     def to_frame(self) -> pd.DataFrame:
@@ -243,7 +243,8 @@ class Evaluation:
             f"{best.to_html(float_format='%.3g')}"
         )
 
-    def _class_name(self, label: int) -> str:
+    def class_name(self, label: int) -> str:
+        """Return the name of a class: its number if classes have no names, nothing for -1."""
         if label < 0:
             return ""
         return str(label) if self.classes is None else self.classes[label]

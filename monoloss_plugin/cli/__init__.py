@@ -16,6 +16,7 @@ try:
     from monoloss_plugin.cli.features import extract, features
     from monoloss_plugin.cli.hub import convert, pretrained, publish
     from monoloss_plugin.cli.output import command
+    from monoloss_plugin.cli.report import report
     from monoloss_plugin.cli.train import recipe_options, sweep, train
 except ModuleNotFoundError as error:
     sys.exit(f"monoloss: {missing_extra(error, 'cli')}")
@@ -34,6 +35,7 @@ command(app)(extract)
 command(app, recipe_options)(train)
 command(app, recipe_options)(sweep)
 command(app)(evaluate)
+command(app)(report)
 app.add_typer(features, name="features")
 app.add_typer(publish, name="publish")
 command(app)(pretrained)

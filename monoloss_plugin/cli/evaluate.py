@@ -15,11 +15,11 @@ from monoloss_plugin.cli.output import Output, table
 if TYPE_CHECKING:
     from monoloss_plugin.features import FeatureSet
 
-_PLACE = "a folder such as ./sae, or REPOSITORY:SAE_ID on the Hub"
+PLACE = "a folder such as ./sae, or REPOSITORY:SAE_ID on the Hub"
 
 
 def evaluate(
-    sae: Annotated[str, typer.Argument(help=f"A SAELens SAE: {_PLACE}, or digits (bundled).")],
+    sae: Annotated[str, typer.Argument(help=f"A SAELens SAE: {PLACE}, or digits (bundled).")],
     features: Annotated[
         str,
         typer.Option(
@@ -69,13 +69,10 @@ def evaluate(
         raise typer.BadParameter(f"expected NAME=FOLDER, got {bad[0]!r}", param_hint="--space")
     from monoloss_plugin.comparison import GROUPS, compare
 
-    places = [sae, *(against or [])]
-    if len(set(places)) < len(places):
-        raise typer.BadParameter("an SAE is named twice", param_hint="--against")
     if out is not None and out.exists():
         require_folder(out, "out")
     found = compare(
-        {place: _load_sae(place) for place in places},
+        load_saes(sae, against),
         load_features(features),
         train=None if train is None else load_features(train),
         spaces={name: load_features(place) for name, place in spaces},
@@ -89,6 +86,14 @@ def evaluate(
     said = [f"{what}: {path}" for what, path in written.items()]
     text: list[str | Table] = [table(*header, rows=found.cells()), *found.notes, *said]
     return Output({**found.to_dict(), "files": written}, text)
+
+
+def load_saes(sae: str, against: list[str] | None) -> dict[str, Any]:
+    """Return the SAEs of a command line by the names that were given."""
+    places = [sae, *(against or [])]
+    if len(set(places)) < len(places):
+        raise typer.BadParameter("an SAE is named twice", param_hint="--against")
+    return {place: _load_sae(place) for place in places}
 
 
 def _load_sae(place: str) -> Any:

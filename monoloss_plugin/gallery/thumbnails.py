@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+from PIL import Image
 from PIL.Image import Resampling
 
 from monoloss_plugin._checks import as_list, require_at_least
@@ -23,12 +24,16 @@ __all__ = ["make_thumbnails"]
 
 logger = logging.getLogger(__name__)
 
-_PIXELATED = 32
-"""Thumbnails of at most so many pixels are lossless: they are shown enlarged."""
-_LOSSY: dict[str, Any] = {"quality": 75, "method": 4}
-_LOSSLESS: dict[str, Any] = {"lossless": True, "quality": 20, "method": 2}
-"""Options of WebP. More effort for so few pixels takes longer, for no fewer bytes."""
-_MAKING = f"1 {_PIXELATED} {_LOSSY} {_LOSSLESS}"
+PIXELATED = 32
+"""Pictures of at most so many pixels are shown enlarged, pixel by pixel."""
+_OPTIONS: dict[int, dict[str, Any]] = {
+    16: {"lossless": True, "quality": 20, "method": 2},
+    PIXELATED: {"quality": 90, "method": 4},
+}
+"""Options of WebP for thumbnails of at most so many pixels: errors show where they are enlarged.
+More effort for so few pixels takes longer, for no fewer bytes."""
+_USUAL: dict[str, Any] = {"quality": 65, "method": 4}
+_MAKING = f"2 {_OPTIONS} {_USUAL}"
 """Version of how thumbnails are made. Another version finds none of those that are kept."""
 
 
@@ -38,7 +43,7 @@ def make_thumbnails(
     """Make thumbnails of some pictures. Those of earlier calls are kept, and found again.
 
     A picture's longer side becomes ``size`` pixels, unless it is shorter; it is never enlarged.
-    Thumbnails of at most 32 pixels are lossless.
+    Thumbnails of at most 16 pixels are lossless.
 
     Args:
         pictures: as :func:`~monoloss_plugin.gallery.pictures.open_pictures` returns them.
@@ -87,6 +92,15 @@ def make_thumbnails(
     return {row: found[row] for row in wanted}
 
 
+def is_pixelated(thumbnails: Iterable[bytes]) -> bool:
+    """Return whether all thumbnails have a few pixels only, at most 32 on the longer side."""
+    sides = []
+    for one in filter(None, thumbnails):
+        with Image.open(io.BytesIO(one)) as image:
+            sides.append(max(image.size))
+    return bool(sides) and max(sides) <= PIXELATED
+
+
 def _rows(rows: Any, num_pictures: int) -> list[int]:
     """Return row numbers without repeats, checked."""
     numbers: dict[int, None] = {}
@@ -114,7 +128,9 @@ def _make(pictures: Pictures, size: int, row: int) -> bytes | Exception:
         picture = pictures.open(row, size)
         picture.thumbnail((size, size), Resampling.LANCZOS)
         file = io.BytesIO()
-        picture.save(file, "WEBP", **_LOSSLESS if max(picture.size) <= _PIXELATED else _LOSSY)
+        longer = max(picture.size)
+        options = next((of for most, of in _OPTIONS.items() if longer <= most), _USUAL)
+        picture.save(file, "WEBP", **options)
         return file.getvalue()
     except Exception as error:  # a decoder may raise anything on a damaged file
         return error

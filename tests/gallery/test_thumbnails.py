@@ -96,7 +96,7 @@ def test_a_photograph_keeps_its_aspect_and_its_look(
         assert len(thumbnail) < size * size
 
 
-@pytest.mark.parametrize(("width", "height"), [(8, 8), (32, 32), (5, 32), (1, 1)])
+@pytest.mark.parametrize(("width", "height"), [(8, 8), (16, 16), (5, 16), (1, 1)])
 def test_small_pictures_stay_as_they_are(width: int, height: int) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), np.uint8)
     for row, thumbnail in make_thumbnails(open_pictures(list(pixels)), [1, 0]).items():

@@ -1,0 +1,88 @@
+"""``monoloss report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.filesize import decimal
+
+from monoloss_plugin._places import local_path, require_file
+from monoloss_plugin.cli.evaluate import PLACE, load_features, load_saes
+from monoloss_plugin.cli.output import Output
+
+
+def report(
+    sae: Annotated[str, typer.Argument(help=f"A SAELens SAE: {PLACE}, or digits (bundled).")],
+    features: Annotated[
+        str,
+        typer.Option(
+            help="Held-out features: a folder such as ./features, or REPOSITORY:SPLIT on the Hub."
+        ),
+    ],
+    images: Annotated[
+        str | None,
+        typer.Option(
+            help="The images of the features: a folder such as ./photos, or a dataset on the Hub. "
+            "By default those that the features' record tells of."
+        ),
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option("--against", help="Another SAE to stand beside. You may repeat the option."),
+    ] = None,
+    train: Annotated[
+        str | None,
+        typer.Option(
+            help="Training features. The page then shows SAEs that have learnt nothing too."
+        ),
+    ] = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(help="A file of texts, one a line, to name the latents by. Needs an encoder "
+                     "with a text side, such as CLIP."),
+    ] = None,
+    text_encoder: Annotated[
+        str | None,
+        typer.Option(help="What encodes the texts; by default the encoder of the features."),
+    ] = None,
+    count: Annotated[int, typer.Option(help="Images of each latent in each band.")] = 8,
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+) -> Output:
+    """Write a page to look at latents: their images, measures and neighbours.
+
+    It is one HTML file, which opens in a browser from disk and needs no network. You can sort,
+    search and filter the latents, and put two SAEs side by side.
+    """
+    if text_encoder is not None and texts is None:
+        raise typer.BadParameter("needs --texts to encode", param_hint="--text-encoder")
+    given = _lines(texts) if texts is not None else []
+    from monoloss_plugin.report import write_report
+
+    written = write_report(
+        load_saes(sae, against),
+        load_features(features),
+        out,
+        images=None if images is None else local_path(images) or images,
+        train=None if train is None else load_features(train),
+        texts=given,
+        encoder=text_encoder,
+        count=count,
+        progress=True,
+    )
+    size = written.stat().st_size
+    text = [f"{written} ({decimal(size)}): open it in a browser"]
+    return Output({"report": written, "bytes": size}, text)
+
+
+def _lines(path: Path) -> list[str]:
+    """Return the lines of a text file that are not empty."""
+    require_file(path, "texts")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"texts: {path} is not text in UTF-8") from error
+    if not (found := [line.strip() for line in lines if line.strip()]):
+        raise ValueError(f"texts: expected a text on each line of {path}, got none")
+    return found

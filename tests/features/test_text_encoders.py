@@ -96,11 +96,18 @@ def test_an_architecture_with_a_file_of_weights_is_known_again_from_its_record(
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("transformers:", "clip"), ("open_clip:hf-hub:", "open_clip")]
+    ("name", "kind", "asked"),
+    [
+        ("transformers:", "clip", "the commit"),
+        ("transformers:", "clip", "what is there"),
+        ("open_clip:hf-hub:", "open_clip", "the commit"),
+    ],
 )
-def test_an_encoder_of_the_hub_is_known_again_from_its_record(name, kind, hub, with_text) -> None:
+def test_an_encoder_of_the_hub_is_known_again_from_its_record(
+    name, kind, asked, hub, with_text
+) -> None:
     commit = hub.put("alice/clip", files_of(with_text / kind))
-    images = load_encoder(f"{name}alice/clip", revision=commit)
+    images = load_encoder(f"{name}alice/clip", revision=commit if asked == "the commit" else None)
     hub.put("alice/clip", {"config.json": b"{}", "open_clip_config.json": b"{}"})  # a later commit
     encoder = load_text_encoder(images)
     assert encoder.record["revision"] == images.record["revision"] == commit

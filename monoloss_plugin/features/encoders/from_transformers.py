@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 from transformers.utils import logging
@@ -80,7 +82,7 @@ def load(name: str, revision: str | None) -> Tower:
         tokens=tokens,
         prefix_tokens=prefix_tokens,
         record={
-            "revision": _commit(config) or revision,
+            "revision": _commit_of(name, revision),
             "pooling": "class token" if no_pooler else "the model's own",
             "preprocessing": {
                 name: value
@@ -120,7 +122,7 @@ def load_text(name: str, revision: str | None) -> TextEncoder:
         embeddings: Tensor = outputs.get("text_embeds", outputs.get("pooler_output"))
         return embeddings
 
-    return TextEncoder(model, encode, {"revision": _commit(config) or revision})
+    return TextEncoder(model, encode, {"revision": _commit_of(name, revision)})
 
 
 def _load_part(
@@ -147,10 +149,12 @@ def _load_part(
     return model.float().eval(), sorted(loading["missing_keys"]), misfits
 
 
-def _commit(config: Any) -> str | None:
-    """Return the commit of the Hub that a config is from; None for a local folder."""
-    commit: str | None = getattr(config, "_commit_hash", None)
-    return commit
+def _commit_of(name: str, revision: str | None) -> str | None:
+    """Return the commit that was loaded from the Hub; None for a local folder."""
+    if Path(name).is_absolute():
+        return None
+    config = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(config).parent.name if isinstance(config, str) else revision
 
 
 @dataclass(frozen=True)

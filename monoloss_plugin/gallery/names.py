@@ -17,6 +17,7 @@ from monoloss_plugin._checks import (
     device_or_gpu,
     require_at_least,
     require_finite,
+    require_flag,
 )
 from monoloss_plugin._chunks import row_chunks
 from monoloss_plugin._optional import missing_extra
@@ -136,6 +137,7 @@ def name_latents(
     """
     require_sae(sae)
     require_at_least(1, count, "count")
+    require_flag(progress, "progress")
     unique = list(dict.fromkeys(as_texts(texts, "texts")))
     encode = _text_encoder(encoder, features, device)
     scoring = Scoring(sae, features, normalize=normalize, batch_size=batch_size, device=device)
@@ -232,14 +234,15 @@ def names_from_means(
 
 def _text_encoder(encoder: Any, features: Any, device: Any) -> Callable[[list[str]], Any]:
     """Return the function that encodes texts; see :func:`name_latents`."""
-    if encoder is not None and not isinstance(encoder, str) and not callable(encoder):
+    by_name = encoder is None or isinstance(encoder, str)
+    if not by_name and (isinstance(encoder, type) or not callable(encoder)):
         raise TypeError(
             "encoder: expected a name, a TextEncoder or a function of a list of texts, got "
             f"{kind_of(encoder)}"
         )
     made_by = getattr(getattr(features, "record", None), "encoder", None) or {}
     found: Any = encoder
-    if encoder is None or isinstance(encoder, str):
+    if by_name:
         from monoloss_plugin.features.encoders.text import load_text_encoder, text_encoder_of
 
         found = text_encoder_of(made_by) if encoder is None else load_text_encoder(encoder)

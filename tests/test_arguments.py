@@ -613,7 +613,7 @@ def cases_for_referees() -> dict[str, Case]:
                 "device": "cpu",
                 "progress": False,
             },
-            # A function of one's own raises what it likes: a module says what is wrong with "input".
+            # A function of one's own raises what it likes; a module names its own "input".
             names={"features": "features|text_embeddings", "encoder": "encoder|input"},
         ),
         "probe": Case(probe, {"train": x, "held_out": x, **probed}, leave=("train",)),

@@ -236,6 +236,22 @@ def as_list(values: Any, name: str) -> list[Any]:
     return list(values.tolist() if hasattr(values, "tolist") else values)
 
 
+def as_texts(values: Any, name: str) -> list[str]:
+    """Return one or more texts as a list.
+
+    Raises:
+        TypeError: not a list, or an entry is not a string.
+        ValueError: an empty list.
+    """
+    texts = as_list(values, name)
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"{name}: expected a list of strings, got one with {_shown(text)}")
+    if not texts:
+        raise ValueError(f"{name}: expected at least one, got none")
+    return texts
+
+
 def require_share(shard: tuple[int, int]) -> tuple[int, int]:
     """Return the shard ``(i, n)``, part i of n; raise an error if there is no such part."""
     if not (isinstance(shard, (tuple, list)) and [type(part) for part in shard] == [int, int]):

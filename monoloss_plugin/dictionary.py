@@ -156,7 +156,9 @@ def nearest_latents(
     else:
         v, candidates = (one.to(u.device) for one in _unit_directions(other, None, "other"))
         if v.shape[1] != u.shape[1]:
-            raise ValueError(f"other: expected width {u.shape[1]}, got {v.shape[1]}")
+            raise ValueError(
+                f"other: expected width {u.shape[1]} to match dictionary, got {v.shape[1]}"
+            )
     asked, offered = counts.nonzero().squeeze(1), candidates.nonzero().squeeze(1)
     u, v = u[asked], v[offered]
     found = NearestLatents(

@@ -43,13 +43,14 @@ from monoloss_plugin import (
 from monoloss_plugin.adapters.lightning import MonoLossCallback
 from monoloss_plugin.comparison import compare
 from monoloss_plugin.convert import from_dictionary_learning, from_monoloss, from_overcomplete
-from monoloss_plugin.dictionary import redundancy, stability
+from monoloss_plugin.dictionary import nearest_latents, redundancy, stability
 from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.features import (
     FeatureBatches,
     FeatureSet,
     extract,
     load_encoder,
+    load_text_encoder,
     verify,
 )
 from monoloss_plugin.features.sources import open_source
@@ -64,6 +65,7 @@ from monoloss_plugin.finetuning import (
     insert_mono_layer,
     load_with_mono_layer,
 )
+from monoloss_plugin.gallery.names import name_latents, names_from_means
 from monoloss_plugin.losses import lam_factor
 from monoloss_plugin.metrics import R2
 from monoloss_plugin.probing import probe, small_budget_probe
@@ -451,6 +453,12 @@ def cases_of_features() -> dict[str, Case]:
             ),
             runs=False,
         ),
+        "load_text_encoder": Case(
+            load_text_encoder,
+            {"encoder": "transformers:./no", "revision": None},
+            names={"revision": "encoder|revision"},
+            runs=False,
+        ),
         "plot_curves": Case(
             plot_curves,
             {"curves": {"some": [torch.rand(3)]}, "chance": 0.1, "title": None, "ax": None},
@@ -575,6 +583,39 @@ def cases_for_referees() -> dict[str, Case]:
             names={"dictionaries": "dictionaries|alive"},
         ),
         "redundancy": Case(redundancy, {"dictionary": x, "threshold": 0.5, "alive": alive}),
+        "nearest_latents": Case(
+            nearest_latents, {"dictionary": x, "other": x, "count": 1, "alive": alive}
+        ),
+        "names_from_means": Case(
+            names_from_means,
+            {
+                "mean_embeddings": x,
+                "mean_embedding": x[0],
+                "texts": ["a", "b"],
+                "text_embeddings": torch.rand(2, M),
+                "count": 1,
+            },
+            names={
+                "mean_embeddings": "mean_embeddings|mean_embedding|text_embeddings",
+                "texts": "texts|text_embeddings",
+            },
+        ),
+        "name_latents": Case(
+            name_latents,
+            {
+                "sae": sae,
+                "features": x,
+                "texts": ["a", "b"],
+                "encoder": lambda texts: torch.rand(len(texts), M),
+                "count": 1,
+                "normalize": None,
+                "batch_size": 2,
+                "device": "cpu",
+                "progress": False,
+            },
+            # A function of one's own raises what it likes; a module names its own "input".
+            names={"features": "features|text_embeddings", "encoder": "encoder|input"},
+        ),
         "probe": Case(probe, {"train": x, "held_out": x, **probed}, leave=("train",)),
         "small_budget_probe": Case(
             small_budget_probe,

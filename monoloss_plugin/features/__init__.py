@@ -20,7 +20,12 @@ except ModuleNotFoundError as error:
     raise missing_extra(error, "hub") from error
 
 if TYPE_CHECKING:
-    from monoloss_plugin.features.encoders import Encoder, load_encoder
+    from monoloss_plugin.features.encoders import (
+        Encoder,
+        TextEncoder,
+        load_encoder,
+        load_text_encoder,
+    )
     from monoloss_plugin.features.extraction import Extraction, TooManyUnreadableError, extract
     from monoloss_plugin.features.sources import Source, open_source
 
@@ -32,9 +37,11 @@ __all__ = [
     "FeatureSet",
     "SettingsError",
     "Source",
+    "TextEncoder",
     "TooManyUnreadableError",
     "extract",
     "load_encoder",
+    "load_text_encoder",
     "open_source",
     "verify",
 ]
@@ -45,9 +52,11 @@ __getattr__, __dir__ = later(
         "Encoder": "encoders",
         "Extraction": "extraction",
         "Source": "sources",
+        "TextEncoder": "encoders",
         "TooManyUnreadableError": "extraction",
         "extract": "extraction",
         "load_encoder": "encoders",
+        "load_text_encoder": "encoders",
         "open_source": "sources",
     },
 )

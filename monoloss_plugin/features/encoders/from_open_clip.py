@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import dynamic_module_utils
 
 from monoloss_plugin.features.encoders.encoder import Tower
+from monoloss_plugin.features.encoders.text import TextEncoder
 
 
 def load(name: str, revision: str | None) -> Tower:
@@ -26,14 +27,7 @@ def load(name: str, revision: str | None) -> Tower:
             ``hf-hub:org/name``, or ``local-dir:/a/folder``.
         revision: of the Hub repository, for ``hf-hub:`` names.
     """
-    weights, of_weights = None, {}
-    if revision is not None:
-        name = f"local-dir:{snapshot_download(name.removeprefix('hf-hub:'), revision=revision)}"
-    elif not name.startswith(("hf-hub:", "local-dir:")):
-        name, _, weights = name.partition("/")
-        of_weights = {"name": f"{name}/{Path(weights).name}"}
-    with _no_remote_code():
-        model, preprocess = open_clip.create_model_from_pretrained(name, pretrained=weights)
+    model, preprocess, _, of_weights = _load(name, revision)
     visual = model.visual.eval()
 
     def pooled(inputs: Tensor) -> Tensor:
@@ -50,6 +44,32 @@ def load(name: str, revision: str | None) -> Tower:
         prefix_tokens=prefix_tokens,
         record={**of_weights, "preprocessing": open_clip.get_model_preprocess_cfg(model)},
     )
+
+
+def load_text(name: str, revision: str | None) -> TextEncoder:
+    """Load an open_clip model and its tokenizer, to encode texts. Names are those of ``load``."""
+    model, _, name, of_weights = _load(name, revision)
+    with _no_remote_code():
+        tokenizer = open_clip.get_tokenizer(name)
+
+    def encode(texts: list[str]) -> Tensor:
+        embeddings: Tensor = model.encode_text(tokenizer(texts).to(next(model.parameters()).device))
+        return embeddings
+
+    return TextEncoder(model.eval(), encode, of_weights)
+
+
+def _load(name: str, revision: str | None) -> tuple[Any, Any, str, dict[str, str]]:
+    """Return a model, its preprocessing, what open_clip calls it, and what to record of weights."""
+    weights, of_weights = None, {}
+    if revision is not None:
+        name = f"local-dir:{snapshot_download(name.removeprefix('hf-hub:'), revision=revision)}"
+    elif not name.startswith(("hf-hub:", "local-dir:")):
+        name, _, weights = name.partition("/")
+        of_weights = {"name": f"{name}/{Path(weights).name}"}
+    with _no_remote_code():
+        model, preprocess = open_clip.create_model_from_pretrained(name, pretrained=weights)
+    return model, preprocess, name, of_weights
 
 
 @contextmanager

@@ -6,12 +6,12 @@ import json
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 from monoloss_plugin._checks import require_choice
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin._places import kind_of, local_hint, local_path, require_folder
-from monoloss_plugin.features.encoders.encoder import Encoder, Output, encoder_of
+from monoloss_plugin.features.encoders.encoder import Encoder, Output, Tower, encoder_of
 
 
 class PinnedEncoder(NamedTuple):
@@ -92,10 +92,32 @@ def load_encoder(
         ValueError: the name, output or layer does not exist, or the library cannot load it.
         ModuleNotFoundError: the library is not installed.
     """
-    if not isinstance(name, str):
-        raise TypeError(f"encoder: expected a name, got {kind_of(name)}")
     if output is not None:
         require_choice(output, "output", get_args(Output))
+    located = locate(name, revision)
+    tower: Tower = load_part(located, "load")
+    # As JSON gives it back, since a feature set stores it so.
+    record = json.loads(json.dumps({**record_of(located), **tower.record}))
+    encoder = encoder_of(replace(tower, record=record), output, layer)
+    encoder.model.requires_grad_(False)
+    return encoder
+
+
+class Located(NamedTuple):
+    """Where an encoder is."""
+
+    library: str
+    name: str
+    """What its library calls it."""
+    folder: Path | None
+    """Its local folder; None for a name that the library knows."""
+    revision: str | None
+
+
+def locate(name: str, revision: str | None) -> Located:
+    """Return where the encoder of a name is; see :func:`load_encoder` for names and errors."""
+    if not isinstance(name, str):
+        raise TypeError(f"encoder: expected a name, got {kind_of(name)}")
     if name in SHORT_NAMES:
         name, pinned, *_ = SHORT_NAMES[name]
         revision = pinned if revision is None else revision
@@ -114,31 +136,42 @@ def load_encoder(
             f"revision: only a repository of the Hub has one, got {name!r}"
             + ("" if library == "transformers" else f"; write {library}:hf-hub:ORG/NAME")
         )
+    return Located(library, of_library, folder, revision)
+
+
+def load_part(located: Located, function: str) -> Any:
+    """Return what a function of a library's file, such as ``load``, loads of an encoder.
+
+    Raises:
+        ValueError: the library cannot load it.
+        ModuleNotFoundError: the library is not installed.
+    """
+    library, name, folder, revision = located
     try:
         module = import_module(f"monoloss_plugin.features.encoders.from_{library}")
     except ModuleNotFoundError as error:
         raise missing_extra(error, "vision") from error
     try:
-        tower = module.load(of_library, revision)
+        return getattr(module, function)(name, revision)
     except Exception as error:  # the libraries raise all kinds of errors for damaged files
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:  # the library's advice, which does not hold here
             reason = "it needs code of its own repository, and such code is never run"
-        hint = local_hint(of_library) if folder is None else ""
+        hint = local_hint(name) if folder is None else ""
         raise ValueError(
-            f"encoder: {library} cannot load {of_library}: {type(error).__name__}: {reason}{hint}"
+            f"encoder: {library} cannot load {name}: {type(error).__name__}: {reason}{hint}"
         ) from error
-    made_by = {
+
+
+def record_of(located: Located) -> dict[str, Any]:
+    """Return what a record says of where an encoder is: no path of this machine."""
+    library, name, folder, revision = located
+    return {
         "library": library,
         "library_version": import_module(library).__version__,
-        "name": of_library if folder is None else folder.name,
+        "name": name if folder is None else folder.name,
         "revision": revision,
     }
-    # As JSON gives it back, since a feature set stores it so.
-    record = json.loads(json.dumps({**made_by, **tower.record}))
-    encoder = encoder_of(replace(tower, record=record), output, layer)
-    encoder.model.requires_grad_(False)
-    return encoder
 
 
 def _local_folder(library: str, name: str) -> Path | None:

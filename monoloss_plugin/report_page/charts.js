@@ -50,7 +50,7 @@ function chart({ title, caption, x, y, lines = [], bars = [], dots = [] }) {
   const scale = ([low, high], from, to) => (value) =>
     from + ((value - low) / (high - low || 1)) * (to - from);
   const [px, py] = [scale(x.range, left, edge), scale(y.range, floor, top)];
-  const text = (axis, value) => (axis.text ? axis.text(value) : number(value));
+  const text = (axis, value) => (axis.text ?? grouped.format)(value);
   const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": title });
   root.append(svg("title", {}, title));
   for (const tick of y.at ?? ticks(y.range, 4)) {
@@ -149,7 +149,7 @@ function tradeOff() {
   if (!runs.length) return null;
   return chart({
     title: "R² and MonoScore above chance of each SAE; baselines are hollow",
-    caption: "MonoScore above chance against R²; baselines hollow",
+    caption: "Above chance against R²; baselines hollow",
     x: { label: "R² of the reconstruction", range: padded(runs.map((run) => run.r2)) },
     y: { range: padded(runs.map((run) => run.monoscore_adjusted)) },
     dots: runs.map((run) => ({
@@ -211,7 +211,7 @@ function renderCharts() {
     }),
     distribution({
       title: "How many latents are active on which share of the images",
-      caption: "Latents by frequency",
+      caption: "Latents by frequency, without dead ones",
       column: "frequency",
       change: (value) => Math.log10(value),
       bins: 30,
@@ -221,7 +221,7 @@ function renderCharts() {
     }),
     distribution({
       title: "How many latents are activated by how many images",
-      caption: "Latents by number of images",
+      caption: "Latents by number of images, without dead ones",
       column: "support",
       change: (value) => Math.log10(value),
       bins: 30,

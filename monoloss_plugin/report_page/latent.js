@@ -94,8 +94,13 @@ function similar(title, help, links) {
     el(
       "li",
       {},
-      el("p", {}, more ? `${more}: ` : "", latentLink(sae, latent), ` ${meaning(sae, latent)}`),
-      el("span", { class: "muted" }, `cosine ${number(cosine)}`),
+      el(
+        "div",
+        {},
+        more ? el("p", { class: "muted" }, more) : null,
+        el("p", {}, latentLink(sae, latent), ` ${meaning(sae, latent)}`),
+        el("p", { class: "muted" }, `cosine ${number(cosine)}`),
+      ),
       strip(sae, latent, 5),
     ),
   );

@@ -172,7 +172,7 @@ function renderRows() {
   const table = el(
     "table",
     { class: "latents" },
-    el("thead", {}, el("tr", {}, ...head, el("th", { scope: "col" }, "Top images"))),
+    el("thead", {}, el("tr", {}, ...head, el("th", { scope: "col", class: "col-images" }, "Top images"))),
     el("tbody", {}, ...shown.map((latent) => tableRow(sae, latent))),
   );
   const count = `${grouped.format(list.latents.length)} of ${grouped.format(sae.size)} latents`;

@@ -11,7 +11,7 @@ function numbers(sae, latent) {
   const names = Object.keys(sae.columns).filter((name) => name !== "class");
   const items = names.map((name) => {
     const { label, help } = columnOf(name);
-    const more = name === "score" ? ` (chance ${number(sae.chance)})` : "";
+    const more = name === "score" ? `chance ${number(sae.chance)}` : "";
     return el(
       "div",
       {},

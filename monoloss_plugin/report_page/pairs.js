@@ -28,6 +28,7 @@ function pairCard(sae, latent) {
   return el(
     "div",
     { class: "card" },
+    el("p", { class: "whose" }, sae.name),
     el("p", {}, latentLink(sae, latent), ` ${meaning(sae, latent)}`),
     el("dl", {}, ...values),
     strip(sae, latent, 8),

@@ -16,16 +16,21 @@ NASTY = ("<b>bold</b>", "</script><script>boom()</script>", "a \"quote\" & 'more
 
 
 def make_page(
-    widths: tuple[int, ...] = (60, 40), images: int = 120, classes: int = 6, shown: int = 8
+    widths: tuple[int, ...] = (60, 40),
+    images: int = 120,
+    classes: int = 6,
+    shown: int = 8,
+    detail: int = 4,
 ) -> Page:
-    """Return a page of SAEs of the given widths. Every image has one colour and noise."""
+    """Return a page of SAEs of the given widths, with images of ``detail`` colours a side."""
     rng = torch.Generator().manual_seed(0)
     names = [*NASTY, *(f"kind {i}" for i in range(len(NASTY), classes))]
     labels = torch.randint(-1, classes, (images,), generator=rng)
     ids = [f"photos/{i:05d}.png" for i in range(images)]
     ids[: len(NASTY)] = NASTY
     saes = [make_latents(i, widths, images, classes, shown, rng) for i in range(len(widths))]
-    thumbnails = [_thumbnail(i) for i in range(images)]
+    made = [_thumbnail(i, detail) for i in range(min(images, 2000))]
+    thumbnails = [made[i % len(made)] for i in range(images)]
     thumbnails[7] = b""
     return Page(
         title="Latents of <two> SAEs & their images",
@@ -108,9 +113,9 @@ def make_latents(
     )
 
 
-def _thumbnail(i: int) -> bytes:
+def _thumbnail(i: int, detail: int) -> bytes:
     rng = np.random.default_rng(i)
-    colours = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    colours = rng.integers(0, 256, (detail, detail, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(colours).resize((64, 64), Image.Resampling.BICUBIC).save(file, "WEBP", quality=45)
     return file.getvalue()

@@ -67,7 +67,7 @@ class LatentTable:
     first_bin: int
     """Bin b holds activations in [2**((first_bin + b) / 4), 2**((first_bin + b + 1) / 4))."""
     breakdown: tuple[Tensor, Tensor] | None
-    """(M, 5) classes of the samples that activate a latent, -1 for none, and their (M, 5) counts."""
+    """(M, 5) classes of the samples that activate a latent, -1 for none, and (M, 5) counts."""
     nearest: tuple[Tensor, Tensor]
     """(M, 5) latents with the most similar decoder directions, -1 for none, and their cosines."""
     matches: list[tuple[Tensor, Tensor] | None]
@@ -126,7 +126,7 @@ def write_page(page: Page, path: str | os.PathLike[str]) -> Path:
     """Write a page as one HTML file, and return its path.
 
     The file works without a network, opened from disk. It replaces a file of that name once all of
-    it is written. Control characters in texts are written as escapes, such as ``\\x00``.
+    it is written. Control characters in texts are shown as escapes.
 
     Args:
         page: what to show.

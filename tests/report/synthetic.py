@@ -11,7 +11,13 @@ from torch import Tensor
 
 from monoloss_plugin.report_page.page import LatentTable, Page
 
-NASTY = ("<b>bold</b>", "</script><script>boom()</script>", "a \"quote\" & 'more'", "<!-- note", "bell\x07")
+NASTY = (
+    "<b>bold</b>",
+    "</script><script>boom()</script>",
+    "a \"quote\" & 'more'",
+    "<!-- note",
+    "bell\x07",
+)
 """Texts that must appear as they are; but the last, whose control character is escaped."""
 
 
@@ -21,6 +27,7 @@ def make_page(
     classes: int = 6,
     shown: int = 8,
     detail: int = 4,
+    distinct: int = 200,
 ) -> Page:
     """Return a page of SAEs of the given widths, with images of ``detail`` colours a side."""
     rng = torch.Generator().manual_seed(0)
@@ -29,7 +36,7 @@ def make_page(
     ids = [f"photos/{i:05d}.png" for i in range(images)]
     ids[: len(NASTY)] = NASTY
     saes = [make_latents(i, widths, images, classes, shown, rng) for i in range(len(widths))]
-    made = [_thumbnail(i, detail) for i in range(min(images, 2000))]
+    made = [_thumbnail(i, detail) for i in range(min(images, distinct))]
     thumbnails = [made[i % len(made)] for i in range(images)]
     thumbnails[7] = b""
     return Page(
@@ -48,7 +55,15 @@ def make_page(
         baselines=["random"],
         notes=["Scores are of held-out images.", "<i>Near misses</i> do not activate the latent."],
         runs=[
-            *({"name": s.name, "baseline": False, "r2": 0.7 + 0.05 * i, "monoscore_adjusted": 0.2 + 0.1 * i} for i, s in enumerate(saes)),
+            *(
+                {
+                    "name": s.name,
+                    "baseline": False,
+                    "r2": 0.7 + 0.05 * i,
+                    "monoscore_adjusted": 0.2 + 0.1 * i,
+                }
+                for i, s in enumerate(saes)
+            ),
             {"name": "random", "baseline": True, "r2": 0.12, "monoscore_adjusted": 0.0},
             {"name": "broken", "baseline": True, "r2": float("nan"), "monoscore_adjusted": 0.0},
         ],
@@ -101,7 +116,9 @@ def make_latents(
         },
         names=[[f"thing {j % 17}", NASTY[j % len(NASTY)]] for j in range(width)],
         bands=bands,
-        histogram=(torch.exp(-((torch.arange(40) - 22 - 6 * uniform(width, 1)) / 5) ** 2) * 900).long(),
+        histogram=(
+            torch.exp(-(((torch.arange(40) - 22 - 6 * uniform(width, 1)) / 5) ** 2)) * 900
+        ).long(),
         first_bin=-24,
         breakdown=((top + torch.arange(5)) % classes, counts),
         nearest=(choose(width, width, 5), uniform(width, 5).sort(dim=1, descending=True).values),
@@ -117,5 +134,7 @@ def _thumbnail(i: int, detail: int) -> bytes:
     rng = np.random.default_rng(i)
     colours = rng.integers(0, 256, (detail, detail, 3), dtype=np.uint8)
     file = io.BytesIO()
-    Image.fromarray(colours).resize((64, 64), Image.Resampling.BICUBIC).save(file, "WEBP", quality=45)
+    Image.fromarray(colours).resize((64, 64), Image.Resampling.BICUBIC).save(
+        file, "WEBP", quality=45
+    )
     return file.getvalue()

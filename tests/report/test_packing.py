@@ -69,7 +69,11 @@ def test_the_file_holds_every_number_text_and_image(tmp_path: Path) -> None:
         assert packed["names"][0] == sae.names[0]  # type: ignore[index]
         for name, column in sae.columns.items():
             torch.testing.assert_close(
-                unpack(packed["columns"][name]).float(), column.float(), rtol=0, atol=0, equal_nan=True
+                unpack(packed["columns"][name]).float(),
+                column.float(),
+                rtol=0,
+                atol=0,
+                equal_nan=True,
             )
         assert unpack(packed["histogram"]).equal(sae.histogram)
         for name, (chosen, values) in sae.bands.items():

@@ -4,7 +4,7 @@ const BAND_HELP = {
   top: ["Top", "the images that activate it most"],
   middle: ["Middle", "images in the middle of those that activate it"],
   bottom: ["Bottom", "the images that activate it least"],
-  "near misses": ["Near misses", "images that do not activate it, and are most like those that do"],
+  "near misses": ["Near misses", "images like those that activate it, which do not"],
 };
 
 function numbers(sae, latent) {
@@ -37,7 +37,7 @@ function bandSection(sae, latent, name) {
   const images = cells.length
     ? el("ol", { class: "band" }, ...cells)
     : el("p", { class: "empty" }, "None.");
-  const bars = isCosine ? "; bars: cosine with their mean" : "";
+  const bars = isCosine ? "; bars: cosine" : "";
   return el(
     "section",
     {},
@@ -126,10 +126,10 @@ function neighbours(sae, latent) {
 
 /** Latents before and after this one in the list's order. */
 function stepsFrom(sae, latent) {
-  if (sae.index !== list.sae) chooseSae(sae.index);
-  const place = list.latents.indexOf(latent);
-  const at = (i) => (i >= 0 && i < list.latents.length ? latentHref(sae, list.latents[i]) : null);
-  return { place, previous: at(place - 1), next: at(place + 1), count: list.latents.length };
+  const order = sae.index === list.sae ? list.latents : listLatents(sae, list);
+  const place = order.indexOf(latent);
+  const at = (i) => (i >= 0 && i < order.length ? latentHref(sae, order[i]) : null);
+  return { place, previous: at(place - 1), next: at(place + 1), count: order.length };
 }
 
 function stepLink(text, href) {

@@ -1,6 +1,7 @@
 // Which view is shown, keys, and the start.
 
-const home = { scroll: null, isShown: false };
+/** The summary and the list: whether they are shown, and where they were left for which address. */
+const home = { isShown: false, scroll: null, left: null };
 const sections = {
   latent: document.getElementById("view-latent"),
   image: document.getElementById("view-image"),
@@ -27,7 +28,7 @@ const title = document.title;
 function showAddress() {
   const address = parseAddress(location.hash);
   const isHome = address.view === "summary" || address.view === "latents";
-  if (home.isShown && !isHome) home.scroll = scrollY;
+  if (home.isShown && !isHome) Object.assign(home, { scroll: scrollY, left: location.hash });
   for (const id of ["view-summary", "view-latents"]) document.getElementById(id).hidden = !isHome;
   for (const [view, section] of Object.entries(sections)) section.hidden = view !== address.view;
   tip.hidden = true;
@@ -53,8 +54,11 @@ function showAddress() {
 
 /** Show the summary and the list; after another view, at the place that they were left. */
 function showHome(view) {
-  if (!home.isShown && home.scroll !== null) scrollTo(0, home.scroll);
-  else if (view === "latents") document.getElementById("view-latents").scrollIntoView();
+  if (!home.isShown && home.scroll !== null) {
+    scrollTo(0, home.scroll);
+    const left = document.querySelector(`#view-latents .number[href="${home.left}"]`);
+    left?.focus({ preventScroll: true });
+  } else if (view === "latents") document.getElementById("view-latents").scrollIntoView();
   else if (location.hash === "#summary") scrollTo(0, 0);
 }
 
@@ -70,11 +74,19 @@ function isTyping(target) {
   return target.matches?.("input, select, textarea");
 }
 
+function goHome() {
+  if (home.isShown) return;
+  history.pushState(null, "", "#latents");
+  showAddress();
+}
+
 function step(direction) {
   const address = parseAddress(location.hash);
   if (address.view !== "latent") return;
   const steps = stepsFrom(address.sae, address.latent);
-  if (steps[direction]) location.replace(steps[direction]);
+  if (!steps[direction]) return;
+  history.replaceState(null, "", steps[direction]); // back leads to where the steps began
+  showAddress();
 }
 
 function pressKey(event) {
@@ -82,14 +94,14 @@ function pressKey(event) {
   if (event.key === "Escape") {
     tip.hidden = true;
     if (isTyping(event.target)) event.target.blur();
-    else if (!home.isShown) location.hash = "#latents";
+    else goHome();
     return;
   }
   if (isTyping(event.target)) return;
   if (event.key === "/") {
     event.preventDefault();
-    if (!home.isShown) location.hash = "#latents";
-    setTimeout(() => document.getElementById("search").focus());
+    goHome();
+    document.getElementById("search").focus();
   } else if (event.key === "j" || event.key === "ArrowRight") step("next");
   else if (event.key === "k" || event.key === "ArrowLeft") step("previous");
 }
@@ -102,7 +114,6 @@ document.querySelector(".bar").addEventListener("click", (event) => {
   if (event.target.closest("a")?.hash === location.hash) showAddress();
 });
 
-list.latents = listLatents(listedSae(), list);
 renderCharts();
-renderList();
+chooseSae(parseAddress(location.hash).sae?.index ?? 0);
 showAddress();

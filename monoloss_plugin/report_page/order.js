@@ -1,5 +1,9 @@
 // Which latents are listed, and in which order.
 
+function sortableColumns(sae) {
+  return ["latent", ...Object.keys(sae.columns), ...(page.saes[sae.index].names ? ["names"] : [])];
+}
+
 /** A number for each latent to sort by; NaN where a value is undefined. */
 function sortKeys(sae, column) {
   const latents = Array.from({ length: sae.size }, (_, latent) => latent);
@@ -51,7 +55,9 @@ function listLatents(sae, list) {
     (!frequency || isWithin(frequency[latent], list.leastFrequency, list.mostFrequency)) &&
     (list.class === "" || !classes || classes[latent] === Number(list.class)) &&
     matchesText(sae, latent, text);
-  const found = everyLatent(sae, list.column, list.descending).filter(passes);
+  const column = sortableColumns(sae).includes(list.column) ? list.column : "latent";
+  const every = Array.from({ length: sae.size }, (_, latent) => latent);
+  const found = sortLatents(sae, every.filter(passes), column, list.descending);
   const exact = text ? found.findIndex((latent) => String(latent) === text) : -1;
   if (exact > 0) found.unshift(...found.splice(exact, 1));
   return found;

@@ -28,10 +28,6 @@ function shownColumns(sae) {
   return wanted.filter((name) => name in sae.columns);
 }
 
-function sortableColumns(sae) {
-  return ["latent", ...Object.keys(sae.columns), ...(page.saes[sae.index].names ? ["names"] : [])];
-}
-
 /** Show the list again after a change; a change of anything but the page starts at the first. */
 function changeList(change) {
   Object.assign(list, { page: 0 }, change);
@@ -40,7 +36,6 @@ function changeList(change) {
 }
 
 function chooseSae(index) {
-  if (index === list.sae) return;
   list.sae = index;
   if (!sortableColumns(listedSae()).includes(list.column)) list.column = "latent";
   list.latents = listLatents(listedSae(), list);

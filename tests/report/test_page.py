@@ -16,7 +16,7 @@ from monoloss_plugin.report_page.page import write_page
 from tests.report.chromium import chromium, new_tab, open_page
 from tests.report.synthetic import NASTY, make_page
 
-PAGE = make_page()
+PAGE = make_page(images=1100)  # two packs
 FIRST, SECOND = PAGE.saes
 
 
@@ -181,7 +181,7 @@ def test_a_latent_has_an_address_and_back_returns_to_the_list(tab: Page) -> None
     expect(tab.locator("#view-summary")).to_be_hidden()
     tab.go_back()
     expect(tab.locator("#view-latent")).to_be_hidden()
-    expect(tab.locator("#count")).to_be_visible()
+    expect(tab.locator("a.number", has_text="42")).to_be_focused()
     tab.go_forward()
     expect(tab.locator("#view-latent h2")).to_contain_text("Latent 42")
 
@@ -218,14 +218,18 @@ def test_keys_step_through_latents_search_and_close(tab: Page) -> None:
     for key, place in (("j", 4), ("ArrowRight", 5), ("k", 4), ("ArrowLeft", 3)):
         tab.keyboard.press(key)
         expect(tab.locator("#view-latent h2")).to_contain_text(f"Latent {order[place]}")
-    tab.keyboard.press("Escape")
-    expect(tab.locator("#view-latent")).to_be_hidden()
     tab.keyboard.press("/")
+    expect(tab.locator("#view-latent")).to_be_hidden()
     expect(tab.get_by_label("Search")).to_be_focused()
     tab.keyboard.type("jk/")
     expect(tab.get_by_label("Search")).to_have_value("jk/")
     tab.keyboard.press("Escape")
     expect(tab.get_by_label("Search")).not_to_be_focused()
+    tab.go_back()  # from the list to the latent that was left last, without the steps between
+    expect(tab.locator("#view-latent h2")).to_contain_text(f"Latent {order[3]}")
+    tab.keyboard.press("Escape")
+    expect(tab.locator("#view-latent")).to_be_hidden()
+    expect(tab.locator("#count")).to_be_visible()
 
 
 def test_an_image_leads_to_the_latents_that_it_activates(tab: Page) -> None:
@@ -296,9 +300,11 @@ def test_images_have_texts_and_a_tip_under_the_focus(tab: Page) -> None:
 
 def test_a_narrow_dark_screen_gets_a_narrow_dark_page(browser: Browser, path: Path) -> None:
     with new_tab(browser, viewport={"width": 390, "height": 844}, color_scheme="dark") as tab:
-        for address in ("#latents", "#latent-11", "#image-17", "#side-by-side"):
+        for address in ("#latents", "#sae-2-latent-11", "#image-1050", "#side-by-side"):
             open_page(tab, path, address)
-            expect(tab.locator("section:not([hidden]) img").first).to_be_visible()
+            image = tab.locator("section:not([hidden]) img").first
+            expect(image).to_be_visible()
+            expect(image).to_have_js_property("naturalWidth", 64)  # although its pack came later
             assert tab.evaluate("document.documentElement.scrollWidth") == 390
         background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
         assert all(int(part) < 40 for part in re.findall(r"\d+", background))  # a dark page
@@ -318,7 +324,7 @@ def test_one_sae_without_classes_names_or_runs_is_enough(shared_tab: Page, tmp_p
     columns = {k: v for k, v in FIRST.columns.items() if not k.startswith(("purity", "class"))}
     alone = replace(FIRST, columns=columns, names=None, breakdown=None, matches=[None])
     page = replace(
-        PAGE, saes=[alone], runs=[], classes=[], rows=[], image_labels=torch.full((120,), -1)
+        PAGE, saes=[alone], runs=[], classes=[], rows=[], image_labels=torch.full((1100,), -1)
     )
     tab = shared_tab
     open_page(tab, write_page(page, tmp_path / "one.html"))

@@ -170,11 +170,12 @@ function distribution({ title, caption, column, change = (value) => value, range
   if (!every.some(([, values]) => values.length)) return null;
   const all = every.flatMap(([, values]) => [...values]);
   const extreme = (best) => all.reduce((a, b) => best(a, b));
-  const [low, high] = range ?? [Math.floor(extreme(Math.min)), Math.ceil(extreme(Math.max) + 1e-9)];
+  const wholeLow = Math.floor(extreme(Math.min));
+  const [low, high] = range ?? [wholeLow, Math.max(wholeLow + 1, Math.ceil(extreme(Math.max)))];
   const lines = every.map(([name, values]) => {
     const counts = new Array(bins).fill(0);
     for (const value of values) {
-      const bin = Math.floor(((value - low) / (high - low || 1)) * bins);
+      const bin = Math.floor(((value - low) / (high - low)) * bins);
       counts[Math.max(0, Math.min(bins - 1, bin))]++;
     }
     const at = (i) => low + ((high - low) * i) / bins;
@@ -184,7 +185,7 @@ function distribution({ title, caption, column, change = (value) => value, range
   return chart({
     title,
     caption,
-    x: { label: axes.label, range: [low, high || low + 1], text: axes.text, at: axes.at?.(low, high) },
+    x: { label: axes.label, range: [low, high], text: axes.text, at: axes.at?.(low, high) },
     y: { range: [0, most * 1.05] },
     lines,
   });

@@ -111,6 +111,7 @@ class Page:
     """Whether the images are of a few pixels, to be shown as such."""
 
     def __post_init__(self) -> None:
+        """Check that the parts are of the same images and SAEs."""
         if not self.saes:
             raise ValueError("saes: expected one or more, got none")
         images = len(self.image_ids)
@@ -119,6 +120,17 @@ class Page:
                 raise ValueError(
                     f"{name}: expected one for each of the {images} image_ids, got "
                     f"{len(getattr(self, name))}"
+                )
+        for sae in self.saes:
+            if len(sae.of_images[0]) != images:
+                raise ValueError(
+                    f"of_images of {sae.name!r}: expected one row for each of the {images} "
+                    f"image_ids, got {len(sae.of_images[0])}"
+                )
+            if len(sae.matches) != len(self.saes):
+                raise ValueError(
+                    f"matches of {sae.name!r}: expected one entry for each of the "
+                    f"{len(self.saes)} saes, got {len(sae.matches)}"
                 )
 
 

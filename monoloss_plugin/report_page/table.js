@@ -120,12 +120,11 @@ function tableRow(sae, latent) {
     const cell = el("td", { class: `col-${name} value` }, el("span", {}, text));
     cell.dataset.label = columnOf(name).label;
     if (name !== "adjusted") return cell;
-    cell.append(bar(Math.max(0, sae.columns.adjusted[latent])));
-    const significant = sae.columns.significant?.[latent];
-    if (significant === 0) {
+    if (sae.columns.significant?.[latent] === 0) {
       cell.classList.add("doubtful");
-      cell.title = "Not significantly above chance";
+      cell.append(el("small", { title: "Not significantly above chance" }, "n.s."));
     }
+    cell.append(bar(Math.max(0, sae.columns.adjusted[latent])));
     return cell;
   });
   const names = sae.namesOf(latent);

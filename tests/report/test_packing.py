@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from base64 import b64decode
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,25 @@ def test_no_text_can_end_the_element_that_holds_the_json() -> None:
     written = json_in_html([text])
     assert "<" not in written
     assert json.loads(written) == [text]
+
+
+def test_parts_of_other_images_or_saes_are_refused() -> None:
+    page = make_page()
+    for change, message in (
+        ({"saes": []}, "saes: expected one or more"),
+        ({"thumbnails": page.thumbnails[1:]}, "thumbnails: expected one for each of the 120"),
+        ({"image_labels": torch.zeros(3)}, "image_labels: expected one for each of the 120"),
+        (
+            {"saes": page.saes[:1]},
+            "matches of .*: expected one entry for each of the 1 saes, got 2",
+        ),
+        (
+            {"saes": make_page(images=60).saes},
+            "of_images of .*: expected one row for each of the 120",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(page, **change)  # type: ignore[arg-type]
 
 
 def test_a_page_that_cannot_be_written_leaves_no_file(tmp_path: Path) -> None:

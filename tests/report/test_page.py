@@ -86,6 +86,11 @@ def test_charts_have_a_text_a_curve_for_each_sae_and_hollow_baselines(tab: Page)
     expect(charts.nth(0).locator("polyline")).to_have_count(4)  # two curves, two chance levels
     expect(charts.nth(1).locator("path.dot")).to_have_count(3)  # a run without R² is left out
     expect(charts.nth(1).locator("path.hollow")).to_have_count(1)
+    for line in charts.locator("polyline").all():
+        points = line.get_attribute("points")
+        assert points is not None
+        spots = [tuple(map(float, point.split(","))) for point in points.split()]
+        assert all(46 <= x <= 350 and 10 <= y <= 182 for x, y in spots)  # within the axes
     # The curve falls from the largest score to the smallest: y is at 10 for 1 and at 182 for 0.
     points = charts.nth(0).locator("polyline").first.get_attribute("points")
     assert points is not None

@@ -4,7 +4,6 @@ const page = JSON.parse(document.getElementById("data").textContent);
 document.getElementById("data").remove();
 
 function bytesOf(base64) {
-  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(base64);
   const text = atob(base64);
   const bytes = new Uint8Array(text.length);
   for (let i = 0; i < bytes.length; i++) bytes[i] = text.charCodeAt(i);

@@ -69,7 +69,7 @@ function activationHistogram(sae, latent) {
   if (first < 0) return null;
   const last = counts.findLastIndex((count) => count > 0);
   const edge = (bin) => (sae.firstBin + bin) / 4; // the power of two
-  const text = (power) => number(Number((2 ** power).toPrecision(2)));
+  const text = (power) => String(Number((2 ** power).toPrecision(2)));
   const bars = counts.slice(first, last + 1).map((value, i) => {
     const [from, to] = [edge(first + i), edge(first + i + 1)];
     return { from, to, value, text: `${text(from)} to ${text(to)}: ${grouped.format(value)} images` };

@@ -31,7 +31,7 @@ function pairCard(sae, latent) {
     el("p", { class: "whose" }, sae.name),
     el("p", {}, latentLink(sae, latent), ` ${meaning(sae, latent)}`),
     el("dl", {}, ...values),
-    strip(sae, latent, 8),
+    strip(sae, latent, IMAGES_PER_ROW),
   );
 }
 

@@ -49,8 +49,8 @@ const grouped = new Intl.NumberFormat("en");
 /** A number in three digits; "–" where it is undefined. */
 function number(value) {
   if (value === null || Number.isNaN(value)) return "–";
+  if (value === 0) return "0";
   const size = Math.abs(value);
-  if (Number.isInteger(value)) return grouped.format(value);
   if (size >= 1000) return grouped.format(Math.round(value));
   if (size >= 100) return value.toFixed(0);
   if (size >= 10) return value.toFixed(1);
@@ -61,6 +61,7 @@ function number(value) {
 
 function percent(value) {
   if (Number.isNaN(value)) return "–";
+  if (value === 0) return "0 %";
   const size = Math.abs(value * 100);
   return `${(value * 100).toFixed(size >= 10 ? 0 : size >= 1 ? 1 : size >= 0.01 ? 2 : 3)} %`;
 }
@@ -72,7 +73,8 @@ function cellText(sae, name, latent) {
   const value = sae.columns[name][latent];
   if (name === "class") return className(value);
   if (name === "significant") return value ? "yes" : "no";
-  return columnOf(name).share ? percent(value) : number(value);
+  if (columnOf(name).share) return percent(value);
+  return sae.columns[name] instanceof Float32Array ? number(value) : grouped.format(value);
 }
 
 function latentHref(sae, latent) {
@@ -86,7 +88,7 @@ function latentLink(sae, latent) {
 /** What a latent seems to show: its first name, or its class. */
 function meaning(sae, latent) {
   const label = sae.columns.class ? className(sae.columns.class[latent]) : "";
-  return sae.namesOf(latent)[0] ?? label;
+  return sae.namesOf(latent)[0] ?? (label && `class ${label}`);
 }
 
 /** A bar of a share in [-1, 1]; negative shares are hatched. Without a text it is decoration. */

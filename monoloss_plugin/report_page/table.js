@@ -2,6 +2,7 @@
 
 const ROWS_PER_PAGE = 50;
 const IMAGES_PER_ROW = 10;
+const ASCENDING_FIRST = new Set(["latent", "p", "class", "names"]);
 
 const list = {
   sae: 0,
@@ -43,8 +44,8 @@ function chooseSae(index) {
 }
 
 function sortBy(column) {
-  const descending = column === list.column ? !list.descending : column !== "latent";
-  changeList({ column, descending: column === "class" && column !== list.column ? false : descending });
+  const again = column === list.column;
+  changeList({ column, descending: again ? !list.descending : !ASCENDING_FIRST.has(column) });
 }
 
 function numberField(label, key, scale, placeholder) {
@@ -82,7 +83,7 @@ function filters(sae) {
     { class: "filters", role: "search", onsubmit: (event) => event.preventDefault() },
     saes.length > 1 ? saeChoice("SAE", list.sae, chooseSae) : null,
     el("label", { class: "search" }, el("span", {}, "Search"), search),
-    choice("Sort by", sorts, list.column, (column) => changeList({ column })),
+    choice("Sort by", sorts, list.column, sortBy),
     el("button", { type: "button", id: "direction", onclick: () => sortBy(list.column) }),
     sae.columns.class
       ? choice("Class", [["", "any"], ...classes], list.class, (value) => changeList({ class: value }))
@@ -182,7 +183,7 @@ function renderRows() {
     shown.length > 10 ? pager(list.page, pages, turn) : "",
   );
   const direction = document.getElementById("direction");
-  direction.textContent = list.descending ? "↓ largest first" : "↑ smallest first";
+  direction.textContent = list.descending ? "↓ descending" : "↑ ascending";
   const sort = document.querySelector(".filters label:has(+ #direction) select");
   if (sort) sort.value = list.column;
   if (focused) document.querySelector(`[data-column="${CSS.escape(focused)}"]`)?.focus();

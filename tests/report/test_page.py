@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 
 import pytest
@@ -125,9 +125,15 @@ def test_every_column_can_be_chosen_to_sort_by(tab: Page) -> None:
     options = chooser.locator("option").evaluate_all("all => all.map(o => o.value)")
     assert set(options) == {"latent", "names", *FIRST.columns}
     chooser.select_option("p")
-    assert listed(tab) == ranked(FIRST.columns["p"], descending=True)[:50]
-    tab.locator("#direction").click()
     assert listed(tab) == ranked(FIRST.columns["p"], descending=False)[:50]
+    tab.locator("#direction").click()
+    assert listed(tab) == ranked(FIRST.columns["p"], descending=True)[:50]
+    chooser.select_option("class")
+    classes = [PAGE.classes[i].replace("\x07", r"\x07") for i in FIRST.columns["class"].tolist()]
+    shown = tab.locator(".latents .class").all_inner_texts()
+    assert [len(list(group)) for _, group in groupby(shown)][:-1] == [
+        classes.count(name) for name in dict.fromkeys(shown)
+    ][:-1]
 
 
 def test_search_finds_a_number_a_class_and_a_name(tab: Page) -> None:

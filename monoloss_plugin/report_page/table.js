@@ -60,6 +60,13 @@ function numberField(label, key, scale, placeholder) {
   return input;
 }
 
+/** Open the first latent that was found, for Enter in the search field. */
+function openFirst(event) {
+  event.preventDefault();
+  const isSearch = document.activeElement.id === "search";
+  if (isSearch && list.latents.length) location.hash = latentHref(listedSae(), list.latents[0]);
+}
+
 function filters(sae) {
   const search = el("input", {
     type: "search",
@@ -80,7 +87,7 @@ function filters(sae) {
     el("fieldset", {}, el("legend", {}, label), fields[0], el("span", {}, "to"), fields[1]);
   return el(
     "form",
-    { class: "filters", role: "search", onsubmit: (event) => event.preventDefault() },
+    { class: "filters", role: "search", onsubmit: openFirst },
     saes.length > 1 ? saeChoice("SAE", list.sae, chooseSae) : null,
     el("label", { class: "search" }, el("span", {}, "Search"), search),
     choice("Sort by", sorts, list.column, sortBy),

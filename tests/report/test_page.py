@@ -185,6 +185,10 @@ def test_the_other_sae_can_be_chosen(tab: Page) -> None:
 
 
 def test_a_latent_has_an_address_and_back_returns_to_the_list(tab: Page) -> None:
+    tab.get_by_label("Search").fill("#41")
+    tab.get_by_label("Search").press("Enter")
+    expect(tab.locator("#view-latent h2")).to_contain_text("Latent 41")
+    tab.go_back()
     tab.get_by_label("Search").fill("#42")
     tab.locator("a.number").click()
     assert tab.evaluate("location.hash") == "#latent-42"

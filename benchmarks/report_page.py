@@ -1,4 +1,4 @@
-"""Measure a large page of latents in Chromium: ``python -m benchmarks.report_page``.
+"""Measure a large page of latents in Chromium: ``python -m benchmarks.report``.
 
 It writes a page of two SAEs with 8,192 latents each and 50,000 images, opens it from disk, and
 prints sizes and times.
@@ -16,7 +16,7 @@ from typing import Any
 from playwright.sync_api import Page as Tab
 from playwright.sync_api import sync_playwright
 
-from monoloss_plugin.report_page.page import write_page
+from monoloss_plugin.report.page import write_page
 from tests.report.synthetic import make_page
 
 WATCH = """

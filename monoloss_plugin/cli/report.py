@@ -40,8 +40,10 @@ def report(
     ] = None,
     texts: Annotated[
         Path | None,
-        typer.Option(help="A file of texts, one a line, to name the latents by. Needs an encoder "
-                     "with a text side, such as CLIP."),
+        typer.Option(
+            help="A file of texts, one a line, to name the latents by. Needs an encoder "
+            "with a text side, such as CLIP."
+        ),
     ] = None,
     text_encoder: Annotated[
         str | None,

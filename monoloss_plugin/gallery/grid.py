@@ -91,7 +91,8 @@ class LatentGrid:
         top = _HEADING if title else 0.0
         width = columns * (_LABEL + _CELL * max(1, wide))
         figure = Figure(figsize=(width, top + rows * height), facecolor="none")
-        heading, body = figure.subfigures(2, 1, height_ratios=(top or 1e-3, rows * height))
+        halves = figure.subfigures(2, 1, height_ratios=(top or 1e-3, rows * height), squeeze=False)
+        heading, body = halves[:, 0]
         heading.suptitle(title, fontsize=11, y=0.6, color=TEXT)
         panels = body.subfigures(rows, columns, squeeze=False)
         for panel, latent in zip(panels.flat, self.latents, strict=False):

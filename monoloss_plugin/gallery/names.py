@@ -138,15 +138,30 @@ def name_latents(
     require_sae(sae)
     require_at_least(1, count, "count")
     require_flag(progress, "progress")
-    unique = list(dict.fromkeys(as_texts(texts, "texts")))
-    encode = _text_encoder(encoder, features, device)
+    named = encode_texts(texts, encoder, features, device)
     scoring = Scoring(sae, features, normalize=normalize, batch_size=batch_size, device=device)
     for _ in scoring.batches("Naming", progress):
         pass
     scoring.evaluation()  # to warn if the features are on another scale than the SAE takes
     means, mean = scoring.monoscore.mean_embeddings(), scoring.monoscore.mean_embedding()
-    text_embeddings = as_rows(encode(unique), "encoder(texts)")
-    return names_from_means(means, mean, unique, text_embeddings, count)
+    return names_from_means(means, mean, *named, count)
+
+
+def encode_texts(
+    texts: Sequence[str],
+    encoder: str | TextEncoder | Callable[[list[str]], Any] | None,
+    features: Any,
+    device: torch.device | str | None = None,
+) -> tuple[list[str], Tensor]:
+    """Return texts, each once, and their embeddings (T, d), as :func:`name_latents` encodes them.
+
+    Raises:
+        TypeError, ValueError, ModuleNotFoundError: as :func:`name_latents`.
+    """
+    unique = list(dict.fromkeys(as_texts(texts, "texts")))
+    encode = _text_encoder(encoder, features, device)
+    with torch.no_grad():
+        return unique, as_rows(encode(unique), "encoder(texts)")
 
 
 @torch.no_grad()
@@ -264,5 +279,5 @@ def _require_same_encoder(images: Mapping[str, Any], texts: Mapping[str, Any]) -
         warnings.warn(
             f"encoder: the features say that {first} made them, and {second} encodes the texts. "
             "The names mean something only if both are the same model",
-            stacklevel=4,  # shown at the call of name_latents
+            stacklevel=5,  # shown at the call of name_latents
         )

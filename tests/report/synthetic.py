@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from monoloss_plugin.report_page.page import LatentTable, Page
+from monoloss_plugin.report.page import LatentTable, Page
 
 NASTY = (
     "<b>bold</b>",

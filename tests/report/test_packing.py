@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from monoloss_plugin.report_page.packing import json_in_html, pack_floats, pack_integers
-from monoloss_plugin.report_page.page import write_page
+from monoloss_plugin.report.packing import json_in_html, pack_floats, pack_integers
+from monoloss_plugin.report.page import write_page
 from tests.report.synthetic import make_page
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from playwright.sync_api import Browser, Page, expect
 
-from monoloss_plugin.report_page.page import write_page
+from monoloss_plugin.report.page import write_page
 from tests.report.chromium import chromium, new_tab, open_page
 from tests.report.synthetic import NASTY, make_page
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from monoloss_plugin._checks import visible
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin._places import as_path, kind_of
-from monoloss_plugin.report_page.packing import (
+from monoloss_plugin.report.packing import (
     IMAGES_PER_PACK,
     image_packs,
     json_in_html,

@@ -2,3 +2,7 @@
 
 It needs the extra ``report``.
 """
+
+from monoloss_plugin.report.content import write_report
+
+__all__ = ["write_report"]

@@ -1,0 +1,103 @@
+"""Which images a page shows, and how large, so that its file stays below a size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from monoloss_plugin.gallery.contributions import KEPT
+from monoloss_plugin.gallery.pictures import Pictures
+from monoloss_plugin.gallery.samples import ActivatingSamples
+from monoloss_plugin.gallery.thumbnails import is_pixelated, make_thumbnails
+
+MOST_BYTES = 48_000_000
+"""The page should stay below this."""
+SIZES = (128, 96, 80, 64, 48)
+"""Sizes of thumbnails in pixels, the best first."""
+_TRIED = 128
+"""So many thumbnails are made to see how large they are."""
+_BASE64 = 4 / 3
+_OF_AN_IMAGE = 60
+"""Bytes of an image beside its thumbnail and its latents: its id, its length."""
+_OF_A_LATENT = 200
+"""Bytes of a latent beside its bands and its histogram."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The images of a page."""
+
+    rows: Tensor
+    """(I,) their rows in the features."""
+    thumbnails: list[bytes]
+    """(I,)"""
+    size: int
+    """Pixels of the longer side of a thumbnail, at most."""
+    left_out: int
+    """How many more images the bands name, for which there was no room."""
+    pixelated: bool
+    """Whether the pictures themselves have a few pixels only."""
+
+    def places(self, rows: Tensor) -> Tensor:
+        """Return the numbers of images in the page; -1 for rows that are not in it, and for -1."""
+        highest = int(torch.cat((rows.flatten(), self.rows, torch.zeros(1).long())).max())
+        place = torch.full((highest + 2,), -1, dtype=torch.int32)
+        place[self.rows] = torch.arange(len(self.rows), dtype=torch.int32)
+        return place[rows]  # the last place, -1, is that of no row
+
+
+def choose_images(
+    saes: Sequence[ActivatingSamples],
+    pictures: Pictures,
+    *,
+    most_bytes: int = MOST_BYTES,
+    progress: bool = False,
+) -> Shown:
+    """Choose the images of all bands, or as many as there is room for, and make thumbnails.
+
+    The strongest of each band come first, so that every latent keeps some.
+
+    Args:
+        saes: what was found of each SAE.
+        pictures: of the rows of the features.
+        most_bytes: of the page.
+        progress: show a progress bar.
+    """
+    rows = _by_importance(saes)
+    room = most_bytes - sum(_bytes_of(one) for one in saes)
+    beside = _OF_AN_IMAGE + _BASE64 * 8 * KEPT * len(saes)
+    tried = rows[torch.linspace(0, max(0, len(rows) - 1), min(_TRIED, len(rows))).long()].tolist()
+    for size in SIZES:
+        files = [one for one in make_thumbnails(pictures, tried, size).values() if one]
+        each = beside + _BASE64 * sum(map(len, files)) / max(1, len(files))
+        if each * len(rows) <= room:
+            break
+    kept = rows[: max(0, int(room / each))] if len(rows) else rows
+    made = make_thumbnails(pictures, kept.tolist(), size, progress=progress)
+    left_out = len(rows) - len(kept)
+    return Shown(kept, list(made.values()), size, left_out, is_pixelated(made.values()))
+
+
+def _by_importance(saes: Sequence[ActivatingSamples]) -> Tensor:
+    """Return the rows of all bands, each once: first the first of every band."""
+    bands = [band.rows for one in saes for band in one.bands.values()]
+    ranks = max(band.shape[1] for band in bands)
+    listed = [band[:, i] for i in range(ranks) for band in bands if i < band.shape[1]]
+    rows = torch.cat(listed)
+    unique, place = rows.unique(return_inverse=True)
+    first = torch.full((len(unique),), len(rows)).scatter_reduce_(
+        0, place, torch.arange(len(rows)), "amin"
+    )
+    unique = unique[first.argsort()]
+    real: Tensor = unique[unique >= 0]
+    return real
+
+
+def _bytes_of(one: ActivatingSamples) -> int:
+    """Return about how many bytes the latents of an SAE take in the page."""
+    images = sum(band.rows.shape[1] for band in one.bands.values())
+    of_each = 8 * images + 4 * one.histogram.shape[1] + _OF_A_LATENT
+    return int(_BASE64 * len(one.histogram) * of_each)

@@ -1,0 +1,247 @@
+"""From SAEs, features and images to the page that shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from monoloss_plugin import __version__
+from monoloss_plugin._checks import require_at_least
+from monoloss_plugin._places import as_path, require_file
+from monoloss_plugin._sae import SAE
+from monoloss_plugin.comparison import Comparison, compare, require_set
+from monoloss_plugin.dictionary import nearest_latents
+from monoloss_plugin.evaluation import evaluate
+from monoloss_plugin.features import FeatureSet
+from monoloss_plugin.gallery.contributions import RowLatents
+from monoloss_plugin.gallery.names import encode_texts, names_from_means
+from monoloss_plugin.gallery.near_misses import CANDIDATES
+from monoloss_plugin.gallery.pictures import open_pictures
+from monoloss_plugin.gallery.samples import ActivatingSamples, activating_samples
+from monoloss_plugin.report.choice import Shown, choose_images
+from monoloss_plugin.report.page import LatentTable, Page, write_page
+from monoloss_plugin.results import Evaluation
+from monoloss_plugin.saes.baselines import QUICK
+
+_NEAREST = 5
+_CLASSES = 5
+
+
+def write_report(
+    saes: Mapping[str, SAE],
+    features: FeatureSet,
+    out: str | Path,
+    *,
+    images: Any = None,
+    train: FeatureSet | None = None,
+    texts: Sequence[str] = (),
+    encoder: Any = None,
+    count: int = 8,
+    progress: bool = False,
+) -> Path:
+    """Write a page on the latents of one or more SAEs, as one HTML file that needs no network.
+
+    The page has the measures of each SAE, its latents in a table to sort, search and filter, and
+    for each latent the images that activate it most, in the middle and least, and near misses; two
+    SAEs side by side; and for each image the latents that it activates.
+
+    Args:
+        saes: SAEs by name.
+        features: held-out features, with the ids of their images.
+        out: the file to write, such as ``report.html``. A file of that name is replaced.
+        images: the images of the features, as
+            :func:`~monoloss_plugin.gallery.pictures.open_pictures` takes them; by default those
+            that the features' record tells of.
+        train: training features. With them, SAEs that have learnt nothing stand beside yours.
+        texts: names to choose from for every latent.
+        encoder: what encodes the texts, as :func:`~monoloss_plugin.gallery.names.name_latents`
+            takes it; by default the encoder of the features.
+        count: images of each latent in each band.
+        progress: show progress bars.
+
+    Returns:
+        The file. It has at most 50 MB: thumbnails are made as small as that asks for, and where
+        that is not enough, the page says how many images it leaves out.
+
+    Raises:
+        TypeError: SAEs or features of another kind.
+        ValueError: no SAEs; images or texts that do not fit the features.
+        FileNotFoundError: the images cannot be found.
+        IsADirectoryError: ``out`` is a folder.
+        ModuleNotFoundError: a library that is needed is not installed.
+    """
+    require_set(features, "features")
+    require_at_least(1, count, "count")
+    place = as_path(out, "out", "a file")
+    if place.exists():
+        require_file(place, "out")
+    pictures = open_pictures(images, features)  # before the long work, if it fails
+    named = encode_texts(texts, encoder, features) if texts else None
+    found: dict[int, ActivatingSamples] = {}
+
+    def score(sae: SAE, scored: FeatureSet) -> Evaluation:
+        if not any(sae is one for one in saes.values()):
+            return evaluate(sae, scored)  # a baseline
+        found[id(sae)] = activating_samples(sae, scored, count=count, progress=progress)
+        return found[id(sae)].evaluation
+
+    comparison = compare(
+        saes,
+        features,
+        train=train,
+        baselines=() if train is None else QUICK,
+        groups=(),
+        score=score,
+    )
+    samples = {name: found[id(sae)] for name, sae in saes.items()}
+    shown = choose_images(list(samples.values()), pictures, progress=progress)
+    page = Page(
+        title=" and ".join(saes) if len(saes) < 3 else f"{len(saes)} SAEs",
+        about=_about(samples, features, shown),
+        **_table(comparison),
+        notes=comparison.notes,
+        classes=features.classes or [],
+        num_rows=len(features),
+        saes=[
+            _latents(name, of, named, shown, list(samples.values())) for name, of in samples.items()
+        ],
+        image_ids=[pictures.name(row) for row in shown.rows.tolist()],
+        image_labels=(
+            torch.full_like(shown.rows, -1)
+            if features.labels is None
+            else features.labels[shown.rows]
+        ),
+        thumbnails=shown.thumbnails,
+        pixelated=shown.pixelated,
+    )
+    return write_page(page, place)
+
+
+def _about(
+    samples: Mapping[str, ActivatingSamples], features: FeatureSet, shown: Shown
+) -> list[tuple[str, str]]:
+    """Return what the page says about where its content comes from."""
+    record, source = features.record, features.record.source
+    of = source.get("name") or "images without a name"
+    split = f", {source['split']}" if source.get("split") else ""
+    unread = sum(not one for one in shown.thumbnails)
+    said = {
+        "SAEs": "; ".join(
+            f"{name}: {found.evaluation.num_latents:,} latents, L0 {found.evaluation.l0:.1f}"
+            for name, found in samples.items()
+        ),
+        "Images": f"{len(features):,} of {of}{split}",
+        "Encoder": str(record.encoder.get("name") or "not known"),
+        "Compared by": str(next(iter(samples.values())).evaluation.spaces),
+        "Shown": f"{len(shown.rows):,} images, at most {shown.size} pixels wide and high",
+        "Left out": f"{shown.left_out:,} images, for which the file has no room"
+        if shown.left_out
+        else "",
+        "Not readable": f"{unread:,} images" if unread else "",
+        "Middle": "from a random sample of 64 activations of each latent",
+        "Near misses": "from a random sample of 16,384 images"
+        if len(features) > CANDIDATES
+        else "",
+        "Made by": f"monoloss_plugin {__version__}",
+    }
+    return [(label, text) for label, text in said.items() if text]
+
+
+def _table(comparison: Comparison) -> dict[str, Any]:
+    """Return the comparison as a table with a row for each SAE, and the points of its chart."""
+    columns = list(zip(*comparison.cells(), strict=True))
+    rows = [[name, *cells] for name, cells in zip(comparison.runs, columns[1:], strict=True)]
+    runs = [
+        {
+            "name": name,
+            "baseline": name in comparison.baselines,
+            "r2": run["r2"],
+            "monoscore_adjusted": run["monoscore_adjusted"],
+        }
+        for name, of in comparison.runs.items()
+        for run in of
+    ]
+    header = ["", *columns[0]]
+    return {"header": header, "rows": rows, "baselines": comparison.baselines, "runs": runs}
+
+
+def _latents(
+    name: str,
+    found: ActivatingSamples,
+    named: tuple[list[str], Tensor] | None,
+    shown: Shown,
+    others: Sequence[ActivatingSamples],
+) -> LatentTable:
+    evaluation = found.evaluation
+    return LatentTable(
+        name=name,
+        chance=evaluation.monoscore.chance,
+        columns=_columns(evaluation),
+        names=None
+        if named is None
+        else names_from_means(found.mean_embeddings, found.mean_embedding, *named).texts,
+        bands={of: (shown.places(band.rows), band.values) for of, band in found.bands.items()},
+        histogram=found.histogram,
+        first_bin=found.first_bin,
+        breakdown=_breakdown(found.class_counts),
+        nearest=_nearest(found, None, _NEAREST),
+        matches=[None if one is found else _match(found, one) for one in others],
+        of_images=_of_images(found.of_rows, shown.rows),
+    )
+
+
+def _columns(evaluation: Evaluation) -> dict[str, Tensor]:
+    """Return what is known of every latent, (M,) by name; NaN where it is undefined."""
+    of, purity = evaluation.monoscore, evaluation.purity
+    columns = {
+        "score": of.scores.masked_fill(~of.defined, torch.nan),
+        "adjusted": of.adjusted.masked_fill(~of.defined, torch.nan),
+        "p": of.p_values,
+        "significant": of.significant(),
+        "support": of.support,
+        "frequency": evaluation.frequency,
+        "largest": of.largest,
+    }
+    if purity is not None:
+        columns |= {
+            "purity": purity.binary,
+            "purity_adjusted": purity.adjusted,
+            "class": purity.dominant,
+        }
+    return columns
+
+
+def _breakdown(class_counts: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Return the most frequent classes of each latent (M, 5), and their counts."""
+    if class_counts is None:
+        return None
+    counts, classes = class_counts.T.topk(min(_CLASSES, len(class_counts)), 1)
+    return classes.masked_fill(counts == 0, -1), counts
+
+
+def _nearest(
+    found: ActivatingSamples, other: ActivatingSamples | None, count: int
+) -> tuple[Tensor, Tensor]:
+    """Return the latents with the most similar decoder directions; none if these are not known."""
+    if found.directions is None or (other is not None and other.directions is None):
+        nothing = torch.full((found.evaluation.num_latents, count), -1)
+        return nothing, nothing.float()
+    alive = found.evaluation.monoscore.support > 0
+    of_other = None if other is None else other.directions
+    nearest = nearest_latents(found.directions, of_other, count=count, alive=alive)
+    return nearest.latents, nearest.cosines
+
+
+def _match(found: ActivatingSamples, other: ActivatingSamples) -> tuple[Tensor, Tensor]:
+    latents, cosines = _nearest(found, other, 1)
+    return latents[:, 0], cosines[:, 0]
+
+
+def _of_images(of_rows: RowLatents, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the latents of the images that are shown, and their shares."""
+    place = torch.searchsorted(of_rows.rows, rows)
+    return of_rows.latents[place], of_rows.shares[place]

@@ -60,6 +60,11 @@ function numberField(label, key, scale, placeholder) {
   return input;
 }
 
+/** Open the first latent that was found. */
+function openFirst() {
+  if (list.latents.length) location.hash = latentHref(listedSae(), list.latents[0]);
+}
+
 function filters(sae) {
   const search = el("input", {
     type: "search",
@@ -67,6 +72,7 @@ function filters(sae) {
     placeholder: "Class, name or number",
     autocomplete: "off",
     oninput: () => changeList({ text: search.value }),
+    onkeydown: (event) => event.key === "Enter" && openFirst(),
   });
   search.value = list.text;
   const significant = el("input", {

@@ -60,11 +60,9 @@ function numberField(label, key, scale, placeholder) {
   return input;
 }
 
-/** Open the first latent that was found, for Enter in the search field. */
-function openFirst(event) {
-  event.preventDefault();
-  const isSearch = document.activeElement.id === "search";
-  if (isSearch && list.latents.length) location.hash = latentHref(listedSae(), list.latents[0]);
+/** Open the first latent that was found. */
+function openFirst() {
+  if (list.latents.length) location.hash = latentHref(listedSae(), list.latents[0]);
 }
 
 function filters(sae) {
@@ -74,6 +72,7 @@ function filters(sae) {
     placeholder: "Class, name or number",
     autocomplete: "off",
     oninput: () => changeList({ text: search.value }),
+    onkeydown: (event) => event.key === "Enter" && openFirst(),
   });
   search.value = list.text;
   const significant = el("input", {
@@ -87,7 +86,7 @@ function filters(sae) {
     el("fieldset", {}, el("legend", {}, label), fields[0], el("span", {}, "to"), fields[1]);
   return el(
     "form",
-    { class: "filters", role: "search", onsubmit: openFirst },
+    { class: "filters", role: "search", onsubmit: (event) => event.preventDefault() },
     saes.length > 1 ? saeChoice("SAE", list.sae, chooseSae) : null,
     el("label", { class: "search" }, el("span", {}, "Search"), search),
     choice("Sort by", sorts, list.column, sortBy),

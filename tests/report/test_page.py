@@ -190,13 +190,13 @@ def test_a_latent_has_an_address_and_back_returns_to_the_list(tab: Page) -> None
     expect(tab.locator("#view-latent h2")).to_contain_text("Latent 41")
     tab.go_back()
     tab.get_by_label("Search").fill("#42")
-    tab.locator("a.number").click()
+    tab.locator("#view-latents a.number").click()
     assert tab.evaluate("location.hash") == "#latent-42"
     expect(tab.locator("#view-latent h2")).to_contain_text("Latent 42")
     expect(tab.locator("#view-summary")).to_be_hidden()
     tab.go_back()
     expect(tab.locator("#view-latent")).to_be_hidden()
-    expect(tab.locator("a.number", has_text="42")).to_be_focused()
+    expect(tab.locator("#view-latents a.number", has_text="42")).to_be_focused()
     tab.go_forward()
     expect(tab.locator("#view-latent h2")).to_contain_text("Latent 42")
 

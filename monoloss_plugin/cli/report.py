@@ -62,8 +62,9 @@ def report(
     given = _lines(texts) if texts is not None else []
     from monoloss_plugin.report import write_report
 
+    saes = load_saes(sae, against)
     written = write_report(
-        load_saes(sae, against),
+        dict(zip(_short(list(saes)), saes.values(), strict=True)),
         load_features(features),
         out,
         images=None if images is None else local_path(images) or images,
@@ -76,6 +77,16 @@ def report(
     size = written.stat().st_size
     text = [f"{written} ({decimal(size)}): open it in a browser"]
     return Output({"report": written, "bytes": size}, text)
+
+
+def _short(places: list[str]) -> list[str]:
+    """Return the ends of paths that tell them apart: a page should not tell where files are."""
+    parts = [Path(one).parts[::-1] if local_path(one) else (one,) for one in places]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(one[:length][::-1]) for one in parts]
+        if len(set(names)) == len(names):
+            return names
+    return places
 
 
 def _lines(path: Path) -> list[str]:

@@ -137,7 +137,8 @@ def _about(
         "Images": f"{len(features):,} of {of}{split}",
         "Encoder": str(record.encoder.get("name") or "not known"),
         "Compared by": str(next(iter(samples.values())).evaluation.spaces),
-        "Shown": f"{len(shown.rows):,} images, at most {shown.size} pixels wide and high",
+        "Shown": f"{len(shown.rows):,} images"
+        + ("" if shown.pixelated else f", at most {shown.size} pixels wide and high"),
         "Left out": f"{shown.left_out:,} images, for which the file has no room"
         if shown.left_out
         else "",
@@ -152,9 +153,7 @@ def _about(
 
 
 def _table(comparison: Comparison) -> dict[str, Any]:
-    """Return the comparison as a table with a row for each SAE, and the points of its chart."""
-    columns = list(zip(*comparison.cells(), strict=True))
-    rows = [[name, *cells] for name, cells in zip(comparison.runs, columns[1:], strict=True)]
+    """Return the comparison as a table with a column for each SAE, and the points of its chart."""
     runs = [
         {
             "name": name,
@@ -165,8 +164,12 @@ def _table(comparison: Comparison) -> dict[str, Any]:
         for name, of in comparison.runs.items()
         for run in of
     ]
-    header = ["", *columns[0]]
-    return {"header": header, "rows": rows, "baselines": comparison.baselines, "runs": runs}
+    return {
+        "header": ["on these images", *comparison.runs],
+        "rows": comparison.cells(),
+        "baselines": comparison.baselines,
+        "runs": runs,
+    }
 
 
 def _latents(

@@ -86,11 +86,11 @@ class Page:
     about: list[tuple[str, str]]
     """What was measured: a label and a text each."""
     header: list[str]
-    """Header of the comparison table."""
+    """Header of the comparison table: an empty cell, and the name of each SAE."""
     rows: list[list[str]]
-    """Its rows; the first cell is the SAE's name."""
+    """Its rows: the name of a measure, and its value for each SAE."""
     baselines: list[str]
-    """Names of the rows that are baselines."""
+    """Names of the columns that are baselines."""
     notes: list[str]
     """What to know beside the table."""
     runs: list[dict[str, Any]]

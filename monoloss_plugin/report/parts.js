@@ -31,7 +31,7 @@ const COLUMNS = {
   support: { label: "Images", help: "Number of images that activate the latent." },
   frequency: { label: "Frequency", help: "Share of images that activate the latent.", share: true },
   largest: { label: "Largest", help: "Its largest activation." },
-  purity: { label: "Purity", help: "Share of its most common class, weighted by activation." },
+  purity: { label: "Purity", help: "Share of its most common class among the images that activate it." },
   purity_adjusted: {
     label: "Purity above chance",
     help: "Purity, with 0 for what a latent without meaning would have, and 1 for one class.",
@@ -59,6 +59,11 @@ function number(value) {
   return value.toExponential(1);
 }
 
+/** A probability; one that is too small to mean its digits is "< 1e-6". */
+function probability(value) {
+  return value < 1e-6 ? "< 1e-6" : number(value);
+}
+
 function percent(value) {
   if (Number.isNaN(value)) return "–";
   if (value === 0) return "0 %";
@@ -73,6 +78,7 @@ function cellText(sae, name, latent) {
   const value = sae.columns[name][latent];
   if (name === "class") return className(value);
   if (name === "significant") return value ? "yes" : "no";
+  if (name === "p") return probability(value);
   if (columnOf(name).share) return percent(value);
   return sae.columns[name] instanceof Float32Array ? number(value) : grouped.format(value);
 }

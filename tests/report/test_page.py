@@ -64,9 +64,10 @@ def test_the_summary_shows_texts_as_they_are_and_marks_baselines(tab: Page) -> N
     assert values == [value for _, value in PAGE.about]
     rows = tab.locator(".comparison tbody tr")
     assert rows.count() == len(PAGE.rows)
-    expect(rows.nth(1).locator("th")).to_have_text(SECOND.name)
-    expect(tab.locator(".comparison .baseline")).to_have_count(1)
-    expect(tab.locator(".comparison .baseline th")).to_have_text("random baseline")
+    expect(rows.nth(2).locator("th")).to_have_text("dead <b>latents</b>")
+    expect(tab.locator(".comparison thead th").nth(2)).to_have_text(SECOND.name)
+    expect(tab.locator(".comparison td.baseline")).to_have_text(["0.12", "0.50", "0"])
+    expect(tab.locator(".comparison th.baseline")).to_have_text("random baseline")
     assert tab.locator(".notes li").all_inner_texts()[1].endswith(PAGE.notes[1])
 
 

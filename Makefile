@@ -4,12 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test check lint docs release-check bench bench-full bench-features pins clean
+.PHONY: demo test check lint browser docs release-check bench bench-full bench-features pins clean
 
 demo: $(VENV)/.demo ## compare SAEs without and with MonoLoss on real images
 	$(BIN)/monoloss demo
 
-test: lint ## ruff, mypy and every test
+test: lint browser ## ruff, mypy and every test
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 check: lint ## ruff, mypy and the quick tests
@@ -19,6 +19,13 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+browser: ## the Chromium that the tests of the page need; installed if this is Debian and you are root
+	@for name in chromium chromium-browser google-chrome chrome; do \
+	    command -v $$name >/dev/null && exit 0; \
+	done; \
+	{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+	    || echo "There is no Chromium. Install it, or the tests of the page are left out."
 
 docs: $(VENV)/.docs ## build the site into site/, running its tutorials
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -35,6 +35,8 @@ _SLOW = (
     "tests/features/test_store.py",
     "tests/finetuning/test_gathering.py",
     "tests/hub/test_saes.py",
+    "tests/report/test_page.py",
+    "tests/report/test_report.py",
     "tests/test_arguments.py",
     "tests/test_documents.py",
     "tests/test_package.py",

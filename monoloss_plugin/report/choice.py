@@ -14,13 +14,13 @@ from monoloss_plugin.gallery.samples import ActivatingSamples
 from monoloss_plugin.gallery.thumbnails import is_pixelated, make_thumbnails
 
 MOST_BYTES = 48_000_000
-"""The page should stay below this."""
-SIZES = (128, 96, 80, 64, 48)
+"""What the page is made for. The sizes of images are estimated, so this leaves 2 MB of 50."""
+SIZES = (128, 96, 80, 64, 56, 48)
 """Sizes of thumbnails in pixels, the best first."""
 _TRIED = 128
 """So many thumbnails are made to see how large they are."""
 _BASE64 = 4 / 3
-_OF_AN_IMAGE = 60
+_OF_AN_IMAGE = 50
 """Bytes of an image beside its thumbnail and its latents: its id, its length."""
 _OF_A_LATENT = 200
 """Bytes of a latent beside its bands and its histogram."""
@@ -50,11 +50,7 @@ class Shown:
 
 
 def choose_images(
-    saes: Sequence[ActivatingSamples],
-    pictures: Pictures,
-    *,
-    most_bytes: int = MOST_BYTES,
-    progress: bool = False,
+    saes: Sequence[ActivatingSamples], pictures: Pictures, *, progress: bool = False
 ) -> Shown:
     """Choose the images of all bands, or as many as there is room for, and make thumbnails.
 
@@ -63,12 +59,11 @@ def choose_images(
     Args:
         saes: what was found of each SAE.
         pictures: of the rows of the features.
-        most_bytes: of the page.
         progress: show a progress bar.
     """
     rows = _by_importance(saes)
-    room = most_bytes - sum(_bytes_of(one) for one in saes)
-    beside = _OF_AN_IMAGE + _BASE64 * 8 * KEPT * len(saes)
+    room = MOST_BYTES - sum(_bytes_of(one) for one in saes)
+    beside = _OF_AN_IMAGE + _BASE64 * 4 * KEPT * len(saes)
     tried = rows[torch.linspace(0, max(0, len(rows) - 1), min(_TRIED, len(rows))).long()].tolist()
     for size in SIZES:
         files = [one for one in make_thumbnails(pictures, tried, size).values() if one]
@@ -99,5 +94,5 @@ def _by_importance(saes: Sequence[ActivatingSamples]) -> Tensor:
 def _bytes_of(one: ActivatingSamples) -> int:
     """Return about how many bytes the latents of an SAE take in the page."""
     images = sum(band.rows.shape[1] for band in one.bands.values())
-    of_each = 8 * images + 4 * one.histogram.shape[1] + _OF_A_LATENT
+    of_each = 5 * images + 4 * one.histogram.shape[1] + _OF_A_LATENT
     return int(_BASE64 * len(one.histogram) * of_each)

@@ -24,7 +24,7 @@ browser: ## the Chromium that the tests of the page need; installed if this is D
 	@for name in chromium chromium-browser google-chrome chrome; do \
 	    command -v $$name >/dev/null && exit 0; \
 	done; \
-	{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+	{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; } \
 	    || echo "There is no Chromium. Install it, or the tests of the page are left out."
 
 docs: $(VENV)/.docs ## build the site into site/, running its tutorials

@@ -9,6 +9,7 @@ import operator
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from PIL import Image
@@ -72,7 +73,7 @@ def make_thumbnails(
         left = [row for row in wanted if row not in found]
         made = pool.map(partial(_make, pictures, size), left)
         errors = {}
-        with progress_bar("Making thumbnails", len(left), progress) as advance:
+        with progress_bar("Making thumbnails", len(left), progress and bool(left)) as advance:
             for row, thumbnail in zip(left, made, strict=True):
                 advance(1)
                 if isinstance(thumbnail, Exception):
@@ -93,12 +94,15 @@ def make_thumbnails(
 
 
 def is_pixelated(thumbnails: Iterable[bytes]) -> bool:
-    """Return whether all thumbnails have a few pixels only, at most 32 on the longer side."""
-    sides = []
-    for one in filter(None, thumbnails):
-        with Image.open(io.BytesIO(one)) as image:
-            sides.append(max(image.size))
-    return bool(sides) and max(sides) <= PIXELATED
+    """Return whether thumbnails have a few pixels only, by the first 64 that can be read."""
+    looked_at = list(islice(filter(None, thumbnails), 64))
+    return bool(looked_at) and all(_longer_side(one) <= PIXELATED for one in looked_at)
+
+
+def _longer_side(thumbnail: bytes) -> int:
+    with Image.open(io.BytesIO(thumbnail)) as image:
+        longer: int = max(image.size)
+        return longer
 
 
 def _rows(rows: Any, num_pictures: int) -> list[int]:

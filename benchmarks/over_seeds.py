@@ -10,6 +10,7 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -47,7 +48,8 @@ def spread(values: list[float], digits: int | None = None) -> str:
     return f"{statistics.fmean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
-def main() -> None:
+def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """Return the options of a command line, by default this program's, and the example's own."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.over_seeds",
         description=__doc__,
@@ -58,8 +60,11 @@ def main() -> None:
     parser.add_argument("--lam", nargs="+", default=["0", "0.1"], help="weights; 0 is without")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="file for every run, as JSON")
-    given, more = parser.parse_known_args()
+    return parser.parse_known_args(arguments)
 
+
+def main() -> None:
+    given, more = parse()
     runs: dict[str, list[dict[str, float]]] = {}
     for lam in given.lam:
         seeds = range(given.seeds)

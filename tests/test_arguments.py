@@ -491,6 +491,8 @@ def cases_of_the_hub() -> dict[str, Case]:
                 "evaluation": {"r2": 1.0},
                 "baseline": None,
                 "features": None,
+                "images": None,
+                "report": None,
                 "unit_norm": None,
                 "take_any_norm": False,
                 "base_model": None,

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.filesize import decimal
 
-from monoloss_plugin._places import local_path, require_folder
+from monoloss_plugin._places import local_path
 from monoloss_plugin.cli.output import Output, command, one_of, table
 
 if TYPE_CHECKING:
-    from monoloss_plugin.evaluation import Evaluation
-    from monoloss_plugin.features import FeatureSet
     from monoloss_plugin.hub import Publication
 
 publish = typer.Typer(
@@ -76,6 +74,18 @@ def sae(
             help="Training features. The card then shows SAEs that have learnt nothing beside it."
         ),
     ] = None,
+    images: Annotated[
+        str | None,
+        typer.Option(
+            help="The images of --features: a folder such as ./photos, or a dataset on the Hub. "
+            "The card then shows six latents with their images. Check first that the images' "
+            "licence allows it."
+        ),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="A page that monoloss report wrote, to publish with its images."),
+    ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="It was trained on features as the encoder gives them.")
     ] = False,
@@ -94,27 +104,35 @@ def sae(
     """Publish an SAE. With --features, measure it, and publish its numbers and curves too."""
     from monoloss_plugin.features import FeatureSet
     from monoloss_plugin.hub import publish_sae
+    from monoloss_plugin.hub.illustrations import find_pictures, require_report
+    from monoloss_plugin.hub.measuring import measure
 
-    if baseline is not None and features is None:
-        raise typer.BadParameter("needs --features to measure it on", param_hint="--baseline")
-    if train is not None and features is None:
-        raise typer.BadParameter("needs --features to measure on", param_hint="--train")
+    for option, given in (("--baseline", baseline), ("--train", train), ("--images", images)):
+        if given is not None and features is None:
+            raise typer.BadParameter("needs --features to measure on", param_hint=option)
+    if report is not None:
+        require_report(report)  # before the long work
     opened = None if features is None else FeatureSet.open(features)
-    measured, compared = (
-        None if opened is None or one is None else _measured(one, opened, raw)
-        for one in (folder, baseline)
-    )
-    controls = {}
-    if train is not None and opened is not None and measured is not None:
-        controls = _controls(FeatureSet.open(train), opened, measured, raw)
+    pictures, measured = None, {}
+    if images is not None:
+        pictures = find_pictures(local_path(images) or images, opened)
+    if opened is not None:
+        measured = measure(
+            folder,
+            opened,
+            baseline=baseline,
+            train=None if train is None else FeatureSet.open(train),
+            raw=raw,
+            find_images=pictures is not None,
+        )
     done = publish_sae(
         folder,
         repository,
-        controls=controls,
+        **measured,
         sae_id=name,
-        evaluation=measured,
-        baseline=compared,
         features=opened,
+        images=pictures,
+        report=report,
         unit_norm=False if raw else None,
         take_any_norm=take_any_norm,
         base_model=base_model,
@@ -238,40 +256,6 @@ def convert(
         "d_sae": cfg.d_sae,
     }
     return Output(content, [f"{cfg.architecture()}, {cfg.d_in} to {cfg.d_sae} latents: {out}"])
-
-
-def _measured(folder: Path, features: FeatureSet, raw: bool) -> Evaluation:
-    """Evaluate an SAE on features, scaled as it takes them."""
-    from monoloss_plugin.evaluation import evaluate
-    from monoloss_plugin.hub.record import read_record
-    from monoloss_plugin.hub.saes import load_folder
-
-    require_folder(folder, "sae")
-    raw = raw or read_record(folder, str(folder)).inputs == "as they are"
-    sae = load_folder(folder, str(folder))
-    return evaluate(sae, features, normalize=False if raw else None, progress=True)
-
-
-def _controls(
-    train: FeatureSet, held_out: FeatureSet, measured: Evaluation, raw: bool
-) -> dict[str, Evaluation]:
-    """Evaluate SAEs of the same size that have learnt nothing."""
-    from monoloss_plugin.evaluation import evaluate
-    from monoloss_plugin.saes.baselines import QUICK, make_baseline
-
-    return {
-        kind: evaluate(
-            make_baseline(
-                kind,
-                train,
-                num_latents=measured.num_latents,
-                l0=max(1, round(measured.l0)),
-                normalize=not raw,
-            ),
-            held_out,
-        )
-        for kind in QUICK
-    }
 
 
 def _output(done: Publication, loading: str) -> Output:

@@ -16,7 +16,7 @@ from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.features import FeatureSet
 from monoloss_plugin.hub.features import DEFAULT, Split, write_features
 from monoloss_plugin.hub.repository import BUNDLED, bundled_folder
-from monoloss_plugin.hub.upload_sae import SAEContent, write_sae
+from monoloss_plugin.hub.sae_files import SAEContent, write_sae
 from monoloss_plugin.losses import MonoLoss
 
 from sae_lens import SAE  # isort: skip  # after the demo, whose error names the extra

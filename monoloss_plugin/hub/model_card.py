@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from huggingface_hub import hf_hub_url
+
 from monoloss_plugin._samples import compared_in_training
 from monoloss_plugin.evaluation import MEASURES
 from monoloss_plugin.hub.cards import escape, merge_card, settings_table, table
+from monoloss_plugin.hub.illustrations import CURVES, ILLUSTRATIONS, LATENTS, REPORT
 from monoloss_plugin.hub.record import RECORD, SAERecord
-from monoloss_plugin.hub.repository import Repository
+from monoloss_plugin.hub.repository import Repository, api
 from monoloss_plugin.hub.saes import Listed, file_of, list_saes
-
-CURVES = "curves.png"
 
 _TAGS = ["sparse-autoencoder", "monoloss", "monosemanticity", "interpretability", "saelens"]
 _IN_OVERVIEW = ("r2", "monoscore", "monoscore_adjusted", "purity_binary", "l0", "dead_latents")
@@ -56,13 +57,17 @@ def model_card(
         metadata: license, tags, encoder and images for the card's metadata.
     """
     listed: dict[str, Listed] = {}
-    files: set[str] = set()
+    sizes: dict[str, int] = {}
     for repository in filter(None, repositories):
-        listed |= {one.sae_id: one for one in list_saes(repository)}
-        files |= repository.sizes.keys()
+        here = list_saes(repository)
+        listed |= {one.sae_id: one for one in here}
+        replaced = {file_of(one.sae_id, file) for one in here for file in ILLUSTRATIONS}
+        kept = {path: size for path, size in sizes.items() if path not in replaced}
+        sizes = {**kept, **repository.sizes}
     saes = [listed[sae_id] for sae_id in sorted(listed)]
     parts = [_ABOUT, "## SAEs", _overview(saes)]
-    parts += [_section(one, file_of(one.sae_id, CURVES) in files) for one in saes]
+    for one in saes:
+        parts += [_section(one), *_illustrations(one, repo_id, sizes), _origin(one)]
     parts += ["## Load", _LOAD.format(repo_id=repo_id, sae_id=saes[0].sae_id)]
     tags = [*_TAGS, *metadata["tags"]]
     ours = {"library_name": "saelens", **metadata, "tags": tags}
@@ -80,7 +85,7 @@ def _overview(saes: Sequence[Listed]) -> str:
     return table(header, rows)
 
 
-def _section(one: Listed, has_curves: bool) -> str:
+def _section(one: Listed) -> str:
     record = one.record
     parts = [f"### `{one.sae_id}`"]
     if record.inputs == "unit norm":
@@ -107,8 +112,43 @@ def _section(one: Listed, has_curves: bool) -> str:
         if record.controls:
             names = ", ".join(escape(name) for name in record.controls)
             parts.append(f"These have learnt nothing, or no more than their name says: {names}.")
-    if has_curves:
-        parts.append(f"![MonoScore of every latent, sorted]({file_of(one.sae_id, CURVES)})")
+    return "\n\n".join(parts)
+
+
+def _illustrations(one: Listed, repo_id: str, sizes: Mapping[str, int]) -> list[str]:
+    """Return what the card shows of the files that the repository has."""
+    curves, latents, report = (file_of(one.sae_id, file) for file in (CURVES, LATENTS, REPORT))
+    parts = []
+    if curves in sizes:
+        parts.append(f"![MonoScore of every latent, sorted]({curves})")
+    if latents in sizes and (shown := one.record.latents_shown):
+        ranked = "above chance"
+        if not shown["above_chance"]:
+            ranked = "that have a score (none is above chance)"
+        numbers, ranks = _listed(shown["latents"]), _listed(shown["ranks"])
+        parts.append(f"![Images that activate latents {numbers} most]({latents})")
+        parts.append(
+            "You see latents with the images that activate them most, strongest first. They are "
+            f"not only the best ones: of the {shown['of']} latents {ranked}, sorted by MonoScore "
+            f"above chance, these are number {ranks}."
+        )
+    if report in sizes:
+        # A relative link would lead to the Hub's view of the file, which shows no large file.
+        link = hf_hub_url(repo_id, report, endpoint=api(None).endpoint)
+        parts.append(
+            f"A page with all latents and their images: [{REPORT}]({link}?download=true) "
+            f"({sizes[report] / 1e6:.1f} MB). Download it, and open it in a browser."
+        )
+    return parts
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _origin(one: Listed) -> str:
+    parts, record = [], one.record
     for name, settings in (("Encoder", record.encoder), ("Images", record.dataset)):
         if settings:
             parts.append(f"{name}:\n\n{settings_table(settings)}")

@@ -36,6 +36,10 @@ class SAERecord:
     """The same measurements of an SAE that was trained without the terms."""
     controls: dict[str, dict[str, float]] = field(default_factory=dict)
     """The same measurements of SAEs that have learnt nothing, by name."""
+    latents_shown: dict[str, Any] = field(default_factory=dict)
+    """The latents of the picture: their numbers (``latents``), their places in the ranking by
+    MonoScore above chance (``ranks``), how many are in the ranking (``of``), and whether these are
+    above chance (``above_chance``). Empty without a picture."""
     evaluated_on: dict[str, Any] = field(default_factory=dict)
     """The samples that were measured."""
     refit: dict[str, float] = field(default_factory=dict)
@@ -103,9 +107,21 @@ def _fits(part: str, value: Any) -> bool:
         return all(_is_number(number) for number in value.values())
     if part == "controls":
         return all(isinstance(one, dict) and _fits("metrics", one) for one in value.values())
+    if part == "latents_shown" and value:
+        return _tells_latents(value)
     return part != "inputs" or value in get_args(Inputs)
 
 
 def _is_number(value: Any) -> bool:
     # A JSON integer can be too long for a float.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _tells_latents(value: dict[str, Any]) -> bool:
+    latents, ranks = value.get("latents"), value.get("ranks")
+    if not isinstance(latents, list) or not isinstance(ranks, list) or not latents:
+        return False
+    whole = all(
+        type(number) is int and number >= 0 for number in (*latents, *ranks, value.get("of"))
+    )
+    return whole and len(latents) == len(ranks) and type(value.get("above_chance")) is bool

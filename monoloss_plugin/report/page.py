@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from monoloss_plugin import __version__
 from monoloss_plugin._checks import visible
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin._places import as_path, kind_of
@@ -180,6 +181,7 @@ def _render(page: Page) -> Iterator[str]:
     template = environment.get_template("page.html.jinja")
     yield from template.generate(
         page=page,
+        version=__version__,
         css=Markup(source("page.css")),
         data=Markup(json_in_html(_data(page))),
         packs=map(Markup, image_packs(page.thumbnails)),

@@ -234,6 +234,7 @@ def test_publishing_again_sends_nothing_and_overwrites_nothing(images, hub) -> N
         "one/sparsity.safetensors",
     }
     assert "one/curves.png" not in hub.files(REPO)
+    assert "curves.png" not in hub.files(REPO)["README.md"].decode()
     assert load_pretrained(REPO).sae.cfg.architecture() == "standard"
     assert load_pretrained(REPO, "one", revision=first.commit).record.lam == 0.003
 

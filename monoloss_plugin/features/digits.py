@@ -12,7 +12,7 @@ from monoloss_plugin._optional import missing_extra
 try:
     from sklearn.datasets import load_digits
 except ModuleNotFoundError as error:
-    raise missing_extra(error, "demo") from error
+    raise missing_extra(error, "referee") from error
 
 from monoloss_plugin.features.feature_set import FeatureSet
 

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClass
 
 import monoloss_plugin.adapters.transformers as adapter  # <- gives Trainer its add_loss
 from monoloss_plugin import MonoLoss, MonoScore, load_features
-from monoloss_plugin.demo.digits import digit_images
+from monoloss_plugin.features.digits import digit_images
 from monoloss_plugin.finetuning import LatentRecorder, aligned_embeddings
 
 options = argparse.ArgumentParser(description=__doc__.splitlines()[0])

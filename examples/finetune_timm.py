@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import monoloss_plugin.adapters.timm as adapter  # <- gives TrainingTask its add_loss
 from monoloss_plugin import MonoLoss, MonoScore, load_features
-from monoloss_plugin.demo.digits import digit_images
+from monoloss_plugin.features.digits import digit_images
 from monoloss_plugin.finetuning import LatentRecorder, WithEmbeddings, aligned_embeddings
 
 options = argparse.ArgumentParser(description=__doc__.splitlines()[0])

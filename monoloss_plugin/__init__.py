@@ -11,11 +11,15 @@ from monoloss_plugin.losses import L1L2Ratio, LossTerm, MonoLoss, OffSupportL1
 from monoloss_plugin.metrics import ClassPurity, MonoScore
 
 if TYPE_CHECKING:
+    from monoloss_plugin.gallery import name_latents as name_latents
+    from monoloss_plugin.gallery import show_latents as show_latents
+    from monoloss_plugin.gallery import top_images as top_images
     from monoloss_plugin.hub import list_pretrained as list_pretrained
     from monoloss_plugin.hub import load_features as load_features
     from monoloss_plugin.hub import load_pretrained as load_pretrained
     from monoloss_plugin.hub import publish_features as publish_features
     from monoloss_plugin.hub import publish_sae as publish_sae
+    from monoloss_plugin.report import write_report as write_report
     from monoloss_plugin.saes import init_from_data as init_from_data
     from monoloss_plugin.saes import refit_decoder as refit_decoder
 
@@ -44,5 +48,9 @@ __getattr__, __dir__ = later(
         "publish_features": "hub",
         "init_from_data": "saes",
         "refit_decoder": "saes",
+        "name_latents": "gallery",
+        "show_latents": "gallery",
+        "top_images": "gallery",
+        "write_report": "report",
     },
 )

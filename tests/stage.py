@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
 
 from monoloss_plugin import load_features
-from monoloss_plugin.demo.digits import digit_images
+from monoloss_plugin.features.digits import digit_images
 from monoloss_plugin.hub.repository import bundled_folder
 from tests.convert.test_monoloss import save, untied
 

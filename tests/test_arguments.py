@@ -37,8 +37,12 @@ from monoloss_plugin import (
     list_pretrained,
     load_features,
     load_pretrained,
+    name_latents,
     publish_features,
     publish_sae,
+    show_latents,
+    top_images,
+    write_report,
 )
 from monoloss_plugin.adapters.lightning import MonoLossCallback
 from monoloss_plugin.comparison import compare
@@ -65,7 +69,7 @@ from monoloss_plugin.finetuning import (
     insert_mono_layer,
     load_with_mono_layer,
 )
-from monoloss_plugin.gallery.names import name_latents, names_from_means
+from monoloss_plugin.gallery import activating_samples, names_from_means, open_pictures
 from monoloss_plugin.losses import lam_factor
 from monoloss_plugin.metrics import R2
 from monoloss_plugin.probing import probe, small_budget_probe
@@ -535,6 +539,54 @@ def cases_of_the_hub() -> dict[str, Case]:
     }
 
 
+def cases_of_looking() -> dict[str, Case]:
+    x = torch.rand(B, M)
+    few = FeatureSet.from_tensors(x, torch.tensor([0, 1, 1, 0]))
+    images = np.zeros((B, 6, 6), "uint8")
+    sae = Tied()
+    shared = {"sae": sae, "features": few, "count": 1, "progress": False}
+    return {
+        "activating_samples": Case(
+            activating_samples,
+            {**shared, "normalize": None, "batch_size": 2, "device": "cpu"},
+        ),
+        "show_latents": Case(
+            show_latents,
+            {
+                **shared,
+                "images": images,
+                "latents": [0],
+                "top": 2,
+                "by": "score",
+                "bands": ["top"],
+            },
+            names={"features": "features|images"},
+        ),
+        "top_images": Case(top_images, {**shared, "latents": [0]}),
+        "open_pictures": Case(
+            open_pictures,
+            {"images": images, "features": few},
+            names={"features": "features|images"},
+        ),
+        "write_report": Case(
+            write_report,
+            {
+                "saes": {"some": sae},
+                "features": few,
+                "out": "report.html",
+                "images": images,
+                "train": None,
+                "texts": (),
+                "encoder": None,
+                "count": 1,
+                "progress": False,
+            },
+            names={"features": "features|images", "saes": "saes?", "texts": "texts|encoder"},
+            leave=("encoder",),
+        ),
+    }
+
+
 def cases_for_referees() -> dict[str, Case]:
     x, labels = torch.rand(B, M), torch.tensor([0, 1, 1, 0])
     alive = torch.ones(B, dtype=torch.bool)
@@ -632,6 +684,7 @@ def cases_for_referees() -> dict[str, Case]:
 
 
 CASES = cases() | cases_for_referees() | cases_of_hosts() | cases_of_features() | cases_of_the_hub()
+CASES |= cases_of_looking()
 
 
 @pytest.mark.parametrize("name", CASES)

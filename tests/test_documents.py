@@ -35,6 +35,8 @@ PAGES = sorted(
     if "tutorials" not in path.relative_to(ROOT).parts
 )
 EVERY_PAGE = [*PAGES, *(str(p.relative_to(ROOT)) for p in (ROOT / "docs/tutorials").glob("*.md"))]
+PACKAGES = ["", ".features", ".hub", ".finetuning", ".convert", ".figures", ".gallery", ".report"]
+PACKAGES += [".adapters.timm"]
 EXTRAS = set(metadata("monoloss_plugin").get_all("Provides-Extra"))
 
 
@@ -125,9 +127,7 @@ def test_links_of_the_readme_lead_somewhere() -> None:
             assert anchor in headings((ROOT / (path or "README.md")).read_text()), link
 
 
-@pytest.mark.parametrize(
-    "module", ["", ".features", ".hub", ".finetuning", ".convert", ".figures", ".adapters.timm"]
-)
+@pytest.mark.parametrize("module", PACKAGES)
 def test_the_page_of_the_public_api_has_every_public_name(module: str) -> None:
     page = (ROOT / "docs/reference/index.md").read_text()
     names = import_module(f"monoloss_plugin{module}").__all__

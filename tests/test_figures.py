@@ -1,4 +1,4 @@
-"""Bands of activating images, and figures that say what they show."""
+"""Figures that say what they show."""
 
 from __future__ import annotations
 
@@ -21,9 +21,6 @@ from monoloss_plugin import load_features, load_pretrained
 from monoloss_plugin.comparison import Comparison
 from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.figures import (
-    LatentRow,
-    activating_images_figure,
-    activation_bands,
     describe,
     plot_curves,
     plot_density,
@@ -37,27 +34,6 @@ from monoloss_plugin.figures.dressing import COLOURS, TEXT
 from monoloss_plugin.metrics import MonoScoreResult
 from monoloss_plugin.purity import Purity
 from monoloss_plugin.results import Evaluation, Spaces
-
-
-def test_bands_are_the_strongest_the_middle_and_the_weakest_positive_activations() -> None:
-    activations = torch.zeros(30)
-    order = torch.randperm(30, generator=torch.Generator().manual_seed(0))[:21]
-    activations[order] = torch.arange(21, 0, -1).float()
-    bands = activation_bands(activations, count=5)
-    assert bands.num_active == 21
-    assert bands.top.tolist() == order[:5].tolist()
-    assert bands.middle.tolist() == order[8:13].tolist()
-    assert bands.bottom.tolist() == order[16:].tolist()
-
-
-def test_few_active_samples_make_short_bands_and_none_make_empty_ones() -> None:
-    bands = activation_bands(torch.tensor([0.0, 2.0, 1.0]), count=5)
-    assert bands.top.tolist() == bands.middle.tolist() == bands.bottom.tolist() == [1, 2]
-    assert activation_bands(torch.tensor([-1.0, 0.0]), count=5).top.tolist() == []
-    with pytest.raises(ValueError, match=r"activations: expected \(N,\) of one latent"):
-        activation_bands(torch.zeros(3, 2))
-    with pytest.raises(ValueError, match="count: expected at least 1"):
-        activation_bands(torch.zeros(3), count=0)
 
 
 def evaluation(scores: list[float], support: list[int], **more: Any) -> Evaluation:
@@ -341,16 +317,3 @@ def test_figures_can_be_read_on_light_and_dark_pages(page: str) -> None:
 def test_colours_differ_for_colour_blind_people(eyes: str) -> None:
     seen = [lab(VISION[eyes] @ linear(colour)) for colour in COLOURS]
     assert min(np.linalg.norm(a - b) for a, b in combinations(seen, 2)) > 15
-
-
-def test_grids_place_each_image_where_its_band_is(tmp_path) -> None:
-    images = torch.arange(8.0).reshape(8, 1, 1).expand(8, 4, 4)
-    latent = LatentRow("rank 3", torch.arange(8.0))  # image n activates it by n
-    figure = activating_images_figure([(latent, latent)], images, count=2, title="digits")
-    shown = [float(axes.images[0].get_array()[0, 0]) for axes in figure.axes if axes.images]
-    assert shown == [7, 6, 5, 4, 2, 1] * 2
-    assert describe(figure) == ("digits. rank 3, active on 7. rank 3, active on 7. 12 pictures.")
-    save_figure(figure, tmp_path / "grid.png")
-    assert (tmp_path / "grid.png").stat().st_size > 1000
-    with pytest.raises(ValueError, match="pairs: expected at least one"):
-        activating_images_figure([], images)

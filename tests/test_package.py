@@ -110,6 +110,10 @@ MISSING = {
     ("monoloss_plugin.adapters.timm", "timm"): "timm",
     ("monoloss_plugin.adapters.lightning", "lightning"): "lightning",
     ("monoloss_plugin.features.extraction", "PIL"): "pillow",
+    ("monoloss_plugin.features.digits", "sklearn"): "scikit-learn",
+    ("monoloss_plugin:show_latents", "datasets"): "datasets",
+    ("monoloss_plugin.gallery.pictures", "PIL"): "pillow",
+    ("monoloss_plugin.report.page", "jinja2"): "jinja2",
     ("monoloss_plugin.saes.baselines", "sklearn"): "scikit-learn",
     ("monoloss_plugin.probing", "sklearn"): "scikit-learn",
 }

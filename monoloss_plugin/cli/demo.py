@@ -45,7 +45,8 @@ def demo(
 
     The demo trains a small vision transformer on scikit-learn's digits. Then it trains pairs of
     SAEs on its features with SAELens's own trainer, one without and one with the loss terms, and
-    compares them on held-out images. It needs no network, and two or three minutes on two cores.
+    compares them on held-out images. It also writes a page to look at their latents. It needs no
+    network, and two or three minutes on two cores.
     """
     try:
         terms = _terms(arch, lam, regularizer or [])
@@ -64,7 +65,8 @@ def demo(
         f"{arch} SAE, mean ± standard deviation over {seeds} seed{'s' * (seeds > 1)}:",
         table("on held-out images", *(f"{run} {name}" for run in RUNS), *baselines, rows=rows),
         *result.comparison.notes,
-        *(f"{what}: {path}" for what, path in files.items()),
+        *(f"{what}: {path}" for what, path in files.items() if what != "report"),
+        f"to look at the latents, open in a browser: {files['report']}",
         f"SAEs, for SAE.load_from_disk: {out}/seed-*/with",
         f"to publish one: monoloss publish sae {out}/seed-0/with USER/NAME --dry-run --features "
         f"{out}/features/held-out --train {out}/features/train --baseline {out}/seed-0/without",

@@ -14,6 +14,7 @@ from monoloss_plugin.demo.digits import digit_features
 from monoloss_plugin.demo.run import train_sae
 from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.features import FeatureSet
+from monoloss_plugin.gallery.finding import DIGITS
 from monoloss_plugin.hub.features import DEFAULT, Split, write_features
 from monoloss_plugin.hub.repository import BUNDLED, bundled_folder
 from monoloss_plugin.hub.sae_files import SAEContent, write_sae
@@ -22,7 +23,6 @@ from monoloss_plugin.losses import MonoLoss
 from sae_lens import SAE  # isort: skip  # after the demo, whose error names the extra
 
 _NAME = "digits"
-_IMAGES = "scikit-learn's copy of the UCI handwritten digits"
 
 
 def write_bundle(root: Path) -> None:
@@ -48,7 +48,7 @@ def write_bundle(root: Path) -> None:
 def _described(features: FeatureSet, split: str) -> FeatureSet:
     """Replace the names of temporary folders in a feature set's record by descriptions."""
     named = {**features.record.encoder, "name": "the demo's vision transformer, 3 blocks"}
-    source = {"kind": "folder", "name": _IMAGES, "split": split}
+    source = {"kind": "folder", "name": DIGITS, "split": split}
     return FeatureSet(features.dataset, replace(features.record, encoder=named, source=source))
 
 

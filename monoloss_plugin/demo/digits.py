@@ -5,7 +5,6 @@ The steps are those for any images: files in class folders, an encoder by its na
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ except ModuleNotFoundError as error:
 
 from monoloss_plugin._places import without
 from monoloss_plugin.features import FeatureSet
+from monoloss_plugin.features.digits import digit_files
 from monoloss_plugin.features.extraction import extract
 
 WIDTH = 64
@@ -74,7 +74,7 @@ def digit_features(out: Path, seed: int = 0) -> DigitFeatures:
     digits = load_digits()
     grey = (digits.images * (255 / 16)).round().astype(np.uint8)
     pixels, labels = torch.tensor(grey)[:, None] / 255, torch.tensor(digits.target)
-    files = _files(digits.target)
+    files = digit_files(digits.target)
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
     cut = int(_TRAIN_SHARE * len(files))
     # Extraction takes files in the order of their names.
@@ -94,35 +94,6 @@ def digit_features(out: Path, seed: int = 0) -> DigitFeatures:
     with torch.no_grad():
         right = encoder(pixels[held_out]).argmax(1) == labels[held_out]
     return DigitFeatures(sets[0], sets[1], pixels[held_out].squeeze(1), float(right.float().mean()))
-
-
-def digit_images(features: FeatureSet) -> Tensor:
-    """Return the images that the digits' features come from.
-
-    Args:
-        features: from ``load_features("digits", split)``, which are bundled, or from
-            :func:`digit_features`.
-
-    Returns:
-        (N, 8, 8) grey, in [0, 1], in the order of the features.
-
-    Raises:
-        ValueError: the set has no image_id, or an image_id that no digit has.
-    """
-    ids = features.ids_of(torch.arange(len(features)))
-    if ids is None:
-        raise ValueError("features: the set has no image_id to find the digits by")
-    digits = load_digits()
-    numbers = {file: number for number, file in enumerate(_files(digits.target))}
-    if unknown := [image_id for image_id in ids if image_id not in numbers]:
-        raise ValueError(f"features: no digit has the image_id {unknown[0]!r}")
-    images = digits.images[[numbers[image_id] for image_id in ids]]
-    return torch.tensor(images / 16, dtype=torch.float32)
-
-
-def _files(labels: Iterable[int]) -> list[str]:
-    """Return each digit's image_id: its file, in the folder of its class."""
-    return [f"{label}/{number:04d}.png" for number, label in enumerate(labels)]
 
 
 def _train_encoder(pixels: Tensor, labels: Tensor, seed: int) -> nn.Module:

@@ -9,27 +9,24 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from monoloss_plugin._places import require_folder, without
 from monoloss_plugin.comparison import Comparison, compare
 from monoloss_plugin.demo.architectures import ARCHITECTURES, NUM_LATENTS
 from monoloss_plugin.demo.digits import DigitFeatures, digit_features
 from monoloss_plugin.demo.pictures import (
     BAND,
-    ScoredSAE,
+    draw_pairs,
     pairs_of_the_same_latent,
     pairs_of_the_same_rank,
 )
-from monoloss_plugin.embeddings import unit_rows
+from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.features import FeatureSet
-from monoloss_plugin.figures import (
-    activating_images_figure,
-    plot_curves,
-    plot_trade_off,
-    save_figure,
-)
+from monoloss_plugin.figures import plot_curves, plot_trade_off, save_figure
+from monoloss_plugin.gallery.pictures import open_pictures
+from monoloss_plugin.gallery.samples import ActivatingSamples, activating_samples
 from monoloss_plugin.losses import LossTerm
+from monoloss_plugin.report import write_report
+from monoloss_plugin.results import Evaluation
 from monoloss_plugin.saes.baselines import QUICK
 from monoloss_plugin.training import Recipe, batches_for, make_trainer
 
@@ -69,7 +66,7 @@ class DemoResult:
 def run_demo(
     architecture: str, terms: Sequence[LossTerm], seeds: Sequence[int], out: Path
 ) -> tuple[DemoResult, dict[str, Path]]:
-    """Run the demo and write its SAEs, figures and results to a folder.
+    """Run the demo and write its SAEs, figures, page of latents and results to a folder.
 
     Args:
         architecture: a key of :data:`~monoloss_plugin.demo.architectures.ARCHITECTURES`.
@@ -78,7 +75,7 @@ def run_demo(
         out: the folder; it is made if it does not exist.
 
     Returns:
-        What was measured, and the files of the figures and results, by name.
+        What was measured, and the files of the figures, the page and the results, by name.
     """
     if out.exists():
         require_folder(out, "out")
@@ -95,15 +92,38 @@ def run_demo(
                 train_sae(data.train, architecture, of_run, seed=seed, folder=folder)
             )
             trained[run].append(SAE.load_from_disk(folder))
+    shown = {run: trained[run][0] for run in RUNS}
+    found: dict[int, ActivatingSamples] = {}
+
+    def score(sae: SAE[Any], features: FeatureSet) -> Evaluation:
+        if not any(sae is one for one in shown.values()):
+            return evaluate(sae, features)
+        found[id(sae)] = activating_samples(sae, features, count=BAND)
+        return found[id(sae)].evaluation
+
     comparison = compare(
-        trained, data.held_out, train=data.train, baselines=QUICK, groups=(), progress=True
+        trained,
+        data.held_out,
+        train=data.train,
+        baselines=QUICK,
+        groups=(),
+        score=score,
+        progress=True,
     )
     described = [{"term": type(term).__name__, **asdict(term)} for term in terms]
     result = DemoResult(architecture, described, list(seeds), data.accuracy, comparison, seconds)
     results = without(out / "results.json")
     results.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
-    files = {**_draw(result, data, out), "results": results}
-    return result, files
+    samples = (found[id(shown["without"])], found[id(shown["with"])])
+    figures = _draw(result, data, samples, out)
+    page = write_report(
+        shown,
+        data.held_out,
+        without(out / "report.html"),
+        images=data.held_out_images,
+        train=data.train,
+    )
+    return result, {**figures, "results": results, "report": page}
 
 
 def train_sae(
@@ -144,32 +164,33 @@ def sae_folder(out: Path, seed: int, run: str) -> Path:
     return out / f"seed-{seed}" / run
 
 
-def _draw(result: DemoResult, data: DigitFeatures, out: Path) -> dict[str, Path]:
+def _draw(
+    result: DemoResult,
+    data: DigitFeatures,
+    samples: tuple[ActivatingSamples, ActivatingSamples],
+    out: Path,
+) -> dict[str, Path]:
     """Write the figures, and return their files."""
     name = " + ".join(str(term["name"]) for term in result.terms)
     evaluations = result.comparison.evaluations
     curves = {f"{run} {name}": [e.monoscore.curve() for e in evaluations[run]] for run in RUNS}
     title = f"{result.architecture} SAE, held-out digits"
-    chance = evaluations[RUNS[0]][0].monoscore.chance
+    first, second = (one.evaluation.monoscore for one in samples)
     figures: dict[str, Axes | Figure] = {
-        "curves": plot_curves(curves, chance=chance, title=title),
+        "curves": plot_curves(curves, chance=first.chance, title=title),
         "trade-off": plot_trade_off(result.comparison, title=title),
     }
-    features, _ = unit_rows(data.held_out.tensor(), torch.float32)
-    scored = []
-    for run in RUNS:
-        sae = SAE.load_from_disk(sae_folder(out, result.seeds[0], run))
-        with torch.no_grad():
-            activations = sae.encode(features)
-        scored.append(ScoredSAE(run, evaluations[run][0].monoscore, activations))
+    pictures = open_pictures(data.held_out_images, data.held_out)
     for what, pairs, title in (
-        ("same rank", pairs_of_the_same_rank(*scored), "latents of the same rank by MonoScore"),
-        ("same latent", pairs_of_the_same_latent(*scored), "the same latent in both SAEs"),
+        (
+            "same rank",
+            pairs_of_the_same_rank(first, second),
+            "latents of the same rank by MonoScore",
+        ),
+        ("same latent", pairs_of_the_same_latent(first, second), "the same latent in both SAEs"),
     ):
         if pairs:  # two SAEs may share no latent that has a score
-            figures[what] = activating_images_figure(
-                pairs, data.held_out_images, count=BAND, title=f"{name}: {title}"
-            )
+            figures[what] = draw_pairs(pairs, samples, RUNS, pictures, title=f"{name}: {title}")
     return {
         what: save_figure(figure, without(out / f"{what.replace(' ', '_')}.png"))
         for what, figure in figures.items()

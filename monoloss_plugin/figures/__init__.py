@@ -12,20 +12,10 @@ from monoloss_plugin.figures.distributions import (
     plot_scores,
     plot_support,
 )
-from monoloss_plugin.figures.latents import (
-    ActivationBands,
-    LatentRow,
-    activating_images_figure,
-    activation_bands,
-)
 from monoloss_plugin.figures.saving import describe, save_figure
 from monoloss_plugin.figures.side_by_side import plot_curves, plot_trade_off
 
 __all__ = [
-    "ActivationBands",
-    "LatentRow",
-    "activating_images_figure",
-    "activation_bands",
     "describe",
     "plot_curves",
     "plot_density",

@@ -149,7 +149,7 @@ def _from_record(features: FeatureSet | None) -> Pictures:
     if features is None:
         raise ValueError("images: expected images, or features that say where their images are")
     if features.record.source.get("name") == DIGITS:
-        from monoloss_plugin.demo.digits import digit_images
+        from monoloss_plugin.features.digits import digit_images
 
         return _in_order(digit_images(features), features)
     return _of_source(*find_source(features), features)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from monoloss_plugin._checks import require_at_least
+from monoloss_plugin._checks import require_at_least, require_flag
 from monoloss_plugin._chunks import row_chunks
 from monoloss_plugin._sae import SAE
 from monoloss_plugin.batch import Batch
@@ -111,6 +111,7 @@ def activating_samples(
     Source: the bands of Nasiri-Sarvi et al. 2026, section 4.1, figures 3 and 5.
     """
     require_at_least(1, count, "count")
+    require_flag(progress, "progress")
     scoring = Scoring(sae, features, normalize=normalize, batch_size=batch_size, device=device)
     kept: _Kept | None = None
     for encoded in scoring.batches("Encoding", progress):

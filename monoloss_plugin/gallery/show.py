@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from monoloss_plugin._checks import as_list, require_at_least, require_choice
+from monoloss_plugin._checks import as_list, require_at_least, require_choice, require_flag
 from monoloss_plugin._places import kind_of
 from monoloss_plugin._sae import SAE
 from monoloss_plugin.features import FeatureSet
@@ -183,6 +183,7 @@ def latent_grid(
 
 def _found(sae: Any, features: FeatureSet, count: int, progress: bool) -> ActivatingSamples:
     require_at_least(1, count, "count")
+    require_flag(progress, "progress")
     if not isinstance(features, FeatureSet):
         raise TypeError(f"features: expected a FeatureSet, got {kind_of(features)}")
     if isinstance(sae, ActivatingSamples):

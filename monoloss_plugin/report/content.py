@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from monoloss_plugin import __version__
-from monoloss_plugin._checks import require_at_least
+from monoloss_plugin._checks import as_list, require_at_least, require_flag
 from monoloss_plugin._places import as_path, require_file
 from monoloss_plugin._sae import SAE
 from monoloss_plugin.comparison import Comparison, compare, require_set
@@ -76,11 +76,13 @@ def write_report(
     """
     require_set(features, "features")
     require_at_least(1, count, "count")
+    require_flag(progress, "progress")
     place = as_path(out, "out", "a file")
     if place.exists():
         require_file(place, "out")
     pictures = open_pictures(images, features)  # before the long work, if it fails
-    named = encode_texts(texts, encoder, features) if texts else None
+    given = as_list(texts, "texts")
+    named = encode_texts(given, encoder, features) if given else None
     found: dict[int, ActivatingSamples] = {}
 
     def score(sae: SAE, scored: FeatureSet) -> Evaluation:

@@ -54,10 +54,15 @@ def test_the_table_shows_what_the_results_say(full_run) -> None:
         assert one in printed
 
 
-def test_pictures_and_saes_are_left(full_run) -> None:
-    out, _ = full_run
+def test_pictures_saes_and_a_page_of_both_are_left(full_run) -> None:
+    out, printed = full_run
     for name in ("curves.png", "trade-off.png", "same_rank.png", "same_latent.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
+    page = (out / "report.html").read_text()
+    assert "<title>without and with</title>" in page
+    for baseline in QUICK:
+        assert baseline in page
+    assert f"open in a browser: {out / 'report.html'}" in printed.replace("\n", "")
     sae = SAE.load_from_disk(out / "seed-0" / "with")
     assert sae.cfg.metadata.monoloss["terms"]["monoloss"]["lam"] == 3e-3
     assert SAE.load_from_disk(out / "seed-0" / "without").cfg.metadata.monoloss is None
@@ -90,7 +95,11 @@ def test_regularizers_alone_and_over_two_seeds(tmp_path, monkeypatch) -> None:
     for folder in (mine, out):
         folder.mkdir()
     (mine / "thesis").write_text("all of it")
-    for name in ("curves.png", "results.json"):  # somebody has put links where files go
+    for name in (
+        "curves.png",
+        "results.json",
+        "report.html",
+    ):  # somebody has put links where files go
         (out / name).symlink_to(mine / "thesis")
     for name in ("images", "encoder", "features", "seed-0"):
         (out / name).symlink_to(mine)

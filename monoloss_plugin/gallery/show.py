@@ -220,7 +220,7 @@ def _title(evaluation: Evaluation, latent: int) -> str:
     ]
     if purity is not None and support:
         name = evaluation.class_name(int(purity.dominant[latent]))
-        parts.append(f"{float(purity.binary[latent]):.0%} {name}")
+        parts.append(f"{float(purity.binary[latent]):.0%} of class {name}")
     return f"Latent {latent}: {', '.join(parts)}"
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from monoloss_plugin import load_features, load_pretrained
-from monoloss_plugin.demo.digits import digit_images
 from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.features import FeatureSet
+from monoloss_plugin.features.digits import digit_images
 from monoloss_plugin.figures import describe
 from monoloss_plugin.gallery.samples import activating_samples
 from monoloss_plugin.gallery.show import (

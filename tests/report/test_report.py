@@ -12,9 +12,9 @@ import torch
 from typer.testing import CliRunner
 
 from monoloss_plugin import cli, load_features, load_pretrained
-from monoloss_plugin.demo.digits import digit_images
 from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.features import FeatureSet
+from monoloss_plugin.features.digits import digit_images
 from monoloss_plugin.gallery.pictures import open_pictures
 from monoloss_plugin.gallery.samples import activating_samples
 from monoloss_plugin.report import choice, write_report

@@ -19,14 +19,12 @@ from monoloss_plugin.demo.pictures import (
     pairs_of_the_same_latent,
     pairs_of_the_same_rank,
 )
-from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.features import FeatureSet
 from monoloss_plugin.figures import plot_curves, plot_trade_off, save_figure
 from monoloss_plugin.gallery.pictures import open_pictures
-from monoloss_plugin.gallery.samples import ActivatingSamples, activating_samples
+from monoloss_plugin.gallery.samples import ActivatingSamples, KeepingScore
 from monoloss_plugin.losses import LossTerm
 from monoloss_plugin.report import write_report
-from monoloss_plugin.results import Evaluation
 from monoloss_plugin.saes.baselines import QUICK
 from monoloss_plugin.training import Recipe, batches_for, make_trainer
 
@@ -93,14 +91,7 @@ def run_demo(
             )
             trained[run].append(SAE.load_from_disk(folder))
     shown = {run: trained[run][0] for run in RUNS}
-    found: dict[int, ActivatingSamples] = {}
-
-    def score(sae: SAE[Any], features: FeatureSet) -> Evaluation:
-        if not any(sae is one for one in shown.values()):
-            return evaluate(sae, features)
-        found[id(sae)] = activating_samples(sae, features, count=BAND)
-        return found[id(sae)].evaluation
-
+    score = KeepingScore(list(shown.values()), BAND)
     comparison = compare(
         trained,
         data.held_out,
@@ -114,7 +105,7 @@ def run_demo(
     result = DemoResult(architecture, described, list(seeds), data.accuracy, comparison, seconds)
     results = without(out / "results.json")
     results.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
-    samples = (found[id(shown["without"])], found[id(shown["with"])])
+    samples = (score.samples_of(shown["without"]), score.samples_of(shown["with"]))
     figures = _draw(result, data, samples, out)
     page = write_report(
         shown,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +13,7 @@ from monoloss_plugin._checks import require_at_least, require_flag
 from monoloss_plugin._chunks import row_chunks
 from monoloss_plugin._sae import SAE
 from monoloss_plugin.batch import Batch
+from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.gallery.contributions import Contributions, RowLatents, joined
 from monoloss_plugin.gallery.near_misses import Candidates
 from monoloss_plugin.gallery.reservoir import Band, Entries, Reservoir, strongest_first
@@ -136,6 +137,31 @@ def activating_samples(
         directions=kept.directions(),
         of_rows=joined(kept.rows),
     )
+
+
+@dataclass(frozen=True)
+class KeepingScore:
+    """Scores SAEs as ``evaluate`` does, and keeps the samples of some: ``compare(..., score=)``."""
+
+    saes: Sequence[SAE]
+    """The SAEs whose samples are kept."""
+    count: int = 8
+    """Samples of each latent in each band."""
+    progress: bool = False
+    """Whether to show a progress bar for each of them."""
+    _found: dict[int, ActivatingSamples] = field(default_factory=dict)
+
+    def __call__(self, sae: SAE, features: FeatureSet) -> Evaluation:
+        """Return the evaluation of an SAE."""
+        if not any(sae is one for one in self.saes):
+            return evaluate(sae, features)
+        found = activating_samples(sae, features, count=self.count, progress=self.progress)
+        self._found[id(sae)] = found
+        return found.evaluation
+
+    def samples_of(self, sae: SAE) -> ActivatingSamples:
+        """Return what was kept of an SAE that has been scored."""
+        return self._found[id(sae)]
 
 
 class _Kept:

@@ -11,17 +11,16 @@ from torch import Tensor
 
 from monoloss_plugin import __version__
 from monoloss_plugin._checks import as_list, require_at_least, require_flag
-from monoloss_plugin._places import as_path, require_file
+from monoloss_plugin._places import as_path, kind_of, require_file
 from monoloss_plugin._sae import SAE
 from monoloss_plugin.comparison import Comparison, compare, require_set
 from monoloss_plugin.dictionary import nearest_latents
-from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.features import FeatureSet
 from monoloss_plugin.gallery.contributions import RowLatents
 from monoloss_plugin.gallery.names import encode_texts, names_from_means
 from monoloss_plugin.gallery.near_misses import CANDIDATES
 from monoloss_plugin.gallery.pictures import open_pictures
-from monoloss_plugin.gallery.samples import ActivatingSamples, activating_samples
+from monoloss_plugin.gallery.samples import ActivatingSamples, KeepingScore
 from monoloss_plugin.report.choice import Shown, choose_images
 from monoloss_plugin.report.page import LatentTable, Page, write_page
 from monoloss_plugin.results import Evaluation
@@ -83,14 +82,9 @@ def write_report(
     pictures = open_pictures(images, features)  # before the long work, if it fails
     given = as_list(texts, "texts")
     named = encode_texts(given, encoder, features) if given else None
-    found: dict[int, ActivatingSamples] = {}
-
-    def score(sae: SAE, scored: FeatureSet) -> Evaluation:
-        if not any(sae is one for one in saes.values()):
-            return evaluate(sae, scored)  # a baseline
-        found[id(sae)] = activating_samples(sae, scored, count=count, progress=progress)
-        return found[id(sae)].evaluation
-
+    if not isinstance(saes, Mapping):
+        raise TypeError(f"saes: expected SAEs by name, got {kind_of(saes)}")
+    score = KeepingScore(list(saes.values()), count, progress)
     comparison = compare(
         saes,
         features,
@@ -99,7 +93,7 @@ def write_report(
         groups=(),
         score=score,
     )
-    samples = {name: found[id(sae)] for name, sae in saes.items()}
+    samples = {name: score.samples_of(sae) for name, sae in saes.items()}
     shown = choose_images(list(samples.values()), pictures, progress=progress)
     page = Page(
         title=" and ".join(saes) if len(saes) < 3 else f"{len(saes)} SAEs",

@@ -65,7 +65,7 @@ class ActivatingSamples:
     """(d,) float32: the mean of all unit embeddings."""
     directions: Tensor | None
     """(M, d_in) float32: what a unit of each latent adds to the reconstruction; None if the SAE
-    cannot tell."""
+    cannot tell. An SAE that scales every sample has them on the scale of the first."""
     of_rows: RowLatents
     """The view from a sample."""
 
@@ -147,14 +147,14 @@ class _Kept:
         self.sample = Reservoir(num_latents, max(MIDDLE_FROM, count), device)
         self.bins = torch.zeros(num_latents * _NUM_BINS, dtype=torch.int32, device=device)
         self.candidates = Candidates(num_latents, device)
-        self.contributions = Contributions(sae, num_latents, first.reconstruction)
+        self.contributions = Contributions(sae, num_latents, first.features[:1])
         self.rows: list[RowLatents] = []
 
     def add(self, encoded: Encoded) -> None:
         """Add a batch."""
         rows = encoded.rows.to(self.device)
         self.candidates.add_samples(rows, encoded.embeddings)
-        for part, within in _positive(encoded.latents):
+        for part, within, activations in _positive(encoded.latents):
             entries = within._replace(rows=rows[part][within.rows])
             self.top.add(entries, entries.values)
             self.bottom.add(entries, -entries.values)
@@ -162,9 +162,7 @@ class _Kept:
             self.candidates.add_active(entries)
             places = entries.latents * _NUM_BINS + _bins_of(entries.values)
             self.bins.index_add_(0, places, torch.ones_like(places, dtype=torch.int32))
-            self.rows.append(
-                self.contributions.of(within, rows[part], encoded.reconstruction[part])
-            )
+            self.rows.append(self.contributions.of(within, rows[part], activations))
 
     def strongest_and_weakest(self) -> tuple[Band, Band]:
         """Return the top and the bottom band, each with the strongest first."""
@@ -197,15 +195,17 @@ class _Kept:
         return counts[:, first : last + 1], first + BINS_PER_OCTAVE * _LOWEST_OCTAVE
 
 
-def _positive(latents: Tensor | Support) -> Iterator[tuple[slice, Entries]]:
-    """Yield the positive activations of some rows at a time; row numbers count within these."""
+def _positive(
+    latents: Tensor | Support,
+) -> Iterator[tuple[slice, Entries, Tensor | Support]]:
+    """Yield some rows at a time, their positive activations by number within them, and all."""
     if isinstance(latents, Support):
         entries = Entries(latents.columns, latents.rows, latents.values.float())
-        yield slice(0, latents.num_rows), entries.where(entries.values > 0)
+        yield slice(0, latents.num_rows), entries.where(entries.values > 0), latents
         return
     for part in row_chunks(len(latents), latents.shape[1], _ELEMENTS):
         rows, columns = (latents[part] > 0).nonzero().unbind(1)
-        yield part, Entries(columns, rows, latents[part][rows, columns].float())
+        yield part, Entries(columns, rows, latents[part][rows, columns].float()), latents[part]
 
 
 def _bins_of(activations: Tensor) -> Tensor:

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
+from sae_lens import StandardSAE, StandardSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from torch import Tensor
 
 from monoloss_plugin import Batch, load_features, load_pretrained
@@ -185,6 +187,54 @@ def test_shares_of_the_reconstruction_add_up_to_one() -> None:
     assert float(found.of_rows.shares[n, 0]) == pytest.approx(
         float(part @ whole / (whole @ whole)), abs=1e-4
     )
+
+
+@pytest.mark.parametrize("scaling", ["none", "layer_norm", "constant_norm_rescale"])
+@pytest.mark.parametrize("kind", ["standard", "sparse"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.filterwarnings("ignore:sae. R²")
+def test_shares_of_saelens_saes_are_those_of_their_decoders(
+    kind: str, scaling: Any, dtype: torch.dtype
+) -> None:
+    options: Any = {"d_in": 8, "d_sae": 24, "normalize_activations": scaling}
+    sae: Any = StandardSAE(StandardSAEConfig(**options))
+    if kind == "sparse":
+        config = TopKTrainingSAEConfig(k=3, use_sparse_activations=True, **options)
+        sae = TopKTrainingSAE(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in sae.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator))
+    features = torch.randn(24, 8, generator=generator).to(dtype)  # as many as latents
+    found = activating_samples(sae, features, normalize=False)
+    with torch.no_grad():
+        latents = sae.encode(features)
+        latents = (latents if latents.layout == torch.strided else latents.to_dense()).double()
+    weights = sae.W_dec.detach().double()
+    if kind == "sparse":  # SAELens scales these latents by the lengths of the directions
+        weights = torch.nn.functional.normalize(weights, dim=1)
+    whole = latents @ weights
+    shares = latents * (whole @ weights.T) / whole.square().sum(1, keepdim=True)
+    shown = found.of_rows.latents.long()
+    assert (shown >= 0).sum(1).min() >= 3
+    torch.testing.assert_close(
+        found.of_rows.shares.where(shown >= 0, torch.tensor(0.0)).double(),
+        shares.gather(1, shown.clamp(min=0)).where(shown >= 0, torch.tensor(0.0)),
+        atol=1e-4,
+        rtol=0,
+    )
+
+
+def test_a_large_bias_does_not_round_away_the_directions_of_an_sae_in_half_precision() -> None:
+    weight = torch.randn(12, 12, generator=torch.Generator().manual_seed(0)).bfloat16() / 16
+
+    class Half(Identity):
+        def decode(self, latents: Tensor) -> Tensor:
+            return latents @ weight + torch.tensor(4.0, dtype=torch.bfloat16)
+
+    found = activating_samples(Half(), torch.eye(12).bfloat16(), normalize=False)
+    assert found.directions is not None
+    torch.testing.assert_close(found.directions, weight.float(), atol=1e-3, rtol=0.02)
 
 
 def test_the_strongest_latents_of_a_sample_are_kept(sae: DenseSAE, features: FeatureSet) -> None:

@@ -14,7 +14,7 @@ from monoloss_plugin._chunks import row_chunks
 from monoloss_plugin._sae import SAE
 from monoloss_plugin.batch import Batch
 from monoloss_plugin.gallery.contributions import Contributions, RowLatents, joined
-from monoloss_plugin.gallery.near_misses import Candidates
+from monoloss_plugin.gallery.near_misses import Candidates, pack_active
 from monoloss_plugin.gallery.reservoir import Band, Entries, Reservoir, strongest_first
 from monoloss_plugin.kernels.support import Support
 from monoloss_plugin.results import Evaluation
@@ -153,16 +153,17 @@ class _Kept:
     def add(self, encoded: Encoded) -> None:
         """Add a batch."""
         rows = encoded.rows.to(self.device)
-        self.candidates.add_samples(rows, encoded.embeddings)
+        packed = []
         for part, within, activations in _positive(encoded.latents):
             entries = within._replace(rows=rows[part][within.rows])
             self.top.add(entries, entries.values)
             self.bottom.add(entries, -entries.values)
             self.sample.add(entries, entries.hashes())
-            self.candidates.add_active(entries)
+            packed.append(pack_active(_is_active(activations)))
             places = entries.latents * _NUM_BINS + _bins_of(entries.values)
             self.bins.index_add_(0, places, torch.ones_like(places, dtype=torch.int32))
             self.rows.append(self.contributions.of(within, rows[part], activations))
+        self.candidates.add(rows, encoded.embeddings, torch.cat(packed))
 
     def strongest_and_weakest(self) -> tuple[Band, Band]:
         """Return the top and the bottom band, each with the strongest first."""
@@ -206,6 +207,15 @@ def _positive(
     for part in row_chunks(len(latents), latents.shape[1], _ELEMENTS):
         rows, columns = (latents[part] > 0).nonzero().unbind(1)
         yield part, Entries(columns, rows, latents[part][rows, columns].float()), latents[part]
+
+
+def _is_active(latents: Tensor | Support) -> Tensor:
+    """Return a mask (B, M)."""
+    if isinstance(latents, Tensor):
+        return latents > 0
+    active = torch.zeros(latents.shape, dtype=torch.bool, device=latents.device)
+    active[latents.rows, latents.columns] = latents.values > 0
+    return active
 
 
 def _bins_of(activations: Tensor) -> Tensor:

@@ -142,6 +142,18 @@ def test_near_misses_of_many_samples_come_from_a_random_choice(
         assert all(activations[n, k] == 0 for n in listed(runs[0].rows[k]))
 
 
+@pytest.mark.parametrize("num_latents", [1, 7, 8, 21])
+def test_packed_masks_are_unpacked_for_any_latents(num_latents: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    active = torch.rand(5, num_latents, generator=generator) > 0.5
+    packed = near_misses.pack_active(active)
+    assert packed.shape == (5, math.ceil(num_latents / 8))  # an eighth of a byte for each latent
+    for start in range(num_latents):
+        for stop in range(start + 1, num_latents + 1):
+            found = near_misses.unpack_active(packed, slice(start, stop))
+            assert torch.equal(found, active[:, start:stop])
+
+
 def test_the_histogram_counts_every_activation(sae: DenseSAE, features: FeatureSet) -> None:
     found = activating_samples(sae, features, normalize=False)
     activations = sae.encode(features.tensor())

@@ -99,7 +99,7 @@ def activating_samples(
         sae: as ``evaluate`` takes it.
         features: as ``evaluate`` takes them. Row numbers are those of a feature set, or of the
             batches; or they count the samples as they come.
-        count: samples of each latent in each band.
+        count: samples of each latent in each band, if there are so many.
         normalize: as in ``evaluate``.
         batch_size: as in ``evaluate``.
         device: as in ``evaluate``.
@@ -112,6 +112,8 @@ def activating_samples(
     """
     require_at_least(1, count, "count")
     scoring = Scoring(sae, features, normalize=normalize, batch_size=batch_size, device=device)
+    if scoring.samples.total is not None:
+        count = max(1, min(count, scoring.samples.total))  # memory grows with it
     kept: _Kept | None = None
     for encoded in scoring.batches("Encoding", progress):
         kept = kept or _Kept(sae, encoded, count)

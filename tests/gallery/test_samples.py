@@ -277,6 +277,12 @@ def test_batches_of_any_kind_are_counted_as_they_come() -> None:
     assert found.class_counts is None
 
 
+def test_a_count_above_the_number_of_samples_takes_no_more_memory() -> None:
+    found = activating_samples(Identity(), torch.eye(3), count=10**9, normalize=False)
+    assert {band.rows.shape for band in found.bands.values()} == {(3, 3)}
+    assert found.top.rows.tolist() == [[n, -1, -1] for n in range(3)]
+
+
 @pytest.mark.parametrize("count", [0, -1])
 def test_a_count_below_one_is_refused(count: int) -> None:
     with pytest.raises(ValueError, match="count: expected at least 1"):

@@ -29,6 +29,8 @@ class Encoded(NamedTuple):
 
     rows: Tensor
     """(B,) int64 on the CPU: the samples' row numbers."""
+    features: Tensor
+    """(B, d_in), on the SAE's device, as it encoded them."""
     latents: Tensor | Support
     """(B, M), on the SAE's device."""
     reconstruction: Tensor
@@ -103,7 +105,7 @@ class Scoring:
                 counted = torch.arange(seen, seen + len(given))
                 seen += len(given)
                 rows = counted if batch.rows is None else batch.rows.flatten()
-                yield Encoded(rows, found, reconstruction, embeddings)
+                yield Encoded(rows, given, found, reconstruction, embeddings)
                 advance(len(given))
         self._say_if_scaled = self._say_if_scaled and self.scaled and not were_scaled
 

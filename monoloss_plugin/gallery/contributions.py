@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,11 +11,15 @@ from torch import Tensor
 
 from monoloss_plugin._chunks import row_chunks
 from monoloss_plugin.gallery.reservoir import Entries, Reservoir
+from monoloss_plugin.kernels.support import Support
 
 KEPT = 12
 """So many latents of each sample are kept."""
 _ELEMENTS = 1 << 24
 """Elements of gathered directions per chunk, about: 64 MiB."""
+_UNITS = 64.0
+"""The activation that is decoded. In half precision the decoder's bias would round away what an
+activation of 1 adds."""
 
 
 class RowLatents(NamedTuple):
@@ -41,20 +46,25 @@ def joined(parts: Sequence[RowLatents]) -> RowLatents:
 
 
 class Contributions:
-    """What each latent of an SAE adds to a reconstruction."""
+    """What each latent of an SAE adds to a reconstruction.
 
-    def __init__(self, sae: Any, num_latents: int, like: Tensor) -> None:
-        bias, self.directions = decoder_directions(sae, num_latents, like)
-        self._bias = like.new_zeros(like.shape[1]) if bias is None else bias
+    Args:
+        sae: with ``encode`` and ``decode``.
+        num_latents: M.
+        sample: (1, d_in), one that the SAE encodes, for :func:`decoder_directions`.
+    """
+
+    def __init__(self, sae: Any, num_latents: int, sample: Tensor) -> None:
+        self.directions = decoder_directions(sae, num_latents, sample)
         self._lengths = None if self.directions is None else self.directions.norm(dim=1)
 
-    def of(self, entries: Entries, rows: Tensor, reconstruction: Tensor) -> RowLatents:
+    def of(self, entries: Entries, rows: Tensor, activations: Tensor | Support) -> RowLatents:
         """Return the strongest latents of some samples.
 
         Args:
             entries: the positive activations of B samples, by their place in 0 to B - 1.
             rows: (B,) the samples' row numbers.
-            reconstruction: (B, d_in)
+            activations: (B, M), all of them.
         """
         strength = entries.values
         if self._lengths is not None:
@@ -64,7 +74,7 @@ class Contributions:
         latents, values = strongest.rows, strongest.values
         shares = torch.full_like(values, torch.nan)
         if self.directions is not None:
-            r = (reconstruction - self._bias).float()
+            r = _added_up(activations, self.directions)
             whole = r.square().sum(1, keepdim=True)
             for part in row_chunks(len(rows), KEPT * r.shape[1], _ELEMENTS):
                 directions = self.directions[latents[part].clamp(min=0)]
@@ -73,25 +83,39 @@ class Contributions:
         return RowLatents(rows.cpu(), latents.int().cpu(), shares.cpu())
 
 
-def decoder_directions(sae: Any, num_latents: int, like: Tensor) -> tuple[Tensor | None, ...]:
-    """Return an SAE's decoder bias (d_in,) and directions (M, d_in), what a unit of a latent adds.
+def decoder_directions(sae: Any, num_latents: int, sample: Tensor) -> Tensor | None:
+    """Return an SAE's decoder directions (M, d_in), what a unit of a latent adds; or None.
 
     They come from decoding, so they hold for every linear decoder, whatever it does to latents
-    first. Where that fails, they are SAELens's ``b_dec`` and ``W_dec``, or None.
+    first. An SAE that scales each sample, and scales its reconstruction back, has them on the scale
+    of ``sample``.
 
     Args:
-        sae: with ``decode``.
+        sae: with ``encode`` and ``decode``.
         num_latents: M.
-        like: a reconstruction (B, d_in), for dtype and device.
+        sample: (1, d_in)
     """
+
+    def decode(rows: slice, units: float) -> Tensor:
+        """Decode so many units of each latent of ``rows``, and nothing else."""
+        # SAELens's SAEs scale a reconstruction by what they noted of the samples that they encoded
+        # last, and some forget it then.
+        like = sae.encode(sample)
+        latents = torch.zeros(rows.stop - rows.start, num_latents).to(like.device, like.dtype)
+        latents[:, rows].fill_diagonal_(units)
+        decoded: Tensor = sae.decode(latents)
+        return decoded.float()
+
     try:
-        bias = sae.decode(like.new_zeros(1, num_latents))[0]
-        parts = []
-        for part in row_chunks(num_latents, num_latents, _ELEMENTS):
-            units = like.new_zeros(part.stop - part.start, num_latents)
-            units[:, part].fill_diagonal_(1.0)
-            parts.append(sae.decode(units) - bias)
-        return bias, torch.cat(parts).float()
-    except Exception:  # a decoder may depend on the batch that was encoded before
-        weight, bias = getattr(sae, "W_dec", None), getattr(sae, "b_dec", None)
-        return bias, weight.float() if isinstance(weight, Tensor) else None
+        bias = decode(slice(0, 1), 0.0)
+        chunks = row_chunks(num_latents, num_latents, _ELEMENTS)
+        return torch.cat([(decode(rows, _UNITS) - bias) / _UNITS for rows in chunks])
+    except Exception:  # a decoder may know only the batch that was encoded before
+        return None
+
+
+def _added_up(activations: Tensor | Support, directions: Tensor) -> Tensor:
+    """Return reconstructions without the decoder's bias, (B, d_in) float32."""
+    if isinstance(activations, Support):
+        return replace(activations, values=activations.values.float()).by_sample() @ directions
+    return activations.float() @ directions

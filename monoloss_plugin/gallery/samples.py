@@ -15,7 +15,7 @@ from monoloss_plugin._sae import SAE
 from monoloss_plugin.batch import Batch
 from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.gallery.contributions import Contributions, RowLatents, joined
-from monoloss_plugin.gallery.near_misses import Candidates
+from monoloss_plugin.gallery.near_misses import Candidates, pack_active
 from monoloss_plugin.gallery.reservoir import Band, Entries, Reservoir, strongest_first
 from monoloss_plugin.kernels.support import Support
 from monoloss_plugin.results import Evaluation
@@ -66,7 +66,7 @@ class ActivatingSamples:
     """(d,) float32: the mean of all unit embeddings."""
     directions: Tensor | None
     """(M, d_in) float32: what a unit of each latent adds to the reconstruction; None if the SAE
-    cannot tell."""
+    cannot tell. An SAE that scales every sample has them on the scale of the first."""
     of_rows: RowLatents
     """The view from a sample."""
 
@@ -100,7 +100,7 @@ def activating_samples(
         sae: as ``evaluate`` takes it.
         features: as ``evaluate`` takes them. Row numbers are those of a feature set, or of the
             batches; or they count the samples as they come.
-        count: samples of each latent in each band.
+        count: samples of each latent in each band, if there are so many.
         normalize: as in ``evaluate``.
         batch_size: as in ``evaluate``.
         device: as in ``evaluate``.
@@ -114,6 +114,8 @@ def activating_samples(
     require_at_least(1, count, "count")
     require_flag(progress, "progress")
     scoring = Scoring(sae, features, normalize=normalize, batch_size=batch_size, device=device)
+    if scoring.samples.total is not None:
+        count = max(1, min(count, scoring.samples.total))  # memory grows with it
     kept: _Kept | None = None
     for encoded in scoring.batches("Encoding", progress):
         kept = kept or _Kept(sae, encoded, count)
@@ -174,24 +176,23 @@ class _Kept:
         self.sample = Reservoir(num_latents, max(MIDDLE_FROM, count), device)
         self.bins = torch.zeros(num_latents * _NUM_BINS, dtype=torch.int32, device=device)
         self.candidates = Candidates(num_latents, device)
-        self.contributions = Contributions(sae, num_latents, first.reconstruction)
+        self.contributions = Contributions(sae, num_latents, first.features[:1])
         self.rows: list[RowLatents] = []
 
     def add(self, encoded: Encoded) -> None:
         """Add a batch."""
         rows = encoded.rows.to(self.device)
-        self.candidates.add_samples(rows, encoded.embeddings)
-        for part, within in _positive(encoded.latents):
+        packed = []
+        for part, within, activations in _positive(encoded.latents):
             entries = within._replace(rows=rows[part][within.rows])
             self.top.add(entries, entries.values)
             self.bottom.add(entries, -entries.values)
             self.sample.add(entries, entries.hashes())
-            self.candidates.add_active(entries)
+            packed.append(pack_active(_is_active(activations)))
             places = entries.latents * _NUM_BINS + _bins_of(entries.values)
             self.bins.index_add_(0, places, torch.ones_like(places, dtype=torch.int32))
-            self.rows.append(
-                self.contributions.of(within, rows[part], encoded.reconstruction[part])
-            )
+            self.rows.append(self.contributions.of(within, rows[part], activations))
+        self.candidates.add(rows, encoded.embeddings, torch.cat(packed))
 
     def strongest_and_weakest(self) -> tuple[Band, Band]:
         """Return the top and the bottom band, each with the strongest first."""
@@ -224,15 +225,26 @@ class _Kept:
         return counts[:, first : last + 1], first + BINS_PER_OCTAVE * _LOWEST_OCTAVE
 
 
-def _positive(latents: Tensor | Support) -> Iterator[tuple[slice, Entries]]:
-    """Yield the positive activations of some rows at a time; row numbers count within these."""
+def _positive(
+    latents: Tensor | Support,
+) -> Iterator[tuple[slice, Entries, Tensor | Support]]:
+    """Yield some rows at a time, their positive activations by number within them, and all."""
     if isinstance(latents, Support):
         entries = Entries(latents.columns, latents.rows, latents.values.float())
-        yield slice(0, latents.num_rows), entries.where(entries.values > 0)
+        yield slice(0, latents.num_rows), entries.where(entries.values > 0), latents
         return
     for part in row_chunks(len(latents), latents.shape[1], _ELEMENTS):
         rows, columns = (latents[part] > 0).nonzero().unbind(1)
-        yield part, Entries(columns, rows, latents[part][rows, columns].float())
+        yield part, Entries(columns, rows, latents[part][rows, columns].float()), latents[part]
+
+
+def _is_active(latents: Tensor | Support) -> Tensor:
+    """Return a mask (B, M)."""
+    if isinstance(latents, Tensor):
+        return latents > 0
+    active = torch.zeros(latents.shape, dtype=torch.bool, device=latents.device)
+    active[latents.rows, latents.columns] = latents.values > 0
+    return active
 
 
 def _bins_of(activations: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from monoloss_plugin import __version__
 from monoloss_plugin._checks import as_list, require_at_least, require_flag
-from monoloss_plugin._places import as_path, kind_of, require_file
+from monoloss_plugin._places import as_path, kind_of, require_file, require_folder
 from monoloss_plugin._sae import SAE
 from monoloss_plugin.comparison import Comparison, compare, require_set
 from monoloss_plugin.dictionary import nearest_latents
@@ -70,15 +71,15 @@ def write_report(
         TypeError: SAEs or features of another kind.
         ValueError: no SAEs; images or texts that do not fit the features.
         FileNotFoundError: the images cannot be found.
-        IsADirectoryError: ``out`` is a folder.
+        IsADirectoryError, NotADirectoryError: ``out`` is a folder, or lies in a file.
+        PermissionError: no file can be written there.
         ModuleNotFoundError: a library that is needed is not installed.
     """
     require_set(features, "features")
     require_at_least(1, count, "count")
     require_flag(progress, "progress")
     place = as_path(out, "out", "a file")
-    if place.exists():
-        require_file(place, "out")
+    _require_writable(place)
     pictures = open_pictures(images, features)  # before the long work, if it fails
     given = as_list(texts, "texts")
     named = encode_texts(given, encoder, features) if given else None
@@ -115,6 +116,16 @@ def write_report(
         pixelated=shown.pixelated,
     )
     return write_page(page, place)
+
+
+def _require_writable(place: Path) -> None:
+    """Raise an error if a file cannot be written: now, and not after the long work."""
+    if place.exists():
+        require_file(place, "out")
+    folder = next(above for above in place.absolute().parents if above.exists())
+    require_folder(folder, "out")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"out: no file can be written in {folder}")
 
 
 def _about(

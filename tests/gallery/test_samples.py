@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
+from sae_lens import StandardSAE, StandardSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from torch import Tensor
 
 from monoloss_plugin import Batch, load_features, load_pretrained
@@ -129,15 +131,28 @@ def test_near_misses_of_many_samples_come_from_a_random_choice(
     sae = DenseSAE(16, 24, 7.0)
     runs = [
         activating_samples(sae, features, count=50, normalize=False, batch_size=size).near_misses
-        for size in (300, 37)
+        for size in (300, 37, 50)  # also where a batch ends with the last that there is room for
     ]
     assert torch.equal(runs[0].rows, runs[1].rows)
+    assert torch.equal(runs[0].rows, runs[2].rows)
     chosen = set(listed(runs[0].rows.flatten()))
     assert len(chosen) == 50
     assert max(chosen) > 150 > min(chosen)
     activations = sae.encode(features.tensor())
     for k in range(24):
         assert all(activations[n, k] == 0 for n in listed(runs[0].rows[k]))
+
+
+@pytest.mark.parametrize("num_latents", [1, 7, 8, 21])
+def test_packed_masks_are_unpacked_for_any_latents(num_latents: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    active = torch.rand(5, num_latents, generator=generator) > 0.5
+    packed = near_misses.pack_active(active)
+    assert packed.shape == (5, math.ceil(num_latents / 8))  # an eighth of a byte for each latent
+    for start in range(num_latents):
+        for stop in range(start + 1, num_latents + 1):
+            found = near_misses.unpack_active(packed, slice(start, stop))
+            assert torch.equal(found, active[:, start:stop])
 
 
 def test_the_histogram_counts_every_activation(sae: DenseSAE, features: FeatureSet) -> None:
@@ -187,6 +202,54 @@ def test_shares_of_the_reconstruction_add_up_to_one() -> None:
     )
 
 
+@pytest.mark.parametrize("scaling", ["none", "layer_norm", "constant_norm_rescale"])
+@pytest.mark.parametrize("kind", ["standard", "sparse"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.filterwarnings("ignore:sae. R²")
+def test_shares_of_saelens_saes_are_those_of_their_decoders(
+    kind: str, scaling: Any, dtype: torch.dtype
+) -> None:
+    options: Any = {"d_in": 8, "d_sae": 24, "normalize_activations": scaling}
+    sae: Any = StandardSAE(StandardSAEConfig(**options))
+    if kind == "sparse":
+        config = TopKTrainingSAEConfig(k=3, use_sparse_activations=True, **options)
+        sae = TopKTrainingSAE(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in sae.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator))
+    features = torch.randn(24, 8, generator=generator).to(dtype)  # as many as latents
+    found = activating_samples(sae, features, normalize=False)
+    with torch.no_grad():
+        latents = sae.encode(features)
+        latents = (latents if latents.layout == torch.strided else latents.to_dense()).double()
+    weights = sae.W_dec.detach().double()
+    if kind == "sparse":  # SAELens scales these latents by the lengths of the directions
+        weights = torch.nn.functional.normalize(weights, dim=1)
+    whole = latents @ weights
+    shares = latents * (whole @ weights.T) / whole.square().sum(1, keepdim=True)
+    shown = found.of_rows.latents.long()
+    assert (shown >= 0).sum(1).min() >= 3
+    torch.testing.assert_close(
+        found.of_rows.shares.where(shown >= 0, torch.tensor(0.0)).double(),
+        shares.gather(1, shown.clamp(min=0)).where(shown >= 0, torch.tensor(0.0)),
+        atol=1e-4,
+        rtol=0,
+    )
+
+
+def test_a_large_bias_does_not_round_away_the_directions_of_an_sae_in_half_precision() -> None:
+    weight = torch.randn(12, 12, generator=torch.Generator().manual_seed(0)).bfloat16() / 16
+
+    class Half(Identity):
+        def decode(self, latents: Tensor) -> Tensor:
+            return latents @ weight + torch.tensor(4.0, dtype=torch.bfloat16)
+
+    found = activating_samples(Half(), torch.eye(12).bfloat16(), normalize=False)
+    assert found.directions is not None
+    torch.testing.assert_close(found.directions, weight.float(), atol=1e-3, rtol=0.02)
+
+
 def test_the_strongest_latents_of_a_sample_are_kept(sae: DenseSAE, features: FeatureSet) -> None:
     found = activating_samples(sae, features, normalize=False, batch_size=37)
     strength = sae.encode(features.tensor()) * sae.weight.norm(dim=1)
@@ -213,6 +276,12 @@ def test_batches_of_any_kind_are_counted_as_they_come() -> None:
     found = activating_samples(Identity(), batches, count=2, normalize=False)
     assert found.top.rows.tolist() == [[4, 5], [4, 5]]
     assert found.class_counts is None
+
+
+def test_a_count_above_the_number_of_samples_takes_no_more_memory() -> None:
+    found = activating_samples(Identity(), torch.eye(3), count=10**9, normalize=False)
+    assert {band.rows.shape for band in found.bands.values()} == {(3, 3)}
+    assert found.top.rows.tolist() == [[n, -1, -1] for n in range(3)]
 
 
 @pytest.mark.parametrize("count", [0, -1])

@@ -350,3 +350,30 @@ def test_one_sae_without_classes_names_or_runs_is_enough(shared_tab: Page, tmp_p
     expect(tab.locator("ol.band").first).to_be_visible()
     tab.evaluate("location.hash = '#image-11'")
     expect(tab.locator("#view-image h2")).to_have_text(PAGE.image_ids[11])
+
+
+def test_long_words_and_odd_names_fit_a_narrow_screen(browser: Browser, tmp_path: Path) -> None:
+    long = "x" * 3000
+    saes = [replace(FIRST, name=long), replace(SECOND, name="__proto__")]
+    ids = [f"{long}/{i}" for i in range(len(PAGE.image_ids))]
+    classes = ["constructor", "__proto__", "", long, *PAGE.classes[4:]]
+    path = write_page(
+        replace(PAGE, title=long, saes=saes, image_ids=ids, classes=classes), tmp_path / "odd.html"
+    )
+    with new_tab(browser, viewport={"width": 390, "height": 844}) as tab:
+        open_page(tab, path)
+        for address in ("#latents", "#latent-0", "#sae-2-latent-1", "#image-7", "#side-by-side"):
+            tab.evaluate(f"location.hash = '{address}'")
+            expect(tab.locator("section:not([hidden]) h2").first).to_be_visible()
+            assert tab.evaluate("document.documentElement.scrollWidth") == 390, address
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["#latent-60", "#latent--1", "#image-1e9", "#sae-0-latent-0", "#sae-9-latent-1", "#%", '#"]'],
+)
+def test_an_address_that_means_nothing_shows_the_summary(tab: Page, address: str) -> None:
+    tab.evaluate(f"location.hash = '{address}'")
+    expect(tab.locator("#view-summary")).to_be_visible()
+    for view in ("latent", "image", "side-by-side"):
+        expect(tab.locator(f"#view-{view}")).to_be_hidden()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -275,3 +276,20 @@ def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
         shown = run(*on, *wrong)
         assert shown.exit_code == code, (wrong, shown.output)
         assert said in shown.output.replace("\n", " "), shown.output
+
+
+def test_a_page_that_cannot_be_written_fails_before_the_long_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Never(Identity):
+        def encode(self, x: torch.Tensor) -> torch.Tensor:
+            raise AssertionError
+
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(NotADirectoryError, match=r"out: .*file is a file; give a folder"):
+        write_report({"mine": Never()}, HELD_OUT, file / "new" / "report.html")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(PermissionError, match="out: no file can be written in "):
+        write_report({"mine": Never()}, HELD_OUT, tmp_path / "new" / "report.html")
+    assert list(tmp_path.iterdir()) == [file]

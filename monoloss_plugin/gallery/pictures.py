@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -113,8 +114,8 @@ def open_pictures(images: Any = None, features: FeatureSet | None = None) -> Pic
         TypeError: images of another kind.
         ValueError: the source lacks more than half of the images, the numbers of images and rows
             differ, or the features do not say where their images are.
-        FileNotFoundError: there is no such folder or dataset, or images that the record tells of
-            are not found.
+        FileNotFoundError: there is no such folder or dataset, more than half of the files in a
+            list do not exist, or images that the record tells of are not found.
         ConnectionError: the Hub cannot be reached.
 
     Examples:
@@ -165,6 +166,16 @@ def _of_source(source: Source, numbers: Sequence[int], features: FeatureSet) -> 
     return Pictures(len(features), find, ids_of_all(features) or source.ids())
 
 
+def _require_files(given: Sequence[Picture]) -> None:
+    """Raise FileNotFoundError if more than half of the files in a list do not exist."""
+    paths = [one.row.image["path"] for one in given if isinstance(one, StoredPicture)]
+    missing = [path for path in paths if not os.path.exists(path)]
+    if 2 * len(missing) > len(given):
+        raise FileNotFoundError(
+            f"images: {len(missing):,} of {len(given):,} images are files that do not exist, such as {missing[0]}"
+        )
+
+
 def _in_order(images: Any, features: FeatureSet | None) -> Pictures:
     """Return the pictures of a list or an array, in the order of the features."""
     if features is not None:
@@ -178,6 +189,7 @@ def _in_order(images: Any, features: FeatureSet | None) -> Pictures:
         pictures = Pictures(len(images), find, names)
     else:
         given = [as_picture(image, f"images[{row}]") for row, image in enumerate(images)]
+        _require_files(given)
         pictures = Pictures(len(given), given.__getitem__, names)
     if len(pictures) and isinstance(first := pictures.find(0), PixelPicture):
         as_pixels(first.pixels, "images")  # a whole set of normalised images is an error

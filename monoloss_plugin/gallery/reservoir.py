@@ -25,7 +25,7 @@ class Entries(NamedTuple):
 
     def hashes(self) -> Tensor:
         """Return a number in [0, 1) for each entry, (E,) float64: as good as random, but fixed."""
-        return _hashes(self.rows, self.latents)
+        return hashes(self.rows, self.latents)
 
 
 class Band(NamedTuple):
@@ -35,6 +35,11 @@ class Band(NamedTuple):
     """(M, K) int64: row numbers; -1 where a latent has fewer."""
     values: Tensor
     """(M, K) float32: activations; of near misses, cosines with the latent's mean embedding."""
+
+    def without(self, other: Band) -> Band:
+        """Return the samples that another band of the same latents does not have, in order."""
+        twice = (self.rows.unsqueeze(2) == other.rows.unsqueeze(1)).any(2)
+        return strongest_first(self.rows.masked_fill(twice, -1), self.values)
 
 
 def strongest_first(rows: Tensor, values: Tensor) -> Band:
@@ -111,11 +116,14 @@ def _order(columns: Tensor, keys: Tensor, rows: Tensor) -> Tensor:
 
 def hashes_of_rows(rows: Tensor) -> Tensor:
     """Return a number in [0, 1) for each row (B,), float64: as good as random, but fixed."""
-    return _hashes(rows, torch.full_like(rows, -1))
+    return hashes(rows, torch.full_like(rows, -1))
 
 
-def _hashes(first: Tensor, second: Tensor) -> Tensor:
-    """Mix two integers into one number in [0, 1), by two rounds of SplitMix64's steps."""
+def hashes(first: Tensor, second: Tensor) -> Tensor:
+    """Return a number in [0, 1) for each pair of integers, float64: as good as random, but fixed.
+
+    It takes two rounds of SplitMix64's steps.
+    """
     mixed = first * 0x9E3779B97F4A7C1 + second * 0x6A09E667F3BCC909 + 0x1F83D9ABFB41BD6B
     for factor in (0x58476D1CE4E5B9B1, 0x14D049BB133111EB):
         mixed = (mixed ^ ((mixed >> 29) & 0x7FFFFFFFF)) * factor

@@ -17,6 +17,7 @@ from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.gallery.contributions import Contributions, RowLatents, joined
 from monoloss_plugin.gallery.near_misses import Candidates, pack_active
 from monoloss_plugin.gallery.reservoir import Band, Entries, Reservoir, strongest_first
+from monoloss_plugin.gallery.signatures import Signatures
 from monoloss_plugin.kernels.support import Support
 from monoloss_plugin.results import Evaluation
 from monoloss_plugin.scoring import Encoded, Scoring
@@ -38,7 +39,7 @@ _ELEMENTS = 1 << 21
 """Dense activations per chunk, about."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ActivatingSamples:
     """What :func:`activating_samples` found, on the CPU."""
 
@@ -47,9 +48,11 @@ class ActivatingSamples:
     top: Band
     """The samples that activate a latent most, strongest first. Exact."""
     middle: Band
-    """Samples around the median of its activations, strongest first: see :data:`MIDDLE_FROM`."""
+    """Samples around the median of its activations, strongest first: see :data:`MIDDLE_FROM`. None
+    of them is in the top or the bottom."""
     bottom: Band
-    """The samples that activate it least of those that activate it, strongest first. Exact."""
+    """The samples that activate it least of those that activate it, strongest first. Exact; none of
+    them is in the top."""
     near_misses: Band
     """Samples that do not activate it, but whose embeddings are most similar to the mean of those
     that do, most similar first: see :class:`~monoloss_plugin.gallery.near_misses.Candidates`."""
@@ -67,8 +70,17 @@ class ActivatingSamples:
     directions: Tensor | None
     """(M, d_in) float32: what a unit of each latent adds to the reconstruction; None if the SAE
     cannot tell. An SAE that scales every sample has them on the scale of the first."""
+    signatures: Tensor
+    """(M, 512) float32: the cosine of two of them is about the correlation of the two latents'
+    activations; also of latents of two SAEs, on the same samples. See
+    :mod:`monoloss_plugin.gallery.signatures`."""
     of_rows: RowLatents
     """The view from a sample."""
+    unit_norm: bool
+    """Whether the features were scaled to unit norm."""
+
+    def __repr__(self) -> str:
+        return f"ActivatingSamples({self.evaluation!r})"
 
     @property
     def bands(self) -> dict[str, Band]:
@@ -123,12 +135,12 @@ def activating_samples(
     evaluation = scoring.evaluation()
     assert kept is not None  # evaluation() needs a sample
     means = scoring.monoscore.mean_embeddings()
-    top, bottom = kept.strongest_and_weakest()
+    top, bottom = kept.exact_bands()
     histogram, first_bin = kept.histogram()
     return ActivatingSamples(
         evaluation,
         top=top,
-        middle=kept.middle(),
+        middle=kept.middle(top, bottom),
         bottom=bottom,
         near_misses=kept.candidates.near_misses(means, count),
         histogram=histogram,
@@ -137,7 +149,9 @@ def activating_samples(
         mean_embeddings=means.cpu(),
         mean_embedding=scoring.monoscore.mean_embedding().cpu(),
         directions=kept.directions(),
+        signatures=kept.signatures.compute(),
         of_rows=joined(kept.rows),
+        unit_norm=scoring.scaled,
     )
 
 
@@ -176,6 +190,7 @@ class _Kept:
         self.sample = Reservoir(num_latents, max(MIDDLE_FROM, count), device)
         self.bins = torch.zeros(num_latents * _NUM_BINS, dtype=torch.int32, device=device)
         self.candidates = Candidates(num_latents, device)
+        self.signatures = Signatures(num_latents, device)
         self.contributions = Contributions(sae, num_latents, first.features[:1])
         self.rows: list[RowLatents] = []
 
@@ -191,24 +206,26 @@ class _Kept:
             packed.append(pack_active(_is_active(activations)))
             places = entries.latents * _NUM_BINS + _bins_of(entries.values)
             self.bins.index_add_(0, places, torch.ones_like(places, dtype=torch.int32))
+            self.signatures.add(rows[part], activations)
             self.rows.append(self.contributions.of(within, rows[part], activations))
         self.candidates.add(rows, encoded.embeddings, torch.cat(packed))
 
-    def strongest_and_weakest(self) -> tuple[Band, Band]:
+    def exact_bands(self) -> tuple[Band, Band]:
         """Return the top and the bottom band, each with the strongest first."""
         top, bottom = (strongest_first(of.rows, of.values) for of in (self.top, self.bottom))
-        return top, bottom
+        return top, bottom.without(top)
 
-    def middle(self) -> Band:
+    def middle(self, top: Band, bottom: Band) -> Band:
         """Return the samples around the median of each latent's sample."""
         held = strongest_first(self.sample.rows, self.sample.values)
         num_held = (held.rows >= 0).sum(1, keepdim=True)
         place = (num_held - self.count).clamp(min=0) // 2 + torch.arange(self.count)
         there, place = place < num_held, place.clamp(max=held.rows.shape[1] - 1)
-        return Band(
+        found = Band(
             held.rows.gather(1, place).where(there, torch.tensor(-1)),
             held.values.gather(1, place).where(there, torch.tensor(0.0)),
         )
+        return found.without(top).without(bottom)
 
     def directions(self) -> Tensor | None:
         """Return the decoder directions (M, d_in)."""

@@ -185,7 +185,10 @@ def _found(sae: Any, features: FeatureSet, count: int, progress: bool) -> Activa
     require_at_least(1, count, "count")
     require_flag(progress, "progress")
     if not isinstance(features, FeatureSet):
-        raise TypeError(f"features: expected a FeatureSet, got {kind_of(features)}")
+        raise TypeError(
+            f"features: expected a FeatureSet, got {kind_of(features)}; FeatureSet.from_tensors "
+            "makes one of arrays, and FeatureSet.open of files and datasets"
+        )
     if isinstance(sae, ActivatingSamples):
         return sae
     return activating_samples(sae, features, count=count, progress=progress)

@@ -39,7 +39,12 @@ _MAKING = f"2 {_OPTIONS} {_USUAL}"
 
 
 def make_thumbnails(
-    pictures: Pictures, rows: Iterable[int] | Any, size: int = 64, *, progress: bool = False
+    pictures: Pictures,
+    rows: Iterable[int] | Any,
+    size: int = 64,
+    *,
+    progress: bool = False,
+    warn: bool = True,
 ) -> dict[int, bytes]:
     """Make thumbnails of some pictures. Those of earlier calls are kept, and found again.
 
@@ -51,10 +56,10 @@ def make_thumbnails(
         rows: (n,) rows of the pictures.
         size: pixels of the longer side.
         progress: show a progress bar.
+        warn: log a warning that says how many pictures cannot be read.
 
     Returns:
-        For each row a WebP file; no bytes where a picture cannot be read. A warning says how many
-        these are.
+        For each row a WebP file; no bytes where a picture cannot be read.
 
     Raises:
         TypeError: ``pictures`` or ``rows`` are something else, or ``size`` is not an integer.
@@ -85,7 +90,7 @@ def make_thumbnails(
     finally:  # after an interrupt too
         pool.shutdown(cancel_futures=True)
         cache.close()
-    for row, error in list(errors.items())[:1]:
+    for row, error in list(errors.items())[: int(warn)]:
         logger.warning(
             "%d of %d pictures cannot be read; the first is %s (%s: %s)",
             *(len(errors), len(wanted), pictures.name(row), type(error).__name__, error),

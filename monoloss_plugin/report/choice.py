@@ -66,7 +66,7 @@ def choose_images(
     beside = _OF_AN_IMAGE + _BASE64 * 4 * KEPT * len(saes)
     tried = rows[torch.linspace(0, max(0, len(rows) - 1), min(_TRIED, len(rows))).long()].tolist()
     for size in SIZES:
-        files = [one for one in make_thumbnails(pictures, tried, size).values() if one]
+        files = [one for one in make_thumbnails(pictures, tried, size, warn=False).values() if one]
         each = beside + _BASE64 * sum(map(len, files)) / max(1, len(files))
         if each * len(rows) <= room:
             break

@@ -18,7 +18,7 @@ from monoloss_plugin.comparison import Comparison, compare, require_set
 from monoloss_plugin.dictionary import nearest_latents
 from monoloss_plugin.features import FeatureSet
 from monoloss_plugin.gallery.contributions import RowLatents
-from monoloss_plugin.gallery.names import encode_texts, names_from_means
+from monoloss_plugin.gallery.names import LatentNames, encode_texts, names_from_means
 from monoloss_plugin.gallery.near_misses import CANDIDATES
 from monoloss_plugin.gallery.pictures import open_pictures
 from monoloss_plugin.gallery.samples import ActivatingSamples, KeepingScore
@@ -27,6 +27,11 @@ from monoloss_plugin.report.page import LatentTable, Page, write_page
 from monoloss_plugin.results import Evaluation
 from monoloss_plugin.saes.baselines import QUICK
 
+_NOTES = (
+    "R² is the mean over the dimensions of the features, each of which counts the same.",
+    "A latent is defined if at least two images activate it. MonoScore above chance is 0 where "
+    "activations are shuffled, and 1 where all images of a latent are alike.",
+)
 _NEAREST = 5
 _CLASSES = 5
 
@@ -100,7 +105,7 @@ def write_report(
         title=" and ".join(saes) if len(saes) < 3 else f"{len(saes)} SAEs",
         about=_about(samples, features, shown),
         **_table(comparison),
-        notes=comparison.notes,
+        notes=[*_NOTES, *comparison.notes],
         classes=features.classes or [],
         num_rows=len(features),
         saes=[
@@ -136,6 +141,7 @@ def _about(
     of = source.get("name") or "images without a name"
     split = f", {source['split']}" if source.get("split") else ""
     unread = sum(not one for one in shown.thumbnails)
+    seen = len(shown.rows) - unread
     said = {
         "SAEs": "; ".join(
             f"{name}: {found.evaluation.num_latents:,} latents, L0 {found.evaluation.l0:.1f}"
@@ -143,8 +149,12 @@ def _about(
         ),
         "Images": f"{len(features):,} of {of}{split}",
         "Encoder": str(record.encoder.get("name") or "not known"),
+        "Features": "; ".join(
+            f"{name}: {'scaled to unit norm' if found.unit_norm else 'as they are'}"
+            for name, found in samples.items()
+        ),
         "Compared by": str(next(iter(samples.values())).evaluation.spaces),
-        "Shown": f"{len(shown.rows):,} images"
+        "Shown": f"{seen:,} images"
         + ("" if shown.pixelated else f", at most {shown.size} pixels wide and high"),
         "Left out": f"{shown.left_out:,} images, for which the file has no room"
         if shown.left_out
@@ -193,12 +203,13 @@ def _latents(
         columns=_columns(evaluation),
         names=None
         if named is None
-        else names_from_means(found.mean_embeddings, found.mean_embedding, *named).texts,
+        else _named(names_from_means(found.mean_embeddings, found.mean_embedding, *named)),
         bands={of: (shown.places(band.rows), band.values) for of, band in found.bands.items()},
         histogram=found.histogram,
         first_bin=found.first_bin,
         breakdown=_breakdown(found.class_counts),
-        nearest=_nearest(found, None, _NEAREST),
+        nearest=_nearest(found, found.directions),
+        together=_nearest(found, found.signatures),
         matches=[None if one is found else _match(found, one) for one in others],
         of_images=_of_images(found.of_rows, shown.rows),
     )
@@ -233,25 +244,34 @@ def _breakdown(class_counts: Tensor | None) -> tuple[Tensor, Tensor] | None:
     return classes.masked_fill(counts == 0, -1), counts
 
 
-def _nearest(
-    found: ActivatingSamples, other: ActivatingSamples | None, count: int
-) -> tuple[Tensor, Tensor]:
-    """Return the latents with the most similar decoder directions; none if these are not known."""
-    if found.directions is None or (other is not None and other.directions is None):
-        nothing = torch.full((found.evaluation.num_latents, count), -1)
+def _named(names: LatentNames) -> list[list[str]]:
+    """Return the names of each latent, each with how far it stands out from the other texts."""
+    return [
+        [text if z != z else f"{text} (z {z:.1f})" for text, z in zip(texts, scores, strict=False)]
+        for texts, scores in zip(names.texts, names.z_scores.tolist(), strict=True)
+    ]
+
+
+def _nearest(found: ActivatingSamples, vectors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the five latents with the most similar vectors; none if these are not known."""
+    if vectors is None:
+        nothing = torch.full((found.evaluation.num_latents, _NEAREST), -1)
         return nothing, nothing.float()
     alive = found.evaluation.monoscore.support > 0
-    of_other = None if other is None else other.directions
-    nearest = nearest_latents(found.directions, of_other, count=count, alive=alive)
+    nearest = nearest_latents(vectors, count=_NEAREST, alive=alive)
     return nearest.latents, nearest.cosines
 
 
 def _match(found: ActivatingSamples, other: ActivatingSamples) -> tuple[Tensor, Tensor]:
-    latents, cosines = _nearest(found, other, 1)
-    return latents[:, 0], cosines[:, 0]
+    """Return the latent of another SAE that is active on the same samples, for each latent."""
+    alive = found.evaluation.monoscore.support > 0
+    nearest = nearest_latents(found.signatures, other.signatures, count=1, alive=alive)
+    return nearest.latents[:, 0], nearest.cosines[:, 0]
 
 
 def _of_images(of_rows: RowLatents, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the latents of the images that are shown, and their shares."""
+    """Return the latents of the images that are shown, the largest share first; and the shares."""
     place = torch.searchsorted(of_rows.rows, rows)
-    return of_rows.latents[place], of_rows.shares[place]
+    latents, shares = of_rows.latents[place], of_rows.shares[place]
+    order = shares.masked_fill(latents < 0, -torch.inf).argsort(stable=True, dim=1, descending=True)
+    return latents.gather(1, order), shares.gather(1, order)

@@ -57,6 +57,7 @@ const saes = page.saes.map((given, index) => {
   const histogram = once(() => unpack(given.histogram));
   const breakdown = once(() => given.breakdown && unpackChosen(given.breakdown));
   const nearest = once(() => unpackChosen(given.nearest));
+  const together = once(() => unpackChosen(given.together));
   const ofImages = once(() => unpackChosen(given.ofImages));
   const matches = given.matches.map((match) => once(() => match && unpackChosen(match)));
   const unpackedBands = new Map(bands.map(([name, band]) => [name, once(() => unpackChosen(band))]));
@@ -73,8 +74,9 @@ const saes = page.saes.map((given, index) => {
     histogram: (latent) => histogram().row(latent),
     breakdown: (latent) => breakdown()?.(latent) ?? [],
     nearest: (latent) => nearest()(latent),
+    together: (latent) => together()(latent),
     ofImage: (image) => ofImages()(image),
-    /** The most similar latent of another SAE, as {of, value}; undefined if there is none. */
+    /** The latent of another SAE that is active on the same images, as {of, value}, or undefined. */
     match: (other, latent) => matches[other]?.()?.(latent)[0],
     canMatch: (other) => Boolean(given.matches[other]),
   };

@@ -1,5 +1,11 @@
 // One image, and the latents that it activates.
 
+/** What the latents that are shown are of the whole: a page holds the strongest of each image. */
+function inAll(active) {
+  const sum = active.reduce((all, { value }) => all + value, 0);
+  return Number.isNaN(sum) || !active.length ? "" : `; these ${active.length} together ${percent(sum)}`;
+}
+
 function imageLatents(sae, image) {
   const active = sae.ofImage(image);
   const largest = Math.max(...active.map(({ value }) => Math.abs(value)), 1e-12);
@@ -20,7 +26,7 @@ function imageLatents(sae, image) {
       "h3",
       {},
       saes.length > 1 ? sae.name : "Latents",
-      el("small", {}, "what it activates, strongest first, and the share of the reconstruction"),
+      el("small", {}, "what it activates, and the share of the reconstruction", inAll(active)),
     ),
     rows.length ? el("ul", { class: "bars wide" }, ...rows) : el("p", { class: "empty" }, "None."),
   );

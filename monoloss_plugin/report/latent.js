@@ -87,10 +87,10 @@ function activationHistogram(sae, latent) {
   return el("section", {}, el("h3", {}, "Activations", explained), drawn);
 }
 
-/** Links to latents, each with its cosine and first images. */
-function similar(title, help, links) {
+/** Links to latents, each with its similarity and first images. */
+function similar(title, help, word, links) {
   if (!links.length) return null;
-  const rows = links.map(({ sae, latent, cosine, more }) =>
+  const rows = links.map(({ sae, latent, value, more }) =>
     el(
       "li",
       {},
@@ -99,7 +99,7 @@ function similar(title, help, links) {
         {},
         more ? el("p", { class: "muted" }, more) : null,
         el("p", {}, latentLink(sae, latent), ` ${meaning(sae, latent)}`),
-        el("p", { class: "muted" }, `cosine ${number(cosine)}`),
+        el("p", { class: "muted" }, `${word} ${number(value)}`),
       ),
       strip(sae, latent, 5),
     ),
@@ -113,14 +113,16 @@ function similar(title, help, links) {
 }
 
 function neighbours(sae, latent) {
-  const nearest = sae.nearest(latent).map(({ of, value }) => ({ sae, latent: of, cosine: value }));
+  const links = (found) => found.map(({ of, value }) => ({ sae, latent: of, value }));
   const matches = saes.flatMap((other) => {
     const match = sae.match(other.index, latent);
-    return match ? [{ sae: other, latent: match.of, cosine: match.value, more: other.name }] : [];
+    return match ? [{ sae: other, latent: match.of, value: match.value, more: other.name }] : [];
   });
+  const estimated = "; estimated, and unrelated latents reach about 0.2";
   return [
-    similar("Nearest latents", "by the cosine of their decoder directions", nearest),
-    similar("In the other SAEs", "the most similar decoder direction", matches),
+    similar("Active together", `correlation of activations${estimated}`, "correlation", links(sae.together(latent))),
+    similar("In the other SAEs", `the latent that is active on the same images${estimated}`, "correlation", matches),
+    similar("Nearest decoder directions", "what they add to a reconstruction is alike", "cosine", links(sae.nearest(latent))),
   ];
 }
 
@@ -142,7 +144,9 @@ function renderLatent(section, sae, latent) {
   const { place, previous, next, count } = stepsFrom(sae, latent);
   const of = `${grouped.format(place + 1)} of ${grouped.format(count)} in the list`;
   const label = sae.columns.class ? className(sae.columns.class[latent]) : "";
-  const words = [sae.namesOf(latent).join(", "), label && `class ${label}`].filter(Boolean).join(" · ");
+  const [name, ...others] = sae.namesOf(latent);
+  const also = others.length ? `also ${others.join(", ")}` : "";
+  const words = [name, label && `class ${classShare(sae, latent)}`].filter(Boolean).join(" · ");
   section.replaceChildren(
     el(
       "nav",
@@ -153,7 +157,7 @@ function renderLatent(section, sae, latent) {
       el("a", { class: "button close", href: "#latents" }, "Close"),
     ),
     el("h2", { tabindex: -1 }, `Latent ${latent}`, saes.length > 1 ? el("small", {}, sae.name) : ""),
-    el("p", { class: "words" }, words),
+    el("p", { class: "words" }, words, also && el("small", { class: "muted" }, ` ${also}`)),
     numbers(sae, latent),
     el("div", { class: "bands" }, ...sae.bandNames.map((name) => bandSection(sae, latent, name))),
     el(

@@ -27,6 +27,8 @@ const title = document.title;
 
 function showAddress() {
   const address = parseAddress(location.hash);
+  const missing = address.view === "summary" && /^#(sae|latent|image)-/.test(location.hash);
+  document.getElementById("missing").hidden = !missing;
   const isHome = address.view === "summary" || address.view === "latents";
   if (home.isShown && !isHome) Object.assign(home, { scroll: scrollY, left: location.hash });
   for (const id of ["view-summary", "view-latents"]) document.getElementById(id).hidden = !isHome;

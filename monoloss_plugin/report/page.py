@@ -71,9 +71,11 @@ class LatentTable:
     """(M, 5) classes of the samples that activate a latent, -1 for none, and (M, 5) counts."""
     nearest: tuple[Tensor, Tensor]
     """(M, 5) latents with the most similar decoder directions, -1 for none, and their cosines."""
+    together: tuple[Tensor, Tensor]
+    """(M, 5) latents that are active on the same images, -1 for none, and their correlations."""
     matches: list[tuple[Tensor, Tensor] | None]
-    """For each SAE of the page, the (M,) latents that are most similar, and their cosines; None for
-    the SAE itself, and for one that cannot be compared."""
+    """For each SAE of the page, the (M,) latents that are active on the same images, and their
+    correlations; None for the SAE itself, and for one that cannot be compared."""
     of_images: tuple[Tensor, Tensor]
     """(I, 12) latents that each image activates, strongest first, -1 for none, and (I, 12) their
     shares of the reconstruction, which may be negative."""
@@ -219,6 +221,7 @@ def _latents(sae: LatentTable) -> dict[str, Any]:
         "firstBin": sae.first_bin,
         "breakdown": sae.breakdown and [pack_integers(part) for part in sae.breakdown],
         "nearest": _chosen(sae.nearest),
+        "together": _chosen(sae.together),
         "matches": [match and _chosen(match) for match in sae.matches],
         "ofImages": _chosen(sae.of_images),
     }

@@ -74,7 +74,7 @@ function percent(value) {
 /** A latent's value in a column, as text. */
 function cellText(sae, name, latent) {
   if (name === "latent") return String(latent);
-  if (name === "names") return sae.namesOf(latent).join(", ");
+  if (name === "names") return sae.namesOf(latent)[0] ?? "";
   const value = sae.columns[name][latent];
   if (name === "class") return className(value);
   if (name === "significant") return value ? "yes" : "no";
@@ -91,9 +91,15 @@ function latentLink(sae, latent) {
   return el("a", { class: "number", href: latentHref(sae, latent) }, String(latent));
 }
 
+/** The most common class of a latent's images, and its share: "cat 33 %"; "" for none. */
+function classShare(sae, latent) {
+  const label = sae.columns.class ? className(sae.columns.class[latent]) : "";
+  return label && (sae.columns.purity ? `${label} ${percent(sae.columns.purity[latent])}` : label);
+}
+
 /** What a latent seems to show: its first name, or its class. */
 function meaning(sae, latent) {
-  const label = sae.columns.class ? className(sae.columns.class[latent]) : "";
+  const label = classShare(sae, latent);
   return sae.namesOf(latent)[0] ?? (label && `class ${label}`);
 }
 

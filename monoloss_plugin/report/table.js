@@ -135,9 +135,9 @@ function tableRow(sae, latent) {
     return cell;
   });
   const names = sae.namesOf(latent);
-  const label = sae.columns.class ? className(sae.columns.class[latent]) : "";
+  const label = classShare(sae, latent);
   const words = el("td", { class: "col-class" });
-  if (names.length) words.append(el("span", { class: "names" }, names.join(", ")));
+  if (names.length) words.append(el("span", { class: "names" }, names[0]));
   if (label) words.append(el("span", { class: names.length ? "class muted" : "class" }, label));
   return el(
     "tr",

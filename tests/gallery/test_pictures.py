@@ -407,3 +407,14 @@ def test_a_row_without_an_image_does_not_stop_the_others() -> None:
     np.testing.assert_array_equal(pictures[0], noise(0))
     with pytest.raises(ValueError, match="no image here"):
         pictures[1]
+
+
+def test_a_list_of_files_that_moved_is_an_error(tmp_path: Path) -> None:
+    files = [tmp_path / f"{n}.png" for n in range(4)]
+    for file in files[:2]:
+        Image.new("RGB", (4, 4)).save(file)
+    assert len(open_pictures(files)) == 4  # half of them are there
+    with pytest.raises(
+        FileNotFoundError, match=r"images: 2 of 3 images are files that do not exist, such as /.*2"
+    ):
+        open_pictures(files[1:])

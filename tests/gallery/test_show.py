@@ -80,7 +80,9 @@ def test_the_grid_shows_the_images_of_each_band() -> None:
         assert list(latent.bands) == ["top", "middle", "bottom", "near misses"]
         for name, images in latent.bands.items():
             rows = [row for row in FOUND.bands[name].rows[number].tolist() if row >= 0][:5]
-            assert [image.image_id for image in images] == HELD_OUT.ids_of(torch.tensor(rows))
+            assert [image.image_id for image in images] == HELD_OUT.ids_of(
+                torch.tensor(rows).long()
+            )
             for image, row in zip(images, rows, strict=True):
                 assert decoded(image.thumbnail)[:, :, 0].tolist() == pixels[row].tolist()
 

@@ -123,6 +123,7 @@ def make_latents(
         first_bin=-24,
         breakdown=((top + torch.arange(5)) % classes, counts),
         nearest=(choose(width, width, 5), uniform(width, 5).sort(dim=1, descending=True).values),
+        together=(choose(width, width, 5), uniform(width, 5).sort(dim=1, descending=True).values),
         matches=[
             None if k == i else (choose(other, width), uniform(width))
             for k, other in enumerate(widths)

@@ -65,19 +65,20 @@ def test_the_page_holds_what_evaluate_and_the_pass_found(page: Path) -> None:
 def test_neighbours_breakdown_and_shares_are_those_of_their_definitions(page: Path) -> None:
     data = data_of(page)
     first, second = data["saes"]
+    x = torch.nn.functional.normalize(HELD_OUT.tensor().float(), dim=1)
     weights = torch.nn.functional.normalize(SAE.W_dec.detach(), dim=1)
     active = evaluate(SAE, HELD_OUT).monoscore.support > 0
     alive = active.nonzero().flatten().tolist()
-    others = load_pretrained("digits", OTHER).sae.W_dec.detach()
     cosines = (weights @ weights.T).fill_diagonal_(-2)[:, active]
-    across = weights @ torch.nn.functional.normalize(others, dim=1).T
+    both = torch.cat((SAE.encode(x), load_pretrained("digits", OTHER).sae.encode(x)), 1)
+    correlations = torch.corrcoef(both.detach().T)[:256, 256:].nan_to_num(-2)
     for latent in alive[:20]:
         nearest = unpack(first["nearest"][0])[latent]
         assert int(nearest[0]) == alive[int(cosines[latent].argmax())]
-        assert int(unpack(first["matches"][1][0])[latent]) == int(across[latent].argmax())
+        match = int(unpack(first["matches"][1][0])[latent])
+        assert float(correlations[latent].max() - correlations[latent, match]) < 0.15  # estimated
         assert first["matches"][0] is None
     latent = alive[0]
-    x = torch.nn.functional.normalize(HELD_OUT.tensor().float(), dim=1)
     on = SAE.encode(x)[:, latent] > 0
     assert HELD_OUT.labels is not None
     counts = HELD_OUT.labels[on].bincount(minlength=10)
@@ -137,7 +138,8 @@ def test_latents_are_named_by_texts(tmp_path: Path) -> None:
     purity = unpack(sae["columns"]["purity"]).tolist()
     pure = [k for k in range(256) if classes[k] >= 0 and purity[k] > 0.9]
     assert len(pure) > 50
-    assert sum(names[k][0] == str(classes[k]) for k in pure) > 0.8 * len(pure)  # 0.1 by chance
+    right = [names[k][0].startswith(f"{classes[k]} (z ") for k in pure]
+    assert sum(right) > 0.8 * len(pure)  # 0.1 by chance
     assert all(names[k] == [] for k in range(256) if classes[k] < 0)
 
 

@@ -172,7 +172,8 @@ def _require_files(given: Sequence[Picture]) -> None:
     missing = [path for path in paths if not os.path.exists(path)]
     if 2 * len(missing) > len(given):
         raise FileNotFoundError(
-            f"images: {len(missing):,} of {len(given):,} images are files that do not exist, such as {missing[0]}"
+            f"images: {len(missing):,} of {len(given):,} images are files that do not exist, such "
+            f"as {missing[0]}"
         )
 
 

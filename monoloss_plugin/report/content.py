@@ -33,6 +33,8 @@ _NOTES = (
     "activations are shuffled, and 1 where all images of a latent are alike.",
 )
 _NEAREST = 5
+_RARE, _CORRELATED = 8, 0.5
+"""Rare latents correlate by chance; above this correlation, two latents count as one finding."""
 _CLASSES = 5
 
 
@@ -101,16 +103,17 @@ def write_report(
     )
     samples = {name: score.samples_of(sae) for name, sae in saes.items()}
     shown = choose_images(list(samples.values()), pictures, progress=progress)
+    tables = [
+        _latents(name, of, named, shown, list(samples.values())) for name, of in samples.items()
+    ]
     page = Page(
         title=" and ".join(saes) if len(saes) < 3 else f"{len(saes)} SAEs",
-        about=_about(samples, features, shown),
+        about=_about(samples, tables, features, shown),
         **_table(comparison),
         notes=[*_NOTES, *comparison.notes],
         classes=features.classes or [],
         num_rows=len(features),
-        saes=[
-            _latents(name, of, named, shown, list(samples.values())) for name, of in samples.items()
-        ],
+        saes=tables,
         image_ids=[pictures.name(row) for row in shown.rows.tolist()],
         image_labels=(
             torch.full_like(shown.rows, -1)
@@ -134,7 +137,10 @@ def _require_writable(place: Path) -> None:
 
 
 def _about(
-    samples: Mapping[str, ActivatingSamples], features: FeatureSet, shown: Shown
+    samples: Mapping[str, ActivatingSamples],
+    tables: Sequence[LatentTable],
+    features: FeatureSet,
+    shown: Shown,
 ) -> list[tuple[str, str]]:
     """Return what the page says about where its content comes from."""
     record, source = features.record, features.record.source
@@ -154,6 +160,7 @@ def _about(
             for name, found in samples.items()
         ),
         "Compared by": str(next(iter(samples.values())).evaluation.spaces),
+        "Active together": "; ".join(map(_active_together, tables)),
         "Shown": f"{seen:,} images"
         + ("" if shown.pixelated else f", at most {shown.size} pixels wide and high"),
         "Left out": f"{shown.left_out:,} images, for which the file has no room"
@@ -167,6 +174,17 @@ def _about(
         "Made by": f"monoloss_plugin {__version__}",
     }
     return [(label, text) for label, text in said.items() if text]
+
+
+def _active_together(table: LatentTable) -> str:
+    """Return how many latents of an SAE are active on nearly the same images as another."""
+    often = table.columns["support"] > _RARE
+    correlated = table.together[1][:, 0] > _CORRELATED
+    share = float((correlated & often).sum()) / max(1, int(often.sum()))
+    return (
+        f"{table.name}: {share:.0%} of the latents that are active on more than {_RARE} images "
+        f"correlate above {_CORRELATED} with another"
+    )
 
 
 def _table(comparison: Comparison) -> dict[str, Any]:

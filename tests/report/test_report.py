@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,13 @@ def test_the_summary_has_the_comparison_with_baselines(page: Path) -> None:
         "PCA": True,
     }
     assert "599 of scikit-learn" in text
+    x = torch.nn.functional.normalize(HELD_OUT.tensor().float(), dim=1)
+    latents = SAE.encode(x).detach()
+    often = (latents > 0).sum(0) > 8
+    correlations = torch.corrcoef(latents.T).nan_to_num(-2).fill_diagonal_(-2).amax(1)[often]
+    said = re.search(r"plain: (\d+)% of the latents that are active on more than 8 images", text)
+    assert said is not None
+    assert int(said[1]) == pytest.approx(100 * float((correlations > 0.5).float().mean()), abs=6)
     assert str(Path.cwd()) not in text
 
 

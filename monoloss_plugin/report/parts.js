@@ -91,10 +91,10 @@ function latentLink(sae, latent) {
   return el("a", { class: "number", href: latentHref(sae, latent) }, String(latent));
 }
 
-/** The most common class of a latent's images, and its share: "cat 33 %"; "" for none. */
+/** The most common class of a latent's images, and its share: "cat: 33 %"; "" for none. */
 function classShare(sae, latent) {
   const label = sae.columns.class ? className(sae.columns.class[latent]) : "";
-  return label && (sae.columns.purity ? `${label} ${percent(sae.columns.purity[latent])}` : label);
+  return label && (sae.columns.purity ? `${label}: ${percent(sae.columns.purity[latent])}` : label);
 }
 
 /** What a latent seems to show: its first name, or its class. */

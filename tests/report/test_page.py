@@ -132,7 +132,7 @@ def test_every_column_can_be_chosen_to_sort_by(tab: Page) -> None:
     chooser.select_option("class")
     classes = [PAGE.classes[i].replace("\x07", r"\x07") for i in FIRST.columns["class"].tolist()]
     texts = tab.locator(".latents .class").all_inner_texts()
-    shown = [re.sub(r" [\d.]+ %$", "", text) for text in texts]  # without the class's share
+    shown = [re.sub(r": [\d.]+ %$", "", text) for text in texts]  # without the class's share
     assert [len(list(group)) for _, group in groupby(shown)][:-1] == [
         classes.count(name) for name in dict.fromkeys(shown)
     ][:-1]

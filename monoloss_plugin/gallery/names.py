@@ -25,6 +25,7 @@ from monoloss_plugin._places import kind_of
 from monoloss_plugin._sae import SAE, require_sae
 from monoloss_plugin.batch import Batch
 from monoloss_plugin.embeddings import unit_rows
+from monoloss_plugin.gallery.samples import ActivatingSamples
 from monoloss_plugin.scoring import Scoring
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class LatentNames:
 
 
 def name_latents(
-    sae: SAE,
+    sae: SAE | ActivatingSamples,
     features: Tensor | FeatureSet | Iterable[Batch],
     texts: Sequence[str],
     encoder: str | TextEncoder | Callable[[list[str]], Any] | None = None,
@@ -106,7 +107,8 @@ def name_latents(
     pooled ones.
 
     Args:
-        sae: anything with ``encode`` and ``decode``, such as a SAELens SAE.
+        sae: anything with ``encode`` and ``decode``, such as a SAELens SAE; or what
+            :func:`~monoloss_plugin.gallery.activating_samples` found of it, which saves the pass.
         features: as :func:`~monoloss_plugin.evaluation.evaluate` takes them. If batches bring
             embeddings, these are compared with the texts.
         texts: what the names are chosen from. A text that is given twice counts once. CLIP likes
@@ -135,10 +137,13 @@ def name_latents(
     Warns:
         UserWarning: the features say that another encoder made them; or as ``evaluate``.
     """
-    require_sae(sae)
+    if not isinstance(sae, ActivatingSamples):
+        require_sae(sae)
     require_at_least(1, count, "count")
     require_flag(progress, "progress")
     named = encode_texts(texts, encoder, features, device)
+    if isinstance(sae, ActivatingSamples):
+        return names_from_means(sae.mean_embeddings, sae.mean_embedding, *named, count)
     scoring = Scoring(sae, features, normalize=normalize, batch_size=batch_size, device=device)
     for _ in scoring.batches("Naming", progress):
         pass

@@ -100,6 +100,7 @@ def write_report(
         baselines=() if train is None else QUICK,
         groups=(),
         score=score,
+        progress=progress,
     )
     samples = {name: score.samples_of(sae) for name, sae in saes.items()}
     shown = choose_images(list(samples.values()), pictures, progress=progress)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from monoloss_plugin import Batch, MonoScore
 from monoloss_plugin.features import FeatureSet, extract, load_encoder, load_text_encoder
 from monoloss_plugin.gallery.names import LatentNames, name_latents, names_from_means
+from monoloss_plugin.gallery.samples import activating_samples
 from tests import oracle
 from tests.text_models import files_of, save_open_clip, save_transformers
 
@@ -376,3 +377,26 @@ def test_errors_of_means_name_the_argument(changed, error, said) -> None:
     }
     with pytest.raises(error, match=f"^{re.escape(said)}"):
         names_from_means(**{**arguments, **changed})
+
+
+def test_what_was_found_of_an_sae_gets_the_same_names_without_a_pass() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 8, generator=generator)
+    sae = Identity()
+    texts = ["one", "two", "three", "four"]
+    vectors = torch.randn(4, 8, generator=generator)
+
+    def encode(given: list[str]) -> torch.Tensor:
+        return vectors[[texts.index(one) for one in given]]
+
+    expected = name_latents(sae, x, texts, encode)
+    found = activating_samples(sae, x)
+    assert name_latents(found, x, texts, encode).texts == expected.texts
+
+
+class Identity:
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return x.relu()
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents

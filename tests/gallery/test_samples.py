@@ -13,7 +13,7 @@ from monoloss_plugin import Batch, load_features, load_pretrained
 from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.features import FeatureSet
 from monoloss_plugin.gallery import near_misses
-from monoloss_plugin.gallery.reservoir import Entries, Reservoir
+from monoloss_plugin.gallery.reservoir import Entries, Reservoir, hashes_of_rows
 from monoloss_plugin.gallery.samples import activating_samples
 
 
@@ -129,16 +129,18 @@ def test_near_misses_are_the_most_similar_samples_that_are_not_active(
 def test_near_misses_of_many_samples_come_from_a_random_choice(
     features: FeatureSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(near_misses, "CANDIDATES", 50)
+    # Also where a batch ends with the last sample that there is room for, and its key is small.
+    room = int(hashes_of_rows(torch.arange(20, 80)).argmin()) + 21
+    monkeypatch.setattr(near_misses, "CANDIDATES", room)
     sae = DenseSAE(16, 24, 7.0)
     runs = [
-        activating_samples(sae, features, count=50, normalize=False, batch_size=size).near_misses
-        for size in (300, 37, 50)  # also where a batch ends with the last that there is room for
+        activating_samples(sae, features, count=room, normalize=False, batch_size=size).near_misses
+        for size in (300, 37, room)
     ]
     assert torch.equal(runs[0].rows, runs[1].rows)
     assert torch.equal(runs[0].rows, runs[2].rows)
     chosen = set(listed(runs[0].rows.flatten()))
-    assert len(chosen) == 50
+    assert len(chosen) == room
     assert max(chosen) > 150 > min(chosen)
     activations = sae.encode(features.tensor())
     for k in range(24):

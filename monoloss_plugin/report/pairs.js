@@ -4,7 +4,7 @@ const PAIRS_PER_PAGE = 20;
 
 const pairing = { left: 0, right: 1, by: "rank", column: "adjusted", page: 0 };
 
-/** Pairs of latents as [left, right, cosine or undefined]; right is undefined without a match. */
+/** Pairs of latents as [left, right, correlation or undefined]; right is undefined without a match. */
 function pairLatents() {
   const [left, right] = [saes[pairing.left], saes[pairing.right]];
   const ranked = everyLatent(left, pairing.column, pairing.column !== "latent");
@@ -56,12 +56,12 @@ function renderPairs(section) {
     change({ page: to });
     scrollTo(0, 0);
   };
-  const rows = shown.map(([a, b, cosine]) =>
+  const rows = shown.map(([a, b, correlation]) =>
     el(
       "li",
       { class: "pair" },
       pairCard(left, a),
-      cosine === undefined ? null : el("p", { class: "muted cosine" }, `cosine ${number(cosine)}`),
+      correlation === undefined ? null : el("p", { class: "muted correlation" }, `correlation ${number(correlation)}`),
       pairCard(right, b),
     ),
   );

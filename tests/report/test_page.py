@@ -297,7 +297,7 @@ def test_two_saes_side_by_side_in_three_ways(tab: Page) -> None:
         every = [str(latent) for pair in pairs for latent in pair]
         expect(view.get_by_role("status")).to_have_text(f"{len(every) // 2} pairs")
         assert view.locator(".card a.number").all_inner_texts() == every[:40]
-        assert view.locator(".cosine").count() == (20 if by == "match" else 0)
+        assert view.locator(".correlation").count() == (20 if by == "match" else 0)
         view.get_by_role("button", name="Next").first.click()
         assert view.locator(".card a.number").all_inner_texts() == every[40:80]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from monoloss_plugin.features import FeatureSet
 from monoloss_plugin.features.files import OPEN_IMAGES_SPLITS
 from monoloss_plugin.features.sources import HUB_NAMES, OPEN_IMAGES, Source, open_source
 from monoloss_plugin.gallery.matching import match_by_id
+
+logger = logging.getLogger(__name__)
 
 DIGITS = "scikit-learn's copy of the UCI handwritten digits"
 """What the record of the bundled digits says."""
@@ -80,6 +83,11 @@ def find_source(features: FeatureSet) -> tuple[Source, Sequence[int]]:
     record = features.record.source
     kind, name = record.get("kind"), record.get("name")
     if kind == "hub" and _is_on_hub(name):
+        logger.info(
+            "opening the images of the features, the Hub dataset %s; it is downloaded if it is not "
+            "in the cache",
+            name,
+        )
         source = _open(name, _hub_options(record))
         return source, match_by_id(source, features)
     if not record:

@@ -15,21 +15,29 @@ from monoloss_plugin.cli.output import Output, table
 if TYPE_CHECKING:
     from monoloss_plugin.features import FeatureSet
 
-PLACE = "a folder such as ./sae, or REPOSITORY:SAE_ID on the Hub"
+SAEPlace = Annotated[
+    str,
+    typer.Argument(
+        help="A SAELens SAE: a folder such as ./sae, or REPOSITORY:SAE_ID on the Hub, or digits "
+        "(bundled)."
+    ),
+]
+HeldOut = Annotated[
+    str,
+    typer.Option(
+        help="Held-out features: a folder such as ./features, or REPOSITORY:SPLIT on the Hub."
+    ),
+]
+Against = Annotated[
+    list[str] | None,
+    typer.Option("--against", help="Another SAE to compare with. You may repeat the option."),
+]
 
 
 def evaluate(
-    sae: Annotated[str, typer.Argument(help=f"A SAELens SAE: {PLACE}, or digits (bundled).")],
-    features: Annotated[
-        str,
-        typer.Option(
-            help="Held-out features: a folder such as ./features, or REPOSITORY:SPLIT on the Hub."
-        ),
-    ],
-    against: Annotated[
-        list[str] | None,
-        typer.Option("--against", help="Another SAE to compare with. You may repeat the option."),
-    ] = None,
+    sae: SAEPlace,
+    features: HeldOut,
+    against: Against = None,
     train: Annotated[
         str | None,
         typer.Option(

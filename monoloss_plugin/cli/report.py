@@ -9,18 +9,13 @@ import typer
 from rich.filesize import decimal
 
 from monoloss_plugin._places import local_path, require_file
-from monoloss_plugin.cli.evaluate import PLACE, load_features, load_saes
+from monoloss_plugin.cli.evaluate import Against, HeldOut, SAEPlace, load_features, load_saes
 from monoloss_plugin.cli.output import Output
 
 
 def report(
-    sae: Annotated[str, typer.Argument(help=f"A SAELens SAE: {PLACE}, or digits (bundled).")],
-    features: Annotated[
-        str,
-        typer.Option(
-            help="Held-out features: a folder such as ./features, or REPOSITORY:SPLIT on the Hub."
-        ),
-    ],
+    sae: SAEPlace,
+    features: HeldOut,
     images: Annotated[
         str | None,
         typer.Option(
@@ -28,10 +23,7 @@ def report(
             "By default those that the features' record tells of."
         ),
     ] = None,
-    against: Annotated[
-        list[str] | None,
-        typer.Option("--against", help="Another SAE to stand beside. You may repeat the option."),
-    ] = None,
+    against: Against = None,
     train: Annotated[
         str | None,
         typer.Option(

@@ -23,6 +23,7 @@ from monoloss_plugin._places import as_path, kind_of
 from monoloss_plugin.dictionary import redundancy, stability
 from monoloss_plugin.evaluation import SAE, evaluate
 from monoloss_plugin.features import FeatureSet
+from monoloss_plugin.features.feature_set import require_set
 from monoloss_plugin.features.matching import rows_in_common
 from monoloss_plugin.metrics import MonoScore
 from monoloss_plugin.probing import latents_of, preserved_accuracy, small_budget_probe
@@ -392,15 +393,6 @@ def _recipes(saes: Any) -> dict[str, list[SAE]]:
     if taken := [name for name in recipes if name in BASELINES]:
         raise ValueError(f"saes: {taken[0]!r} is the name of a baseline; give another")
     return recipes
-
-
-def require_set(one: Any, name: str) -> None:
-    """Raise TypeError unless an argument of this name is a feature set."""
-    if not isinstance(one, FeatureSet):
-        raise TypeError(
-            f"{name}: expected a FeatureSet, got {kind_of(one)}; FeatureSet.from_tensors makes one "
-            "of arrays"
-        )
 
 
 def _matched(features: FeatureSet, spaces: Any) -> dict[str, tuple[FeatureSet, Tensor]]:

@@ -33,8 +33,6 @@ class Encoded(NamedTuple):
     """(B, d_in), on the SAE's device, as it encoded them."""
     latents: Tensor | Support
     """(B, M), on the SAE's device."""
-    reconstruction: Tensor
-    """(B, d_in)"""
     embeddings: Tensor
     """(B, d): what the samples are compared by."""
 
@@ -95,8 +93,7 @@ class Scoring:
                 latents = as_rows(self.sae.encode(given), "sae.encode(features)", keep_sparse=True)
                 # Look for the entries once; every measure sums over them.
                 found = support_of(latents) if is_sparse(latents) else latents
-                reconstruction = decode(latents, found)
-                self.r2.update(given, reconstruction)
+                self.r2.update(given, decode(latents, found))
                 similarity = given if batch.embeddings is None else batch.embeddings
                 embeddings = as_tensor(similarity, "embeddings").to(given.device)
                 self.monoscore.update(found, embeddings)
@@ -105,7 +102,7 @@ class Scoring:
                 counted = torch.arange(seen, seen + len(given))
                 seen += len(given)
                 rows = counted if batch.rows is None else batch.rows.flatten()
-                yield Encoded(rows, given, found, reconstruction, embeddings)
+                yield Encoded(rows, given, found, embeddings)
                 advance(len(given))
         self._say_if_scaled = self._say_if_scaled and self.scaled and not were_scaled
 

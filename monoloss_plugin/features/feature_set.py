@@ -16,6 +16,7 @@ from datasets import ClassLabel, Dataset, load_from_disk
 from torch import Tensor
 
 from monoloss_plugin._checks import as_labels
+from monoloss_plugin._places import kind_of
 from monoloss_plugin.batch import Batch
 from monoloss_plugin.features import arrays
 from monoloss_plugin.features.record import FeatureRecord
@@ -278,6 +279,15 @@ class FeatureSet(torch.utils.data.Dataset[Batch]):
 
     def __repr__(self) -> str:
         return f"FeatureSet({len(self)} x {self.width}, {self.dtype})"
+
+
+def require_set(one: Any, name: str) -> None:
+    """Raise TypeError unless an argument of this name is a feature set."""
+    if not isinstance(one, FeatureSet):
+        raise TypeError(
+            f"{name}: expected a FeatureSet, got {kind_of(one)}; FeatureSet.from_tensors makes one "
+            "of arrays, and FeatureSet.open of files and datasets"
+        )
 
 
 def _views(column: pa.ChunkedArray) -> list[np.ndarray[Any, Any]]:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from monoloss_plugin._optional import missing_extra
-from monoloss_plugin._places import kind_of
 
 try:
     from PIL import Image
 
     from monoloss_plugin.features import FeatureSet
+    from monoloss_plugin.features.feature_set import require_set
     from monoloss_plugin.features.sources import Source
     from monoloss_plugin.gallery.finding import DIGITS, find_source, open_place
     from monoloss_plugin.gallery.matching import ids_of_all, match_by_id, require_as_many
@@ -124,8 +124,8 @@ def open_pictures(images: Any = None, features: FeatureSet | None = None) -> Pic
         >>> len(pictures), pictures[0].size, pictures[0].mode
         (2, (6, 4), 'RGB')
     """
-    if features is not None and not isinstance(features, FeatureSet):
-        raise TypeError(f"features: expected a FeatureSet, got {kind_of(features)}")
+    if features is not None:
+        require_set(features, "features")
     if images is None:
         return _from_record(features)
     if is_array(images) and images.ndim not in (3, 4):

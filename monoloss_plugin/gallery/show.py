@@ -11,6 +11,7 @@ from monoloss_plugin._checks import as_list, require_at_least, require_choice, r
 from monoloss_plugin._places import kind_of
 from monoloss_plugin._sae import SAE
 from monoloss_plugin.features import FeatureSet
+from monoloss_plugin.features.feature_set import require_set
 from monoloss_plugin.gallery.grid import LatentGrid, ShownImage, ShownLatent
 from monoloss_plugin.gallery.pictures import Pictures, open_pictures
 from monoloss_plugin.gallery.samples import ActivatingSamples, activating_samples
@@ -184,11 +185,7 @@ def latent_grid(
 def _found(sae: Any, features: FeatureSet, count: int, progress: bool) -> ActivatingSamples:
     require_at_least(1, count, "count")
     require_flag(progress, "progress")
-    if not isinstance(features, FeatureSet):
-        raise TypeError(
-            f"features: expected a FeatureSet, got {kind_of(features)}; FeatureSet.from_tensors "
-            "makes one of arrays, and FeatureSet.open of files and datasets"
-        )
+    require_set(features, "features")
     if isinstance(sae, ActivatingSamples):
         return sae
     return activating_samples(sae, features, count=count, progress=progress)

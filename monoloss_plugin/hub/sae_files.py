@@ -75,10 +75,9 @@ class SAEContent:
         if self.unit_norm is not None:
             require_flag(self.unit_norm, "unit_norm")
         if self.features is not None:
-            from monoloss_plugin.features import FeatureSet
+            from monoloss_plugin.features.feature_set import require_set
 
-            if not isinstance(self.features, FeatureSet):
-                raise TypeError(f"features: expected a FeatureSet, got {self.features!r}")
+            require_set(self.features, "features")
         if self.baseline is not None and self.evaluation is None:
             raise ValueError("baseline: needs an evaluation to compare it with")
         if self.controls and self.evaluation is None:

@@ -19,8 +19,9 @@ from torch import Tensor
 from monoloss_plugin._checks import device_or_gpu
 from monoloss_plugin._places import as_path, kind_of, require_folder, without
 from monoloss_plugin._samples import own_record
-from monoloss_plugin.comparison import Comparison, compare, require_set
+from monoloss_plugin.comparison import Comparison, compare
 from monoloss_plugin.features import FeatureBatches, FeatureSet
+from monoloss_plugin.features.feature_set import require_set
 from monoloss_plugin.features.store import write_json
 from monoloss_plugin.saes.baselines import QUICK
 from monoloss_plugin.saes.refit import refit_decoder

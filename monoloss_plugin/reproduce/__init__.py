@@ -1,0 +1,1 @@
+"""The papers' experiments, each by one command: ``monoloss reproduce``."""

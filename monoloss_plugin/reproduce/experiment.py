@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
 from monoloss_plugin.features import FeatureSet
 from monoloss_plugin.features.store import read_json, write_json
 
@@ -47,7 +45,7 @@ class Setting:
     seeds: Sequence[int] = (0, 1, 2)
     images: Mapping[str, Any] = field(default_factory=dict)
     """"train" and "held_out" images, as ``open_source`` takes them, where they are needed."""
-    device: torch.device = torch.device("cpu")
+    device: str = "cpu"
 
     def run(self, *names: object, compute: Callable[[], Any]) -> Any:
         """Return what a run gave as JSON: from its file if it is there, or else by computing it.

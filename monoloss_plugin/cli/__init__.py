@@ -17,6 +17,7 @@ try:
     from monoloss_plugin.cli.hub import convert, pretrained, publish
     from monoloss_plugin.cli.output import command
     from monoloss_plugin.cli.report import report
+    from monoloss_plugin.cli.reproduce import reproduce
     from monoloss_plugin.cli.train import recipe_options, sweep, train
 except ModuleNotFoundError as error:
     sys.exit(f"monoloss: {missing_extra(error, 'cli')}")
@@ -36,6 +37,7 @@ command(app, recipe_options)(train)
 command(app, recipe_options)(sweep)
 command(app)(evaluate)
 command(app)(report)
+command(app)(reproduce)
 app.add_typer(features, name="features")
 app.add_typer(publish, name="publish")
 command(app)(pretrained)

@@ -88,6 +88,12 @@ class Experiment:
     draw: Callable[[Found], Axes] | None = None
 
 
+def mean_of(values: Iterable[float | None]) -> float:
+    """Return the mean over seeds of the values that are there; NaN if none is."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else float("nan")
+
+
 def spread(values: Iterable[float | None], digits: int = 3) -> str:
     """Return the mean ± standard deviation over seeds; only the value if there is one.
 

@@ -37,6 +37,7 @@ _SLOW = (
     "tests/hub/test_saes.py",
     "tests/report/test_page.py",
     "tests/report/test_report.py",
+    "tests/reproduce/test_experiments.py",
     "tests/test_arguments.py",
     "tests/test_documents.py",
     "tests/test_package.py",

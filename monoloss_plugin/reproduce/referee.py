@@ -89,10 +89,14 @@ def _measures(
     at: Callable[[float], Any], features: Features, spaces: Mapping[str, FeatureSet], k: int
 ) -> dict[str, Any]:
     """Return the measures of an SAE at several L0, and at k also those that take longer."""
-    curve = []
+    curve: list[dict[str, float]] = []
     for share in _SHARES:
-        found = evaluate(at(share * k), features.held_out).summary()
-        curve.append({name: found[name] for name in ("l0", *_MEASURES)})
+        try:
+            sae = at(share * k)
+        except ValueError:  # few directions cannot have a high L0
+            continue
+        found = evaluate(sae, features.held_out).summary()
+        curve.append({"share": share, **{name: found[name] for name in ("l0", *_MEASURES)}})
     sae = at(k)
     compared = compare({"sae": sae}, features.held_out, spaces=spaces, groups=("spaces",))
     (run,) = compared.runs["sae"]
@@ -137,13 +141,17 @@ def at_r2(curve: Sequence[Mapping[str, float]], r2: float, measure: str) -> floa
     return None
 
 
+def _at(run: Mapping[str, Any], share: float) -> Mapping[str, float]:
+    """Return the measures of a run at an L0, as a share of k; empty if it cannot have that L0."""
+    return next((one for one in run["curve"] if one["share"] == share), {})
+
+
 def tables(found: Found) -> list[Table]:
     """Return the measures at one L0 and at one R²."""
-    middle = _SHARES.index(1.0)
     others = found["others"]
     rows = []
     for name, runs in found["runs"].items():
-        at_k = [run["curve"][middle] for run in runs]
+        at_k = [_at(run, 1.0) for run in runs]
         rows.append(
             [
                 name,
@@ -167,7 +175,7 @@ def tables(found: Found) -> list[Table]:
             f"that are active on more than {_FREQUENT} held-out images.",
         )
     ]
-    target = mean_of(run["curve"][middle]["r2"] for run in found["runs"][PLAIN])
+    target = mean_of(_at(run, 1.0)["r2"] for run in found["runs"][PLAIN])
     rows = [
         [
             name,
@@ -195,8 +203,9 @@ def draw(found: Found) -> Axes:
     """Draw MonoScore above chance against R², over L0: a line for each SAE, the mean of seeds."""
     ax = axes_for(None)
     for i, (name, runs) in enumerate(found["runs"].items()):
+        shares = [one["share"] for one in runs[0]["curve"]]
         points = [
-            [mean_of(run["curve"][j][m] for run in runs) for j in range(len(_SHARES))]
+            [mean_of(_at(run, share).get(m) for run in runs) for share in shares]
             for m in ("r2", "monoscore_adjusted")
         ]
         style = line_style(i)

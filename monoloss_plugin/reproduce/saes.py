@@ -38,8 +38,7 @@ _MOST = {"num_latents": 2048, "k": 32, "batch_size": 512}
 _EPOCHS, _STEPS = 4.0, 350
 """Passes over the rows at the small scale; or more, for so many steps."""
 _REGULARIZER_LAM = {OffSupportL1: 3e-3, L1L2Ratio: 3e-3}
-"""In the units "nmse". The paper's weights are not known; docs/evidence.md says how these were
-chosen."""
+"""In the units "nmse". The paper's weights are not known, and these were not tuned."""
 
 
 @dataclass(frozen=True)

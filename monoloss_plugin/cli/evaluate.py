@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 SAEPlace = Annotated[
     str,
     typer.Argument(
-        help="A SAELens SAE: a folder such as ./sae, or REPOSITORY:SAE_ID on the Hub, or digits "
-        "(bundled)."
+        help="A SAELens SAE: a folder such as ./sae, or REPOSITORY:SAE_ID on the Hub, or digits or "
+        "photos (bundled)."
     ),
 ]
 HeldOut = Annotated[

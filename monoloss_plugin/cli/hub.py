@@ -177,7 +177,9 @@ def features(
 def pretrained(
     repository: Annotated[
         str,
-        typer.Argument(help="USER/NAME on the Hub, digits (bundled), or a folder such as ./saes."),
+        typer.Argument(
+            help="USER/NAME on the Hub, digits or photos (bundled), or a folder such as ./saes."
+        ),
     ],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
 ) -> Output:

@@ -123,8 +123,8 @@ def load_features(
     the Hub cannot be reached.
 
     Args:
-        repo_id: ``user/name`` on the Hub; ``"digits"``, which is bundled; or a folder laid out like
-            a repository, as a ``Path`` or a string such as ``"./folder"``.
+        repo_id: ``user/name`` on the Hub; ``"digits"`` or ``"photos"``, which are bundled; or a
+            folder laid out like a repository, as a ``Path`` or a string such as ``"./folder"``.
         split: such as ``"train"``. You can leave it out if there is only one.
         config: which of the repository's feature sets, if there are several.
         revision: a branch, tag or commit.

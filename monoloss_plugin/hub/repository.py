@@ -21,7 +21,7 @@ from monoloss_plugin.hub.names import require_repo_id, require_token
 
 Kind = Literal["model", "dataset"]
 
-BUNDLED = {"digits": "batchtopk-256-monoloss-0.003"}
+BUNDLED = {"digits": "batchtopk-256-monoloss-0.003", "photos": "recommended-512"}
 """The names that come with the package, each with the SAE that it loads by default."""
 
 _LARGEST_JSON = 16 << 20  # bytes; no settings and no record are longer

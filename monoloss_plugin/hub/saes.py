@@ -83,8 +83,8 @@ def load_pretrained(
     cannot be reached.
 
     Args:
-        repo_id: ``user/name`` on the Hub; ``"digits"``, which is bundled; or a folder laid out like
-            a repository, as a ``Path`` or a string such as ``"./folder"``.
+        repo_id: ``user/name`` on the Hub; ``"digits"`` or ``"photos"``, which are bundled; or a
+            folder laid out like a repository, as a ``Path`` or a string such as ``"./folder"``.
         sae_id: which of the repository's SAEs. You can leave it out if there is only one; for
             ``"digits"`` you then get the one with MonoLoss.
         revision: a branch, tag or commit of the repository.

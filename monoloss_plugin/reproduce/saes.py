@@ -64,7 +64,7 @@ def ks_of(setting: Setting, features: Features) -> tuple[int, int, int]:
 def _sizes(setting: Setting, features: Features) -> dict[str, Any]:
     if setting.full:
         return {"num_latents": 8192, "k": 64, "batch_size": 2048, "epochs": 50}
-    rows = len(features.train)
+    rows = len(features.train) * 9 // 10  # without the tenth that train() holds out
     fitted = get_recipe("plain", features.train).fitted_to(rows, features.train.width)
     sizes = {name: min(most, getattr(fitted, name)) for name, most in _MOST.items()}
     return {**sizes, "epochs": max(_EPOCHS, math.ceil(_STEPS * sizes["batch_size"] / rows))}

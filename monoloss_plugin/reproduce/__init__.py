@@ -5,6 +5,7 @@ Needs the extras ``sae-lens``, ``vision`` and ``referee``.
 
 from __future__ import annotations
 
+from monoloss_plugin.reproduce.collection import COLLECTION
 from monoloss_plugin.reproduce.experiment import Experiment, Features, Setting, Table
 from monoloss_plugin.reproduce.figure4 import FIGURE4, TABLE1
 from monoloss_plugin.reproduce.hard_budget import HARD_BUDGET
@@ -29,5 +30,6 @@ EXPERIMENTS = {
     "table1": TABLE1,
     "hard-budget": HARD_BUDGET,
     "referee": REFEREE,
+    "collection": COLLECTION,
 }
 """Every experiment by its name."""

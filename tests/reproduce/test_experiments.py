@@ -9,12 +9,14 @@ import pytest
 import torch
 from sae_lens import SAE
 
+from monoloss_plugin import load_features, load_pretrained
 from monoloss_plugin.evaluation import evaluate
+from monoloss_plugin.hub import list_pretrained
 from monoloss_plugin.losses import MonoLoss, StepTensors
 from monoloss_plugin.reproduce import EXPERIMENTS, experiment, referee, reproduce, saes
 from monoloss_plugin.saes.selection import with_l0
 
-SAE_EXPERIMENTS = ("figure4", "table1", "hard-budget", "referee")
+SAE_EXPERIMENTS = ("figure4", "table1", "hard-budget", "referee", "collection")
 
 
 @pytest.fixture(scope="module", params=SAE_EXPERIMENTS)
@@ -121,6 +123,18 @@ def test_latents_that_are_active_together_are_alike(setting) -> None:
     features = setting.features["digits"]
     assert referee._share_alike(Copies(), features) == 1.0
     assert referee._share_alike(Apart(), features) == 0.0
+
+
+def test_the_collection_can_be_read_before_it_is_published(setting) -> None:
+    reproduce("collection", EXPERIMENTS["collection"], setting)
+    models, datasets = (setting.out / "collection" / kind for kind in ("models", "datasets"))
+    ids = [one.sae_id for one in list_pretrained(models)]
+    assert len(ids) == 2 * 3 * 3  # encoders, k, recipes
+    loaded = load_pretrained(models, "other/monoloss-k8")
+    held_out = load_features(datasets, "held_out", config="other")
+    assert evaluate(loaded.sae, held_out).summary() == pytest.approx(loaded.record.metrics)
+    assert set(loaded.record.controls) == {"random directions", "data points", "PCA"}
+    assert loaded.record.baseline == load_pretrained(models, "other/plain-k8").record.metrics
 
 
 def test_spread() -> None:

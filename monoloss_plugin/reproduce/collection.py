@@ -1,0 +1,120 @@
+"""SAEs for everyone: the SAEs of the experiments and their features, ready for the Hub.
+
+The folder is a collection as ``monoloss publish all`` takes it. No SAE is chosen by its scores: it
+holds the first seed of each recipe, encoder and k.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from monoloss_plugin.evaluation import evaluate
+from monoloss_plugin.hub.features import Split, write_features
+from monoloss_plugin.hub.sae_files import SAEContent, write_sae
+from monoloss_plugin.reproduce.experiment import Experiment, Found, Setting, Table
+from monoloss_plugin.reproduce.saes import MONOLOSS, PLAIN, RECOMMENDED, ks_of, recipes, trained
+from monoloss_plugin.saes.baselines import QUICK, make_baseline
+
+if TYPE_CHECKING:
+    from monoloss_plugin.features import FeatureSet
+
+_NAMES = (PLAIN, MONOLOSS, RECOMMENDED)
+_COLUMNS = {
+    "r2": "R²",
+    "monoscore_adjusted": "MonoScore above chance",
+    "purity_adjusted": "purity above chance",
+    "l0": "L0",
+    "dead_latents": "dead",
+}
+
+
+def measure(setting: Setting) -> Found:
+    """Write BatchTopK SAEs of every encoder over several k, and the features that they take."""
+    folder = setting.out / "collection"
+    saes = {}
+    for encoder, features in setting.features.items():
+        for name in ("train", "held_out"):
+            split = Split(encoder, name)
+            if not (folder / "datasets" / split.record_path).exists():
+                write_features(getattr(features, name), folder / "datasets", split)
+        for k in ks_of(setting, features):
+            controls = setting.run(
+                *("collection", encoder, f"k {k}", "controls"),
+                compute=lambda encoder=encoder, k=k: _controls(setting, encoder, k),  # type: ignore[misc]
+            )
+            baseline = None
+            for name in _NAMES:
+
+                def write(
+                    name: str = name,
+                    encoder: str = encoder,
+                    k: int = k,
+                    baseline: Any = baseline,
+                    controls: Any = controls,
+                ) -> Any:
+                    sae_id = f"{encoder}/{name.lower()}-k{k}"
+                    root = folder / "models"
+                    return _written(setting, encoder, name, k, root, sae_id, baseline, controls)
+
+                key = ("collection", encoder, f"k {k}", name)
+                found = setting.run(*key, compute=write)
+                baseline = baseline or found["metrics"]
+                saes[found["sae_id"]] = found["metrics"]
+    return {"folder": folder.name, "saes": saes}
+
+
+def _controls(setting: Setting, encoder: str, k: int) -> dict[str, Any]:
+    """Return the measures of SAEs that have learnt nothing."""
+    features = setting.features[encoder]
+    size: Any = recipes(setting, features, "batchtopk", k)[PLAIN].num_latents
+    return {
+        kind: evaluate(
+            make_baseline(kind, features.train, num_latents=size, l0=k), features.held_out
+        ).summary()
+        for kind in QUICK
+    }
+
+
+def _written(
+    setting: Setting,
+    encoder: str,
+    name: str,
+    k: int,
+    root: Path,
+    sae_id: str,
+    baseline: dict[str, float] | None,
+    controls: dict[str, Any],
+) -> dict[str, Any]:
+    """Write the files of one SAE, and return its measures."""
+    features = setting.features[encoder]
+    recipe = recipes(setting, features, "batchtopk", k)[name]
+    sae = trained(setting, encoder, name, recipe, setting.seeds[0])
+    held_out: FeatureSet = features.held_out
+    found = evaluate(sae, held_out)
+    content = SAEContent(
+        sae, found, baseline=baseline, features=held_out, unit_norm=True, controls=controls
+    )
+    root.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(root / sae_id, ignore_errors=True)  # of a run that was stopped here
+    write_sae(content, root, sae_id)
+    return {"sae_id": sae_id, "metrics": found.summary()}
+
+
+def tables(found: Found) -> list[Table]:
+    """Return the measures of every SAE."""
+    rows = [
+        [sae_id, *(f"{metrics[m]:.{0 if m == 'dead_latents' else 3}f}" for m in _COLUMNS)]
+        for sae_id, metrics in found["saes"].items()
+    ]
+    note = f"Publish them with: monoloss publish all OUT/{found['folder']} USER/NAME"
+    return [Table("SAEs, on held-out images", ("SAE", *_COLUMNS.values()), rows, note)]
+
+
+COLLECTION = Experiment(
+    about="SAEs of every encoder over several k, and their features, ready for the Hub",
+    needs=frozenset({"features"}),
+    measure=measure,
+    tables=tables,
+)

@@ -207,7 +207,7 @@ def publish_collection(
         for file in one.files
     ]
     said = [_summary(one) for one in done.repositories]
-    said.append(f"in all: {len(rows)} files, {decimal(done.size)} to upload")
+    said.append(f"in all: {len(rows)} files; {decimal(done.size)} of them new or changed")
     if done.page is not None:
         said.append(f"page: {done.page}")
         said.append(f"list the SAEs: monoloss pretrained {repository}")

@@ -192,7 +192,7 @@ def test_a_dry_run_lists_every_file_with_totals_and_only_looks(folder, hub) -> N
     planned = json.loads(run(folder, REPO, "--dry-run", "--json").stdout)
     sizes = [f["size"] for part in ("saes", "features") for f in planned[part]["files"]]
     assert planned["size"] == sum(sizes)
-    assert f"in all: {len(sizes)} files, {sum(sizes) / 1000:.1f} kB to upload" in shown.stdout
+    assert f"in all: {len(sizes)} files; {sum(sizes) / 1000:.1f} kB of them new" in shown.stdout
     assert planned["page"] is None
 
 

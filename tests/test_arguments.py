@@ -70,6 +70,8 @@ from monoloss_plugin.finetuning import (
     load_with_mono_layer,
 )
 from monoloss_plugin.gallery import activating_samples, names_from_means, open_pictures
+from monoloss_plugin.hub import publish_all
+from monoloss_plugin.hub.repository import bundled_folder
 from monoloss_plugin.losses import lam_factor
 from monoloss_plugin.metrics import R2
 from monoloss_plugin.probing import probe, small_budget_probe
@@ -515,6 +517,15 @@ def cases_of_the_hub() -> dict[str, Case]:
                 **publish,
             },
             names={"features": "features|source"},
+        ),
+        "publish_all": Case(
+            partial(publish_all, dry_run=True),
+            {
+                "folder": bundled_folder("digits"),
+                "repo_id": "alice/saes",
+                "features": True,
+                **publish,
+            },
         ),
         "from_monoloss": Case(
             from_monoloss,

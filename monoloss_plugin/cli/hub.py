@@ -174,6 +174,52 @@ def features(
     )
 
 
+@command(publish, _upload_options, "all")
+def publish_collection(
+    folder: Annotated[
+        Path,
+        typer.Argument(help="A folder with SAEs in models/ and features in datasets/."),
+    ],
+    repository: Annotated[
+        str,
+        typer.Argument(help="USER/NAME for the SAEs; the features go to USER/NAME-features."),
+    ],
+    features: Annotated[
+        bool, typer.Option("--features/--no-features", help="Publish the features too.")
+    ] = True,
+    **upload: Any,
+) -> Output:
+    """Publish a folder of SAEs and features, and a page of the Hub that links to both."""
+    from monoloss_plugin.cli.hub_errors import explain
+    from monoloss_plugin.hub import CollectionPageError, publish_all
+
+    failure = ""
+    try:
+        done = publish_all(
+            folder, repository, features=features, **{**upload, "tags": upload["tags"] or ()}
+        )
+    except CollectionPageError as error:
+        done, reason = error.published, error.__cause__ or error
+        failure = str(CollectionPageError(done, explain(reason) or reason))
+    rows = [
+        (one.repo_id, file.path, decimal(file.size), file.change)
+        for one in done.repositories
+        for file in one.files
+    ]
+    said = [_summary(one) for one in done.repositories]
+    said.append(f"in all: {len(rows)} files; {decimal(done.size)} of them new or changed")
+    if done.page is not None:
+        said.append(f"page: {done.page}")
+        said.append(f"list the SAEs: monoloss pretrained {repository}")
+    content = {
+        "saes": _content(done.saes),
+        "features": None if done.features is None else _content(done.features),
+        "page": done.page,
+        "size": done.size,
+    }
+    return Output(content, [table("repository", "file", "size", "", rows=rows), *said], failure)
+
+
 def pretrained(
     repository: Annotated[
         str,
@@ -262,14 +308,22 @@ def convert(
 
 def _output(done: Publication, loading: str) -> Output:
     files = [(file.path, decimal(file.size), file.change) for file in done.files]
-    size = decimal(done.size)
-    if done.commit is None:
-        said = [f"dry run: {size} would be uploaded to {done.url}"]
-    elif done.size:
-        said = [f"{size} uploaded to {done.url} (commit {done.commit[:8]})"]
-    else:
-        said = [f"nothing to upload: {done.url} has all files already"]
+    said = [_summary(done)]
     if done.commit is not None:
         said.append(f"load it: {loading}")
-    content = {**asdict(done), "size": done.size, "loading": loading}
+    content = {**_content(done), "loading": loading}
     return Output(content, [table("file", "size", "", rows=files), *said])
+
+
+def _summary(done: Publication) -> str:
+    """Return a line that says what was uploaded, or would be."""
+    size = decimal(done.size)
+    if done.commit is None:
+        return f"dry run: {size} would be uploaded to {done.url}"
+    if done.size:
+        return f"{size} uploaded to {done.url} (commit {done.commit[:8]})"
+    return f"nothing to upload: {done.url} has all files already"
+
+
+def _content(done: Publication) -> dict[str, Any]:
+    return {**asdict(done), "size": done.size}

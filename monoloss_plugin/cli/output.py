@@ -74,13 +74,14 @@ def one_of(*allowed: str) -> Callable[[str | None], str | None]:
 
 
 def command(
-    app: typer.Typer, shared: Callable[..., None] | None = None
+    app: typer.Typer, shared: Callable[..., None] | None = None, name: str | None = None
 ) -> Callable[[Callable[..., Output]], Callable[..., None]]:
     """Make a function that returns its output a command, with ``--quiet`` and ``--json``.
 
     Args:
         app: the group of commands.
         shared: a function that has more options as its parameters; the command gets them by name.
+        name: the command's name; by default the function's.
     """
 
     def register(function: Callable[..., Output]) -> Callable[..., None]:
@@ -105,7 +106,7 @@ def command(
         ]
         run.__signature__ = inspect.Signature(given)  # type: ignore[attr-defined]
         run.__annotations__ = {one.name: one.annotation for one in given}
-        app.command()(run)
+        app.command(name)(run)
         return run
 
     return register

@@ -11,6 +11,11 @@ from monoloss_plugin._later import later
 from monoloss_plugin._optional import missing_extra
 
 if TYPE_CHECKING:
+    from monoloss_plugin.hub.collection import (
+        CollectionPageError,
+        PublishedCollection,
+        publish_all,
+    )
     from monoloss_plugin.hub.features import load_features, publish_features
     from monoloss_plugin.hub.record import SAERecord
     from monoloss_plugin.hub.saes import Listed, Pretrained, list_pretrained, load_pretrained
@@ -18,14 +23,17 @@ if TYPE_CHECKING:
     from monoloss_plugin.hub.upload_sae import publish_sae
 
 __all__ = [
+    "CollectionPageError",
     "Listed",
     "PlannedFile",
     "Pretrained",
     "Publication",
+    "PublishedCollection",
     "SAERecord",
     "list_pretrained",
     "load_features",
     "load_pretrained",
+    "publish_all",
     "publish_features",
     "publish_sae",
 ]
@@ -33,18 +41,23 @@ __all__ = [
 _find, __dir__ = later(
     __name__,
     {
+        "CollectionPageError": "collection",
         "Listed": "saes",
         "PlannedFile": "upload",
         "Pretrained": "saes",
         "Publication": "upload",
+        "PublishedCollection": "collection",
         "SAERecord": "record",
         "list_pretrained": "saes",
         "load_features": "features",
         "load_pretrained": "saes",
+        "publish_all": "collection",
         "publish_features": "features",
         "publish_sae": "upload_sae",
     },
 )
+
+_OF_HUB = ("datasets", "huggingface_hub", "pyarrow", "yaml")
 
 
 def __getattr__(name: str) -> Any:
@@ -52,5 +65,5 @@ def __getattr__(name: str) -> Any:
     try:
         return _find(name)
     except ModuleNotFoundError as error:
-        of_hub = (error.name or "").partition(".")[0] in ("datasets", "huggingface_hub", "yaml")
+        of_hub = (error.name or "").partition(".")[0] in _OF_HUB
         raise missing_extra(error, "hub" if of_hub else "sae-lens") from error

@@ -58,6 +58,11 @@ def parse_card(text: str, title: str = "") -> RepoCard:
         ) from error
 
 
+def metadata_list(card: str, key: str) -> list[Any]:
+    """Return an entry of a card's metadata as a list; it may be one value, or none."""
+    return _as_list(parse_card(card).data.get(key))
+
+
 def merge_card(
     existing: str, repo_id: str, parts: Sequence[str], metadata: Mapping[str, Any]
 ) -> str:
@@ -82,7 +87,7 @@ def merge_card(
         if not value:
             continue
         there = card.data.get(key)
-        before = there if isinstance(there, list) else [] if there is None else [there]
+        before = _as_list(there)
         if key == "configs":
             new = {config["config_name"] for config in value}
             kept = [c for c in before if not isinstance(c, dict) or c.get("config_name") not in new]
@@ -92,6 +97,10 @@ def merge_card(
         elif there is None:
             card.data[key] = value
     return f"---\n{card.data.to_yaml()}\n---\n{text}"
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def hub_id(origin: Mapping[str, Any]) -> str | None:

@@ -23,10 +23,11 @@ from monoloss_plugin.hub.repository import (
     Place,
     Repository,
     open_repository,
+    page_of,
     read_json,
     repository_in,
 )
-from monoloss_plugin.hub.upload import Destination, Publication, upload
+from monoloss_plugin.hub.upload import Destination, Plan, Publication, plan_upload, send
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ DEFAULT = "default"
 _PARQUET = re.compile(r"(.+)/(\w+(?:\.\w+)*)-\d{5}-of-(\d{5})\.parquet")
 
 _SHARD = 500 << 20  # bytes of a Parquet file
-_COLUMNS = ("features", "label", "image_id")
+COLUMNS = ("features", "label", "image_id")
 """The columns that are published. Other columns may hold anything."""
 
 _DATA_FILES = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".txt", ".zip", ".tar")
@@ -49,6 +50,8 @@ Features of images from a frozen encoder, one vector per image, for training and
 autoencoders. Published with monoloss_plugin; any reader of Parquet can read them.
 
 ## Splits"""
+
+_SAES = "SAEs that take these features:"
 
 _COLUMNS_AND_LICENCE = """\
 ## Columns
@@ -281,25 +284,41 @@ def publish_features(
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         write_features(features, root, name)
+        return send(plan_features(repository_in(root, repo_id), to, metadata), name.split)
 
-        def write_card(existing: str, there: Repository | None) -> str:
-            records = {}
-            if there is not None:
-                _require_room(there, existing)
-                records = read_records(there)
-            records |= read_records(repository_in(root, repo_id))
-            _require_same_columns(records, name)
-            return _card(existing, repo_id, records, metadata)
 
-        def owns(path: str) -> bool:
-            return path == name.record_path or split_of(path)[0] == name
+def plan_features(
+    added: Repository, to: Destination, metadata: Mapping[str, Any], *, saes: str = ""
+) -> Plan:
+    """Plan to upload the splits of a local repository, beside those that are there.
 
-        return upload(root, to, name.split, owns=owns, write_card=write_card)
+    Args:
+        added: their files, in a local folder.
+        to: the repository of the Hub.
+        metadata: license, tags and images for the card's metadata.
+        saes: the repository of SAEs that the card links to, if any.
+    """
+    new = read_records(added)
+
+    def write_card(existing: str, there: Repository | None) -> str:
+        records = {}
+        if there is not None:
+            _require_room(there, existing)
+            records = read_records(there)
+        records |= new
+        for split in new:
+            _require_same_columns(records, split)
+        return _card(existing, to.repo_id, records, metadata, saes)
+
+    def owns(path: str) -> bool:
+        return split_of(path)[0] in new or path in {split.record_path for split in new}
+
+    return plan_upload(added, to, owns=owns, write_card=write_card)
 
 
 def write_features(features: FeatureSet, root: Path, split: Split) -> None:
     """Write a split's Parquet files and record below ``root``. Same features give same files."""
-    columns = [name for name in _COLUMNS if name in features.dataset.column_names]
+    columns = [name for name in COLUMNS if name in features.dataset.column_names]
     rows = features.dataset.select_columns(columns)
     size = len(features) * features.width * features.dtype.itemsize
     count = max(1, -(-size // _SHARD))
@@ -350,7 +369,8 @@ def _require_same_columns(records: dict[Split, FeatureRecord], new: Split) -> No
     """Raise ValueError where splits of one configuration would have different columns."""
     columns = records[new].columns
     for split, record in records.items():
-        if split.config == new.config and (record.columns or columns) != columns:
+        both_known = bool(columns and record.columns)
+        if split.config == new.config and both_known and record.columns != columns:
             raise ValueError(
                 f"features: their columns are not those of {split.split}, which is in the same "
                 f"configuration ({columns} and {record.columns}); choose another config"
@@ -362,8 +382,12 @@ def _card(
     repo_id: str,
     records: Mapping[Split, FeatureRecord],
     metadata: Mapping[str, Any],
+    saes: str,
 ) -> str:
-    """Return the card of a repository that will hold these splits."""
+    """Return the card of a repository that will hold these splits.
+
+    It links to the SAEs if there are any, or as the card did before.
+    """
     splits = sorted(records)
     rows = []
     for split in splits:
@@ -374,9 +398,13 @@ def _card(
     configs: dict[str, list[Split]] = {}
     for split in splits:
         configs.setdefault(split.config, []).append(split)
+    linked = [line for line in existing.splitlines() if line.startswith(_SAES)]
+    if saes:
+        linked = [f"{_SAES} [`{saes}`]({page_of(saes, 'model')})."]
     parts = [
         _ABOUT,
         table(("configuration", "split", "size", "type", "encoder", "images"), rows),
+        *linked,
         *(_encoder(config, records[of_config[0]]) for config, of_config in configs.items()),
         _COLUMNS_AND_LICENCE,
         _LOAD.format(repo_id=repo_id, split=splits[0].split, config=splits[0].config),

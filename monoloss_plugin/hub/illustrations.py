@@ -106,9 +106,15 @@ def draw_latents(path: Path, samples: ActivatingSamples, pictures: Pictures) -> 
 def copy_picture(source: Path, target: Path) -> None:
     """Copy a PNG picture; raise ValueError for another file."""
     # The file may be a link to something that nobody means to publish.
-    if source.read_bytes()[:8] != b"\x89PNG\r\n\x1a\n":
-        raise ValueError(f"{source}: not a PNG picture")
+    require_picture(source)
     shutil.copyfile(source, target)
+
+
+def require_picture(path: Path) -> None:
+    """Raise ValueError for a file that is not a PNG picture."""
+    with path.open("rb") as file:
+        if file.read(8) != b"\x89PNG\r\n\x1a\n":
+            raise ValueError(f"{path}: not a PNG picture")
 
 
 def require_report(report: Any) -> Path:

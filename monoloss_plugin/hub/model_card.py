@@ -9,10 +9,11 @@ from huggingface_hub import hf_hub_url
 
 from monoloss_plugin._samples import compared_in_training
 from monoloss_plugin.evaluation import MEASURES
-from monoloss_plugin.hub.cards import escape, merge_card, settings_table, table
+from monoloss_plugin.hub.cards import escape, merge_card, metadata_list, settings_table, table
 from monoloss_plugin.hub.illustrations import CURVES, ILLUSTRATIONS, LATENTS, REPORT
+from monoloss_plugin.hub.names import features_beside
 from monoloss_plugin.hub.record import RECORD, SAERecord
-from monoloss_plugin.hub.repository import Repository, api
+from monoloss_plugin.hub.repository import Repository, api, page_of
 from monoloss_plugin.hub.saes import Listed, file_of, list_saes
 
 _TAGS = ["sparse-autoencoder", "monoloss", "monosemanticity", "interpretability", "saelens"]
@@ -68,6 +69,10 @@ def model_card(
     parts = [_ABOUT, "## SAEs", _overview(saes)]
     for one in saes:
         parts += [_section(one), *_illustrations(one, repo_id, sizes), _origin(one)]
+    linked, features = metadata_list(existing, "datasets"), features_beside(repo_id)
+    if features in (*linked, *metadata["datasets"]):
+        link = f"[`{features}`]({page_of(features, 'dataset')})"
+        parts += ["## Features", f"The features that these SAEs take: {link}."]
     parts += ["## Load", _LOAD.format(repo_id=repo_id, sae_id=saes[0].sae_id)]
     tags = [*_TAGS, *metadata["tags"]]
     ours = {"library_name": "saelens", **metadata, "tags": tags}

@@ -54,6 +54,11 @@ def require_repo_id(repo_id: str) -> str:
     return require_hub_name(repo_id, f"repo_id: expected 'user/name', got {repo_id!r}")
 
 
+def features_beside(repo_id: str) -> str:
+    """Return the dataset repository that has the features of a repository of SAEs."""
+    return f"{repo_id}-features"
+
+
 def require_split(split: str) -> str:
     """Return the name of a split; raise ValueError for one that ``datasets`` does not accept."""
     plain = isinstance(split, str) and _SPLIT.fullmatch(split) and len(split) <= _LONGEST_SPLIT

@@ -157,6 +157,11 @@ def api(token: str | bool | None) -> HfApi:
     )
 
 
+def page_of(repo_id: str, kind: Kind) -> str:
+    """Return the address of a repository's page on the Hub."""
+    return f"{api(None).endpoint}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; raise ValueError for a file that holds something else, or too much."""
     size = path.stat().st_size

@@ -145,7 +145,7 @@ def list_pretrained(
 
 def list_saes(repository: Repository) -> list[Listed]:
     """List the SAEs of a repository; one that cannot be read is left out, with a warning."""
-    ids = _sae_ids(repository)
+    ids = sae_ids(repository)
     settings = [file_of(sae_id, file) for sae_id in ids for file in (CONFIG, RECORD)]
     folder = repository.download(path for path in settings if path in repository.sizes)
     found = []
@@ -177,7 +177,7 @@ def _paths(sae_id: str) -> list[str]:
     return [file_of(sae_id, file) for file in (CONFIG, WEIGHTS, SPARSITY, RECORD)]
 
 
-def _sae_ids(repository: Repository) -> list[str]:
+def sae_ids(repository: Repository) -> list[str]:
     """Return the folders that hold both settings and weights."""
     configs = (path for path in map(PurePosixPath, repository.sizes) if path.name == CONFIG)
     ids = (str(config.parent) for config in configs)
@@ -188,7 +188,7 @@ def _sae_ids(repository: Repository) -> list[str]:
 def _choose(repository: Repository, sae_id: str | None) -> str:
     """Return the name of the SAE to load; the repository has it."""
     require_text(sae_id, "sae_id")
-    there = _sae_ids(repository)
+    there = sae_ids(repository)
     shown = ", ".join(there[:10]) + ", ..." * (len(there) > 10)
     if sae_id is None:
         if not there:

@@ -1,9 +1,10 @@
-"""Upload a folder to a repository of the Hub in one commit, without overwriting anything."""
+"""Upload files to a repository of the Hub in one commit, without overwriting anything."""
 
 from __future__ import annotations
 
+import io
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,7 +16,7 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from monoloss_plugin._checks import require_flag
 from monoloss_plugin.hub.cards import CARD
 from monoloss_plugin.hub.names import require_repo_id
-from monoloss_plugin.hub.repository import Kind, Place, Repository, api, ask_hub
+from monoloss_plugin.hub.repository import Kind, Place, Repository, api, ask_hub, page_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class Publication:
     commit: str | None
     """None for a dry run."""
     name: str = ""
-    """The name of the SAE, or of the split, in the repository."""
+    """The name of the SAE, or of the split, in the repository; or how many there are."""
 
     @property
     def size(self) -> int:
@@ -67,25 +68,32 @@ class Destination:
             require_flag(getattr(self, name), name)
 
 
-def upload(
-    folder: Path,
+@dataclass(frozen=True)
+class Plan:
+    """An upload that has not begun. Making it has raised every error that one can know before."""
+
+    to: Destination
+    files: list[PlannedFile]
+    content: Mapping[str, Path | bytes]
+    """What each file will hold, by its path in the repository."""
+    parent: str | None
+    """The commit to build on; None if there is no repository yet."""
+
+
+def plan_upload(
+    added: Repository,
     to: Destination,
-    name: str,
     *,
     owns: Callable[[str], bool],
     write_card: Callable[[str, Repository | None], str],
-) -> Publication:
-    """Upload a folder, and the repository's card, in one commit.
-
-    Files that are there already are not sent. An interruption at any point leaves the repository as
-    it was, or empty if it is new.
+) -> Plan:
+    """Compare local files with a repository of the Hub, and make its card.
 
     Args:
-        folder: its files have the paths that they get in the repository.
+        added: the files to upload, in a local folder, with the paths that they get.
         to: where to upload them.
-        name: the name of the SAE or split, for the commit and the result.
-        owns: says whether a path belongs to this SAE or split. Such a file is deleted from the
-            repository if the folder does not have it.
+        owns: says whether a path belongs to what is uploaded. Such a file is deleted from the
+            repository if it is not among the files.
         write_card: makes the new card from the card's text and the repository, if there is one.
     """
     there = _look_at(to)
@@ -94,21 +102,35 @@ def upload(
             f"private: {to.repo_id} is there already, and public; make it private on its settings "
             "page first, or choose another name"
         )
-    (folder / CARD).write_text(write_card(_card_of(there), there), encoding="utf-8")
-    files = _plan(folder, there, owns)
+    assert added.folder is not None
+    content: dict[str, Path | bytes] = {path: added.folder / path for path in added.sizes}
+    content[CARD] = write_card(_card_of(there), there).encode("utf-8")
+    files = _compare(content, there, owns)
     clashes = [f.path for f in files if f.change in ("changed", "gone") and f.path != CARD]
     if clashes and not to.overwrite:
         raise FileExistsError(
             f"repo_id: {to.repo_id} has another {', '.join(clashes[:4])} already; publish under "
             "another name, or pass overwrite to replace it"
         )
-    commit = None if there is None else there.commit
-    changes = [file for file in files if file.change != "same"]
+    return Plan(to, files, content, None if there is None else there.commit)
+
+
+def send(plan: Plan, name: str) -> Publication:
+    """Carry out a plan in one commit; for a dry run, only tell what it would do.
+
+    Files that are there already are not sent. An interruption at any point leaves the repository as
+    it was, or empty if it is new.
+
+    Args:
+        plan: what to send.
+        name: the name of the SAE or split, for the commit and the result.
+    """
+    to, commit = plan.to, plan.parent
+    changes = [file for file in plan.files if file.change != "same"]
     if changes and not to.dry_run:
-        commit = _commit(folder, changes, to, commit, f"Publish {name}")
-    page = f"datasets/{to.repo_id}" if to.kind == "dataset" else to.repo_id
-    url = f"{api(None).endpoint}/{page}"
-    return Publication(to.repo_id, url, files, None if to.dry_run else commit, name)
+        commit = _commit(plan, changes, f"Publish {name}")
+    url = page_of(to.repo_id, to.kind)
+    return Publication(to.repo_id, url, plan.files, None if to.dry_run else commit, name)
 
 
 def _look_at(to: Destination) -> Repository | None:
@@ -134,41 +156,42 @@ def _card_of(repository: Repository | None) -> str:
         raise ValueError(f"{CARD}: the card of {repository.name} is not UTF-8; mend it") from error
 
 
-def _plan(
-    folder: Path, repository: Repository | None, owns: Callable[[str], bool]
+def _compare(
+    content: Mapping[str, Path | bytes], repository: Repository | None, owns: Callable[[str], bool]
 ) -> list[PlannedFile]:
-    """Compare the folder with the repository."""
+    """Compare files with those of the repository."""
     there = {file.rfilename: file for file in repository.info.siblings} if repository else {}
-    planned = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = path.relative_to(folder).as_posix()
+    planned = []
+    for name, held in sorted(content.items()):
         for parent in map(str, PurePosixPath(name).parents):
             if parent in there:
                 raise FileExistsError(f"repo_id: a file {parent} is there, where {name} should go")
         change = "new"
         if name in there:
-            change = "same" if _is_same(path, there[name]) else "changed"
-        planned[name] = PlannedFile(name, path.stat().st_size, change)
-    gone = sorted(path for path in there if owns(path) and path not in planned)
-    return [*planned.values(), *(PlannedFile(path, 0, "gone") for path in gone)]
+            change = "same" if _is_same(held, there[name]) else "changed"
+        size = len(held) if isinstance(held, bytes) else held.stat().st_size
+        planned.append(PlannedFile(name, size, change))
+    gone = sorted(path for path in there if owns(path) and path not in content)
+    return [*planned, *(PlannedFile(path, 0, "gone") for path in gone)]
 
 
-def _is_same(path: Path, there: Any) -> bool:
-    """Compare a local file with the checksum that the Hub has of one."""
-    if not there.lfs:
-        return git_hash(path.read_bytes()) == str(there.blob_id)
-    with path.open("rb") as content:
+def _is_same(held: Path | bytes, there: Any) -> bool:
+    """Compare a file's content with the checksum that the Hub has of one."""
+    with io.BytesIO(held) if isinstance(held, bytes) else held.open("rb") as content:
+        if not there.lfs:
+            return git_hash(content.read()) == str(there.blob_id)
         return sha_fileobj(content).hex() == str(there.lfs["sha256"])
 
 
-def _commit(
-    folder: Path, changes: list[PlannedFile], to: Destination, parent: str | None, message: str
-) -> str:
+def _commit(plan: Plan, changes: list[PlannedFile], message: str) -> str:
     """Make the commit, and first the repository if there is none; return the commit's hash."""
+    to, parent = plan.to, plan.parent
     client = api(to.token)
     if parent is None:
         # Before a repository is made, because the Hub may reject the card.
-        RepoCard.load(folder / CARD).validate(repo_type=to.kind)
+        card = plan.content[CARD]
+        assert isinstance(card, bytes)
+        RepoCard(card.decode("utf-8")).validate(repo_type=to.kind)
         # Without private, an organization's own rule decides. A repository that somebody else has
         # made in the meantime is an error: it was not looked at.
         client.create_repo(to.repo_id, repo_type=to.kind, private=to.private or None)
@@ -176,7 +199,7 @@ def _commit(
     operations = [
         CommitOperationDelete(file.path)
         if file.change == "gone"
-        else CommitOperationAdd(file.path, folder / file.path)
+        else CommitOperationAdd(file.path, plan.content[file.path])
         for file in changes
     ]
     done = client.create_commit(

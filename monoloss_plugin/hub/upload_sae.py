@@ -18,7 +18,8 @@ from monoloss_plugin.hub.names import require_hub_name, require_texts
 from monoloss_plugin.hub.record import read_record
 from monoloss_plugin.hub.repository import Repository, repository_in
 from monoloss_plugin.hub.sae_files import FILES, Metrics, SAEContent, write_sae
-from monoloss_plugin.hub.upload import Destination, Publication, upload
+from monoloss_plugin.hub.saes import file_of, sae_ids
+from monoloss_plugin.hub.upload import Destination, Plan, Publication, plan_upload, send
 
 if TYPE_CHECKING:
     from monoloss_plugin.features import FeatureSet
@@ -130,10 +131,20 @@ def publish_sae(
             "base_model": [base_model or hub_id(record.encoder)],
             "datasets": [dataset or hub_id(record.dataset)],
         }
+        return send(plan_saes(repository_in(root, sae_id), to, metadata), sae_id)
 
-        def write_card(existing: str, there: Repository | None) -> str:
-            added = repository_in(root, sae_id)
-            return model_card(existing, repo_id, [there, added], metadata)
 
-        files = {f"{sae_id}/{file}" for file in FILES}
-        return upload(root, to, sae_id, owns=files.__contains__, write_card=write_card)
+def plan_saes(added: Repository, to: Destination, metadata: Mapping[str, Any]) -> Plan:
+    """Plan to upload the SAEs of a local repository, beside those that are there.
+
+    Args:
+        added: their files, in a local folder.
+        to: the repository of the Hub.
+        metadata: license, tags, encoders and images for the card's metadata.
+    """
+    files = {file_of(sae_id, file) for sae_id in sae_ids(added) for file in FILES}
+
+    def write_card(existing: str, there: Repository | None) -> str:
+        return model_card(existing, to.repo_id, [there, added], metadata)
+
+    return plan_upload(added, to, owns=files.__contains__, write_card=write_card)

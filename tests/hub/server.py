@@ -98,6 +98,8 @@ class LoopbackHub:
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str]] = []
         self.private_by_default = False
+        self.collections: dict[str, dict[str, Any]] = {}
+        """What the Hub says of each collection, by its slug."""
         self.page = 1000
         """Entries of a page of a tree."""
 
@@ -395,6 +397,55 @@ class _Handler(BaseHTTPRequestHandler):
             return refusal
         return 200, {"type": "user", "name": "alice", "auth": {"type": "access_token"}}
 
+    def create_collection(self) -> Any:
+        asked = json.loads(self.body)
+        if refusal := self._refusal(f"{asked['namespace']}/", writing=True):
+            return refusal
+        for slug, there in self.hub.collections.items():
+            if (there["owner"]["name"], there["title"]) == (asked["namespace"], asked["title"]):
+                return 409, {"error": "You already have a collection of this title", "slug": slug}
+        number = f"{len(self.hub.collections):024x}"
+        words = re.sub(r"[^a-z0-9]+", "-", asked["title"].lower())
+        slug = f"{asked['namespace']}/{words}-{number}"
+        self.hub.collections[slug] = {
+            "slug": slug,
+            "title": asked["title"],
+            "description": asked.get("description"),
+            "owner": {"name": asked["namespace"], "type": "user"},
+            "items": [],
+            "lastUpdated": "2026-01-01T00:00:00.000Z",
+            "position": 0,
+            "private": asked["private"],
+            "theme": "green",
+            "upvotes": 0,
+        }
+        return 200, self.hub.collections[slug]
+
+    def collection(self, slug: str) -> Any:
+        there = self.hub.collections.get(slug)
+        if there is None or (there["private"] and self.token != OWNER_TOKEN):
+            return 404, {"error": "Collection not found"}
+        return 200, there
+
+    def add_to_collection(self, slug: str) -> Any:
+        if refusal := self._refusal(slug, writing=True):
+            return refusal
+        status, there = self.collection(slug)
+        if status != 200:
+            return status, there
+        asked = json.loads(self.body)
+        item = asked["item"]
+        if (item["type"], item["id"]) not in self.hub.repos:
+            return 404, {"error": f"{item['type']} {item['id']} not found"}
+        if any((i["type"], i["id"]) == (item["type"], item["id"]) for i in there["items"]):
+            return 409, {"error": "This item is in the collection already"}
+        position = len(there["items"])
+        added = {"_id": f"{position:024x}", **item, "position": position}
+        if "note" in asked:
+            added["note"] = {"text": asked["note"], "html": asked["note"]}
+        there["items"].append(added)
+        return 200, there
+
     def resolve(self, repo_id: str, revision: str, path: str, kind: str | None = None) -> Any:
         _, sha, files, refusal = self._at(kind or "models", repo_id, revision)
         if refusal:
@@ -457,6 +508,9 @@ _ROUTES: list[tuple[str, tuple[str, ...], Any]] = [
     (rf"{_API}/refs", ("GET",), _Handler.refs),
     (rf"{_API}/preupload/(?P<revision>[^/]+)", ("POST",), _Handler.preupload),
     (rf"{_API}/commit/(?P<revision>[^/]+)", ("POST",), _Handler.commit),
+    (r"/api/collections", ("POST",), _Handler.create_collection),
+    (r"/api/collections/(?P<slug>[^/]+/[^/]+)", ("GET",), _Handler.collection),
+    (r"/api/collections/(?P<slug>[^/]+/[^/]+)/items", ("POST",), _Handler.add_to_collection),
     (r"/storage/(?P<oid>[0-9a-f]{64})", ("PUT",), _Handler.store),
     (r"/storage/(?P<oid>[0-9a-f]{64})", ("GET", "HEAD"), _Handler.stored),
     (r"/verify/(?P<oid>[0-9a-f]{64})", ("POST",), _Handler.verify),

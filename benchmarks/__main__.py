@@ -1,4 +1,4 @@
-"""Run the benchmarks, write what they found as JSON, and draw time against N.
+"""Run the benchmarks, and write what they found as JSON.
 
 python -m benchmarks                 # the quick one
 python -m benchmarks --full          # more rounds and samples
@@ -21,10 +21,8 @@ import torch
 from benchmarks.cases import CASES
 from benchmarks.data import Shape
 from benchmarks.feature_cases import extraction, extraction_memory, feeding, loading
-from benchmarks.figure import growth_figure
 from benchmarks.finetune_case import finetuning
 from benchmarks.setting import Setting
-from monoloss_plugin.figures import save_figure
 from monoloss_plugin.reproduce.machine import machine
 
 FEATURE_CASES = {case.__name__: case for case in (loading, feeding, extraction, extraction_memory)}
@@ -70,8 +68,6 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     report = {"date": date.today().isoformat(), "machine": where, "shape": vars(shape), **found}
     (options.out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
-    if "growth" in found:
-        save_figure(growth_figure(found["growth"], where["device"]), options.out / "growth.png")
     print(f"written to {options.out}/")
 
 

@@ -1,4 +1,4 @@
-"""Run the benchmarks, write what they found as JSON, and draw time against N.
+"""Run the benchmarks, and write what they found as JSON.
 
 python -m benchmarks                 # the quick one
 python -m benchmarks --full          # more rounds and samples
@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,34 +21,12 @@ import torch
 from benchmarks.cases import CASES
 from benchmarks.data import Shape
 from benchmarks.feature_cases import extraction, extraction_memory, feeding, loading
-from benchmarks.figure import growth_figure
 from benchmarks.finetune_case import finetuning
 from benchmarks.setting import Setting
-from monoloss_plugin.figures import save_figure
+from monoloss_plugin.reproduce.machine import machine
 
 FEATURE_CASES = {case.__name__: case for case in (loading, feeding, extraction, extraction_memory)}
 EVERY_CASE = CASES | FEATURE_CASES | {"finetuning": finetuning}
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """Name what the figures were measured on."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1] for line in info.read_text().splitlines() if "model name" in line
-        ]
-        cpu = names[0].strip() if names else cpu
-    named = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    return {
-        "device": named,
-        "cpu": cpu,
-        "threads": torch.get_num_threads(),
-        "system": platform.system(),
-        "torch": torch.__version__,
-        "sae-lens": version("sae-lens"),
-        "monoloss_plugin": version("monoloss_plugin"),
-    }
 
 
 def main() -> None:
@@ -79,7 +55,7 @@ def main() -> None:
     device = torch.device(options.device)
     shape = Shape(options.batch, options.width, options.latents, options.k)
     setting = Setting(device, options.full, shape)
-    where = machine(device)
+    where = machine(options.device)
     print(f"{where['device']}, {where['threads']} threads, torch {where['torch']}; {shape}")
     found: dict[str, Any] = {}
     for name in options.cases:
@@ -92,8 +68,6 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     report = {"date": date.today().isoformat(), "machine": where, "shape": vars(shape), **found}
     (options.out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
-    if "growth" in found:
-        save_figure(growth_figure(found["growth"], where["device"]), options.out / "growth.png")
     print(f"written to {options.out}/")
 
 

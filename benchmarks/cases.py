@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from itertools import repeat
 from typing import Any, Literal
 
@@ -19,13 +18,14 @@ from torch import Tensor
 from benchmarks import baselines
 from benchmarks.data import Shape, activations, features
 from benchmarks.setting import Found, Setting
-from benchmarks.timing import alternate, peak_memory, ratio, spread
 from benchmarks.trainer import batchtopk_trainer
 from monoloss_plugin import MonoLoss, MonoScore, functional
 from monoloss_plugin.adapters.sae_lens import add_loss
 from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.kernels import support
 from monoloss_plugin.kernels.batch import batch_scores
+from monoloss_plugin.reproduce.algorithms import two_pass_monoscore
+from monoloss_plugin.reproduce.timing import alternate, peak_memory, ratio, summarise
 
 
 def loss(setting: Setting) -> Found:
@@ -63,10 +63,10 @@ def step(setting: Setting) -> Found:
     ways = {name: _stepper(trainer, x) for name, trainer in trainers.items()}
     seconds = alternate(ways, setting.rounds(12, 60), setting.device)
     more = ratio(seconds["with MonoLoss"], seconds["without"])
-    medians = {name: spread(runs)["median"] for name, runs in seconds.items()}
+    medians = {name: summarise(runs)["median"] for name, runs in seconds.items()}
     low, high = more["quartiles"]
     return {
-        "seconds": {name: spread(runs) for name, runs in seconds.items()},
+        "seconds": {name: summarise(runs) for name, runs in seconds.items()},
         "with over without": more,
         "target": f"at most {2 if setting.device.type == 'cuda' else 6} % more",
         "says": f"{medians['without']:.3f} s without, {medians['with MonoLoss']:.3f} s with: "
@@ -101,7 +101,7 @@ def score(setting: Setting) -> Found:
         return run
 
     ways = {
-        "two passes": lambda: baselines.two_pass_monoscore(batches),
+        "two passes": lambda: two_pass_monoscore(batches),
         "held sparse": streamed(coo),
         "held dense": streamed(batches),
     }
@@ -151,59 +151,6 @@ def evaluation(setting: Setting) -> Found:
         "target": f"{report['target']}; at most as long as the SAE's own encode and decode",
         "says": f"{report['says']}; evaluate takes {share['median']:.2f} of encode and decode",
         "samples": rows,
-    }
-
-
-def growth(setting: Setting) -> Found:
-    """Time and memory of MonoScore against N, and the pairwise definition's time."""
-    shape, pool = setting.shape, 4
-    x = features(pool * shape.batch, shape, setting.device)
-    a = activations(x, shape)
-    batches = list(zip(a.split(shape.batch), x.split(shape.batch), strict=True))
-
-    linear = []
-    for exponent in range(12, 20):
-
-        def run(samples: int = 2**exponent) -> Tensor:
-            metric = MonoScore()
-            for i in range(samples // shape.batch):
-                metric.update(*batches[i % pool])
-            return metric.compute().scores
-
-        runs = alternate(
-            {"run": run}, setting.rounds(1, 5), setting.device, warm_up=exponent <= 14
-        )["run"]
-        linear.append({"samples": 2**exponent, **spread(runs)})
-        if exponent <= setting.rounds(14, 19):
-            linear[-1]["memory"] = peak_memory(run, setting.device)
-
-    pairwise = []
-    for samples in [256, 512, 1024, 2048][: setting.rounds(3, 4)]:
-        runs = alternate(
-            {"run": partial(baselines.pairwise_monoscore, a[:samples], x[:samples])},
-            setting.rounds(1, 3),
-            setting.device,
-            warm_up=samples <= 512,
-        )["run"]
-        pairwise.append({"samples": samples, **spread(runs)})
-
-    last = pairwise[-1]
-    extrapolated = last["median"] * (65_536 / last["samples"]) ** 2
-    ours = next(point["median"] for point in linear if point["samples"] == 65_536)
-    slope = _slope(linear)
-    held = [point["memory"] / 2**20 for point in linear if "memory" in point]
-    return {
-        "linear": linear,
-        "pairwise": pairwise,
-        "slope": slope,
-        "pairwise slope": _slope(pairwise),
-        "pairwise at 65,536, extrapolated": extrapolated,
-        "times faster at 65,536": extrapolated / ours,
-        "target": "slope at most 1.05; above 1,200 times at 65,536; memory flat",
-        "says": f"slope {slope:.3f}; at 65,536 samples {ours:.2f} s, pairwise "
-        f"{extrapolated:,.0f} s extrapolated from {last['samples']}: "
-        f"{extrapolated / ours:,.0f} times; memory {held[0]:.0f} MiB at {linear[0]['samples']:,} "
-        f"and {held[-1]:.0f} MiB at {linear[len(held) - 1]['samples']:,}",
     }
 
 
@@ -300,8 +247,7 @@ def waiting(setting: Setting) -> Found:
 
 
 CASES: dict[str, Callable[[Setting], Found]] = {
-    case.__name__: case
-    for case in (agreement, loss, step, memory, score, evaluation, growth, waiting)
+    case.__name__: case for case in (agreement, loss, step, memory, score, evaluation, waiting)
 }
 
 
@@ -310,24 +256,17 @@ def _report(seconds: dict[str, list[float]], *, baseline: str, target: str) -> F
         name: ratio(seconds[baseline], runs) for name, runs in seconds.items() if name != baseline
     }
     said = (
-        f"{name}: {spread(seconds[name])['median']:.3f} s, {value['median']:.2f} times faster "
+        f"{name}: {summarise(seconds[name])['median']:.3f} s, {value['median']:.2f} times faster "
         f"({value['quartiles'][0]:.2f} to {value['quartiles'][1]:.2f})"
         for name, value in faster.items()
     )
-    first = f"{baseline}: {spread(seconds[baseline])['median']:.3f} s"
+    first = f"{baseline}: {summarise(seconds[baseline])['median']:.3f} s"
     return {
-        "seconds": {name: spread(runs) for name, runs in seconds.items()},
+        "seconds": {name: summarise(runs) for name, runs in seconds.items()},
         "times faster": faster,
         "target": target,
         "says": "; ".join((first, *said)),
     }
-
-
-def _slope(points: list[Found]) -> float:
-    """Slope of log time against log N, by least squares."""
-    x = torch.tensor([math.log(point["samples"]) for point in points], dtype=torch.float64)
-    y = torch.tensor([math.log(point["median"]) for point in points], dtype=torch.float64)
-    return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
 
 
 def _largest(error: Tensor) -> float:

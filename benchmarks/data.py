@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+
+from monoloss_plugin.reproduce.synthetic import clustered_features
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,7 @@ class Shape:
 
 def features(rows: int, shape: Shape, device: torch.device, seed: int = 0) -> Tensor:
     """Return unit vectors (rows, width) around a hundred directions, as an encoder's would be."""
-    generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(100, shape.width, generator=generator)
-    nearest = torch.randint(100, (rows,), generator=generator)
-    x = centres[nearest] + torch.randn(rows, shape.width, generator=generator)
-    return normalize(x, dim=1).to(device)
+    return clustered_features(rows, shape.width, seed).to(device)
 
 
 def activations(x: Tensor, shape: Shape, seed: int = 1) -> Tensor:

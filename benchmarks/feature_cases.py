@@ -25,12 +25,12 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 
 from benchmarks.data import features
 from benchmarks.setting import Found, Setting
-from benchmarks.timing import alternate, ratio, spread
 from benchmarks.trainer import batchtopk_trainer
 from monoloss_plugin.features import FeatureBatches, FeatureRecord, FeatureSet, store
 from monoloss_plugin.features.encoders import Encoder
 from monoloss_plugin.features.extraction import extract
 from monoloss_plugin.features.shards import EncodedRows, ShardWriter, features_schema
+from monoloss_plugin.reproduce.timing import alternate, ratio, summarise
 
 _LMDB, _PLAIN = "LMDB, 4 workers", "x[perm] in memory"
 
@@ -93,7 +93,7 @@ def loading(setting: Setting) -> Found:
         )
     return {
         "rows": rows,
-        "seconds": {name: spread(runs) for name, runs in seconds.items()},
+        "seconds": {name: summarise(runs) for name, runs in seconds.items()},
         "times faster than LMDB": faster,
         "share of x[perm]'s speed": of_plain,
         "target": "10 times faster than LMDB; what counts is the waiting in training (feeding)",
@@ -151,9 +151,9 @@ def extraction(setting: Setting) -> Found:
             seconds = _extract_and_loop(setting, size)
             found[name] = {
                 "images": size.images,
-                "seconds": {way: spread(taken) for way, taken in seconds.items()},
+                "seconds": {way: summarise(taken) for way, taken in seconds.items()},
                 "share": ratio(seconds["bare loop"], seconds["extract"]),
-                "images a second": size.images / spread(seconds["extract"])["median"],
+                "images a second": size.images / summarise(seconds["extract"])["median"],
             }
     return {
         "encoders": found,

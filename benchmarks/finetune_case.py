@@ -10,9 +10,9 @@ import torch
 from timm.task import ClassificationTask
 
 from benchmarks.setting import Found, Setting
-from benchmarks.timing import alternate, ratio, spread
 from monoloss_plugin import MonoLoss
 from monoloss_plugin.adapters.timm import add_loss, insert_mono_layer
+from monoloss_plugin.reproduce.timing import alternate, ratio, summarise
 
 MODEL, BATCH, PIXELS, EMBEDDING = "resnet50", 64, 224, 512
 """The paper's ResNet; CLIP-ViT-B/32, its similarity space, gives 512 numbers an image."""
@@ -42,10 +42,10 @@ def finetuning(setting: Setting) -> Found:
     seconds = alternate(ways, setting.rounds(3, 9), setting.device)
     more = ratio(seconds["with MonoLoss"], seconds["without"])
     alone = ratio(seconds["the term alone"], seconds["without"])
-    medians = {name: spread(runs)["median"] for name, runs in seconds.items()}
+    medians = {name: summarise(runs)["median"] for name, runs in seconds.items()}
     low, high = (100 * (q - 1) for q in more["quartiles"])
     return {
-        "seconds": {name: spread(runs) for name, runs in seconds.items()},
+        "seconds": {name: summarise(runs) for name, runs in seconds.items()},
         "with over without": more,
         "the term alone over a step": alone,
         "target": "at most 1 % more",

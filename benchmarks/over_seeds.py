@@ -13,9 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from benchmarks.__main__ import machine
+from monoloss_plugin.reproduce.machine import machine
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -75,7 +73,7 @@ def main() -> None:
         cells = [spread([run[name] for run in of_lam]) for of_lam in runs.values()]
         print(f"| {name.replace('_', ' ')} | " + " | ".join(cells) + " |")
     if given.out:
-        report = {"example": given.example, "machine": machine(torch.device("cpu")), "runs": runs}
+        report = {"example": given.example, "machine": machine("cpu"), "runs": runs}
         given.out.write_text(json.dumps(report, indent=1) + "\n")
 
 

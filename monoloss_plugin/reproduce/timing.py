@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -51,7 +52,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def spread(values: list[float]) -> dict[str, Any]:
+def summarise(values: list[float]) -> dict[str, Any]:
     """Return the median and the quartiles of some runs, and the runs."""
     low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
     return {"median": statistics.median(values), "quartiles": [low, high], "runs": values}
@@ -59,7 +60,7 @@ def spread(values: list[float]) -> dict[str, Any]:
 
 def ratio(of: list[float], to: list[float]) -> dict[str, Any]:
     """Return the spread of the ratio of two ways, round by round."""
-    return spread([a / b for a, b in zip(of, to, strict=True)])
+    return summarise([a / b for a, b in zip(of, to, strict=True)])
 
 
 def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
@@ -70,6 +71,8 @@ def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
+    # Or the profiler prints when it starts and stops. Its log levels end at 5.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     # Every allocation by torch on the CPU, in order: exact, where the process's resident memory
     # depends on what malloc has kept from before.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as trace:

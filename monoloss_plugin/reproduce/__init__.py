@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from monoloss_plugin.reproduce.collection import COLLECTION
 from monoloss_plugin.reproduce.experiment import Experiment, Features, Setting, Table
+from monoloss_plugin.reproduce.figure2 import FIGURE2
 from monoloss_plugin.reproduce.figure4 import FIGURE4, TABLE1
 from monoloss_plugin.reproduce.hard_budget import HARD_BUDGET
 from monoloss_plugin.reproduce.inputs import extracted, features_in
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 EXPERIMENTS = {
+    "figure2": FIGURE2,
     "figure4": FIGURE4,
     "table1": TABLE1,
     "hard-budget": HARD_BUDGET,

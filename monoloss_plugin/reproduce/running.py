@@ -11,6 +11,7 @@ from monoloss_plugin.features import FeatureSet
 from monoloss_plugin.features.store import write_json
 from monoloss_plugin.figures import save_figure
 from monoloss_plugin.reproduce.experiment import Experiment, Found, Setting, Table
+from monoloss_plugin.reproduce.machine import machine
 
 _VERSIONS = ("monoloss_plugin", "torch", "sae-lens")
 
@@ -64,6 +65,7 @@ def _described(name: str, setting: Setting) -> dict[str, Any]:
         "experiment": name,
         "scale": "full" if setting.full else "small",
         "seeds": list(setting.seeds),
+        "machine": machine(setting.device),
         "versions": {package: version(package) for package in _VERSIONS},
         "features": {
             encoder: {split: _of_set(features) for split, features in of._asdict().items()}

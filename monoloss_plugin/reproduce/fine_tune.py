@@ -27,6 +27,7 @@ from monoloss_plugin.losses import LossTerm
 from monoloss_plugin.metrics import MonoScore
 
 try:
+    from datasets import IterableDataset
     from timm.data.transforms_factory import create_transform
     from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]  # no __all__
     from timm.scheduler.scheduler_factory import create_scheduler_v2
@@ -99,25 +100,40 @@ def choose_photographs(
         TypeError: the source is a stream.
         ValueError: images have no labels, or there are no features of an image.
     """
-    if source.label is None:
-        raise ValueError("images: expected labels to fine-tune a classifier on, got none")
-    ids, labels = source.ids(), source.rows[source.label][:]
+    ids, labels = source.ids(), _labels(source)
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0)).tolist()
-    rows = [row for row in order if labels[row] is not None and labels[row] >= 0][:count]
-    chosen, split = [ids[row] for row in rows], source.record.get("split")
+    found = [(row, label) for row in order if (label := labels[row]) is not None and label >= 0]
+    found = found[:count]
+    chosen, split = [ids[row] for row, _ in found], source.record.get("split")
     return Photographs(
         source,
-        rows,
-        [labels[row] for row in rows],
+        [row for row, _ in found],
+        [label for _, label in found],
         {name: aligned_embeddings(one, chosen, split=split) for name, one in features.items()},
     )
 
 
 def number_of_classes(source: Source) -> int:
-    """Return how many classes the labels of a source have."""
+    """Return how many classes the labels of a source have.
+
+    Raises:
+        TypeError: the source is a stream.
+        ValueError: images have no labels.
+    """
+    labels = _labels(source)
     if source.classes is not None:
         return len(source.classes)
-    return 1 + int(max(source.rows[source.label][:]))
+    return 1 + max(label for label in labels if label is not None)
+
+
+def _labels(source: Source) -> list[int | None]:
+    """Return the label of every image; None or -1 where there is none."""
+    if isinstance(source.rows, IterableDataset):
+        raise TypeError("images: expected a source with rows by number, got a stream")
+    if source.label is None:
+        raise ValueError("images: expected labels to fine-tune a classifier on, got none")
+    labels: list[int | None] = source.rows[source.label][:]
+    return labels
 
 
 def embeddings_of_others(embeddings: Tensor, seed: int) -> Tensor:

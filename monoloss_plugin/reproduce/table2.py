@@ -152,13 +152,16 @@ def measure(setting: Setting, scale: Scale | None = None) -> Found:
         found = fine_tune.measure_model(encoder, held_out, scale, setting.device)
         return {**found, "seconds": statistics.median(seconds)}
 
+    # A run at another scale must not be taken for one at this scale.
+    size = "" if scale.image_size is None else f" {scale.image_size} px"
+    what = f"{scale.encoder}{size} {len(train.rows)} images {scale.epochs} epochs"
     runs = []
     settings = [*((lam, False) for lam in scale.lams), (max(scale.lams), True)]
     for seed in setting.seeds:
         for lam, shuffled in settings:
             name = f"lam {lam:g} shuffled" if shuffled else f"lam {lam:g}"
             found = setting.run(
-                *("table2", scale.encoder, name, f"seed {seed}"),
+                *("table2", what, name, f"seed {seed}"),
                 compute=partial(run, lam, shuffled, seed),
             )
             runs.append({"lam": lam, "shuffled": shuffled, "seed": seed, **found})
@@ -171,7 +174,7 @@ def measure(setting: Setting, scale: Scale | None = None) -> Found:
         "scale": asdict(scale),
         "trained_on": own,
         "other": other,
-        "before": setting.run("table2", scale.encoder, "before", compute=measured_before),
+        "before": setting.run("table2", what, "before", compute=measured_before),
         "runs": runs,
     }
 

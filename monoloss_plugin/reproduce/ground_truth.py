@@ -119,9 +119,10 @@ Runs = dict[str, dict[str, list[Run]]]
 _LABELS = {BASELINE: BASELINE, "batchtopk": "BatchTopK", "topk": "TopK"}
 _NOTE = (
     "MCC (the mean correlation coefficient), uniqueness and F1 are SAELens's own: 1 is best. "
-    "MonoScore is above chance, over the latents that have one. Mean ± standard deviation over "
-    "seeds; 'MCC - plain' compares runs of the same seed. Shuffled: a control, in which MonoLoss "
-    "compares each sample by another one."
+    "R² and MonoScore above chance, over the latents that have one, are ours. Mean ± standard "
+    "deviation over seeds; 'MCC - plain' compares runs of the same seed. Shuffled: a control, in "
+    "which MonoLoss compares each sample by another one. The SAE of the true features shows what "
+    "their scores are; its R² is no limit, because its encoder is the transpose of its decoder."
 )
 
 _MOST_FREQUENT = 0.35
@@ -372,7 +373,7 @@ def _rank_correlation(runs: Sequence[Run], measure: str) -> float | None:
 
 def tables(found: Found) -> list[Table]:
     """Return a table for each synthetic model, and one of the rank correlations."""
-    header = ("SAE", "recipe", "MCC", "MCC - plain", "uniqueness", "F1", "R²", "MonoScore")
+    header = ("SAE", "recipe", "MCC", "MCC - plain", "uniqueness", "F1", "R²", "above chance")
     return [
         *(
             Table(
@@ -432,7 +433,7 @@ def draw(found: Found) -> Axes:
     for i, (model, groups) in enumerate(found["runs"].items()):
         for j, architecture in enumerate(ARCHITECTURES):
             recipes = groups[architecture]
-            style: dict[str, Any] = {"color": COLOURS[i], "marker": MARKERS[i], "capsize": 2}
+            style: dict[str, Any] = {"color": COLOURS[i], "marker": MARKERS[j], "capsize": 2}
             along = [recipes[PLAIN], *(recipes[f"MonoLoss {lam}"] for lam in LAMS)]
             label = f"{model}, {_LABELS[architecture]}"
             ax.errorbar((0, *LAMS), **_mcc(along), **style, linestyle=DASHES[j], label=label)

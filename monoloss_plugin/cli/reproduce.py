@@ -12,7 +12,16 @@ from monoloss_plugin._places import require_folder
 from monoloss_plugin.cli.output import Output, one_of, table
 
 # Written out, because importing them would make --help slow. A test keeps them right.
-_NAMES = ("figure2", "figure4", "table1", "hard-budget", "referee", "collection")
+_NAMES = (
+    "figure2",
+    "figure4",
+    "table1",
+    "table2",
+    "hard-budget",
+    "referee",
+    "ground-truth",
+    "collection",
+)
 
 
 def reproduce(

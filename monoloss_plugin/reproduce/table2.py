@@ -74,9 +74,9 @@ class Scale:
 SMALL = Scale(
     encoder="efficientnet-lite0",
     image_size=32,
-    train_images=2000,
-    held_out_images=1000,
-    epochs=3,
+    train_images=8000,
+    held_out_images=2000,
+    epochs=5,
     batch_size=128,
     lr=0.05,
     lams=(0.0, 0.1, 1.0),

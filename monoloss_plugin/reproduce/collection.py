@@ -1,20 +1,31 @@
 """SAEs for everyone: the SAEs of the experiments and their features, ready for the Hub.
 
 The folder is a collection as ``monoloss publish all`` takes it. No SAE is chosen by its scores: it
-holds the first seed of each recipe, encoder and k.
+holds the first seed of each recipe, encoder and k. If images are given, the recommended SAE of the
+middle k gets a page with them: give them only where their licence allows to publish them.
 """
 
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.hub.features import Split, write_features
 from monoloss_plugin.hub.sae_files import SAEContent, write_sae
+from monoloss_plugin.report import write_report
 from monoloss_plugin.reproduce.experiment import Experiment, Found, Setting, Table
-from monoloss_plugin.reproduce.saes import MONOLOSS, PLAIN, RECOMMENDED, ks_of, recipes, trained
+from monoloss_plugin.reproduce.saes import (
+    MONOLOSS,
+    PLAIN,
+    RECOMMENDED,
+    k_of,
+    ks_of,
+    recipes,
+    trained,
+)
 from monoloss_plugin.saes.baselines import QUICK, make_baseline
 
 if TYPE_CHECKING:
@@ -93,12 +104,25 @@ def _written(
     sae = trained(setting, encoder, name, recipe, setting.seeds[0])
     held_out: FeatureSet = features.held_out
     found = evaluate(sae, held_out)
-    content = SAEContent(
-        sae, found, baseline=baseline, features=held_out, unit_norm=True, controls=controls
-    )
     root.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(root / sae_id, ignore_errors=True)  # of a run that was stopped here
-    write_sae(content, root, sae_id)
+    with tempfile.TemporaryDirectory() as scratch:
+        report = None
+        if setting.images and name == RECOMMENDED and k == k_of(setting, features):
+            plain = recipes(setting, features, "batchtopk", k)[PLAIN]
+            saes = {name: sae, PLAIN: trained(setting, encoder, PLAIN, plain, setting.seeds[0])}
+            images = setting.images["held_out"].rows
+            report = write_report(saes, held_out, Path(scratch) / "report.html", images=images)
+        content = SAEContent(
+            sae,
+            found,
+            baseline=baseline,
+            features=held_out,
+            unit_norm=True,
+            controls=controls,
+            report=report,
+        )
+        write_sae(content, root, sae_id)
     return {"sae_id": sae_id, "metrics": found.summary()}
 
 

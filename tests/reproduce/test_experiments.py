@@ -7,10 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from datasets import Dataset
+from PIL import Image
 from sae_lens import SAE
 
 from monoloss_plugin import load_features, load_pretrained
 from monoloss_plugin.evaluation import evaluate
+from monoloss_plugin.features import open_source
+from monoloss_plugin.features.digits import digit_images
 from monoloss_plugin.hub import list_pretrained
 from monoloss_plugin.losses import MonoLoss, StepTensors
 from monoloss_plugin.reproduce import EXPERIMENTS, experiment, referee, reproduce, saes
@@ -135,6 +139,24 @@ def test_the_collection_can_be_read_before_it_is_published(setting) -> None:
     assert evaluate(loaded.sae, held_out).summary() == pytest.approx(loaded.record.metrics)
     assert set(loaded.record.controls) == {"random directions", "data points", "PCA"}
     assert loaded.record.baseline == load_pretrained(models, "other/plain-k8").record.metrics
+    assert not list(models.rglob("report.html"))  # no images were given
+
+
+def test_with_images_the_collection_has_a_page_of_them(setting, tmp_path) -> None:
+    features = setting.features["digits"].held_out
+    pixels = (digit_images(features) * 255).byte().numpy()
+    rows = Dataset.from_dict(
+        {
+            "image": [Image.fromarray(one) for one in pixels],
+            "image_id": features.dataset["image_id"][:],
+        }
+    )
+    only = {"digits": setting.features["digits"]}
+    images = {"held_out": open_source(rows)}
+    given = replace(setting, out=tmp_path, features=only, images=images, seeds=(0,))
+    reproduce("collection", EXPERIMENTS["collection"], given)
+    (page,) = (tmp_path / "collection").rglob("report.html")
+    assert page.parent.relative_to(tmp_path).parts[-2:] == ("digits", "recommended-k8")
 
 
 def test_spread() -> None:

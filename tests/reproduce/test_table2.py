@@ -68,7 +68,7 @@ def scale(tmp_path_factory: pytest.TempPathFactory) -> Scale:
     return Scale(
         encoder=f"timm:{folder}",
         image_size=16,
-        train_images=600,
+        train_images=500,
         held_out_images=200,
         epochs=3,
         batch_size=50,

@@ -73,12 +73,12 @@ class Scale:
 
 SMALL = Scale(
     encoder="efficientnet-lite0",
-    image_size=32,
-    train_images=8000,
+    image_size=48,
+    train_images=4000,
     held_out_images=2000,
     epochs=5,
     batch_size=128,
-    lr=0.05,
+    lr=0.03,
     lams=(0.0, 0.1, 1.0),
 )
 """For a few cores of a CPU."""

@@ -34,15 +34,15 @@ _BASELINES = "baselines"
 _COLUMNS = {
     "r2": "R²",
     "monoscore": "MonoScore, undefined 0",
-    "monoscore_adjusted": "above chance",
-    "monoscore_per_firing": "per firing",
+    "monoscore_adjusted": "MonoScore above chance",
+    "monoscore_per_firing": "MonoScore per firing",
     "l0": "L0",
     "dead_latents": "dead",
 }
 _PURITY = {
-    "purity_binary": "binary",
-    "purity_weighted": "weighted",
-    "purity_adjusted": "above chance",
+    "purity_binary": "purity, binary",
+    "purity_weighted": "purity, weighted",
+    "purity_adjusted": "purity above chance",
 }
 _DIGITS = {"dead_latents": 0, "l0": 1}
 
@@ -134,9 +134,6 @@ def _rows(of_encoder: dict[str, Any], how: str) -> Iterator[tuple[str, str, list
 
 
 def _table(title: str, of_encoder: dict[str, Any], how: str, columns: dict[str, str]) -> Table:
-    first = next(iter(of_encoder.values()))[how]
-    others = [m for m in next(iter(first.values()))[0] if m.startswith("adjusted/")]
-    columns = columns | {m: f"above chance, by {m.partition('/')[2]}" for m in others}
     rows = [
         [
             architecture if architecture != _BASELINES else "",
@@ -145,7 +142,16 @@ def _table(title: str, of_encoder: dict[str, Any], how: str, columns: dict[str, 
         ]
         for architecture, name, runs in _rows(of_encoder, how)
     ]
-    return Table(title, ("architecture", "SAE", *columns.values()), rows)
+    note = "An SAE with too few positive pre-activations for this L0 stays as it is."
+    header = ("architecture", "SAE", *columns.values())
+    return Table(title, header, rows, note if how == "at k" else "")
+
+
+def _columns_of(of_encoder: dict[str, Any], how: str) -> dict[str, str]:
+    """Return the measures of a table with the spaces that MonoScore was taken in."""
+    runs = next(iter(next(iter(of_encoder.values()))[how].values()))
+    others = [measure for measure in runs[0] if measure.startswith("adjusted/")]
+    return _COLUMNS | {one: f"above chance, by {one.partition('/')[2]}" for one in others}
 
 
 def tables(found: Found) -> list[Table]:
@@ -160,9 +166,10 @@ def tables(found: Found) -> list[Table]:
     ]
     for encoder, of in found["encoders"].items():
         title = f"{encoder}, every SAE with an L0 of {found['k']}"
-        made.append(_table(title, of, "at k", _COLUMNS))
+        columns = _columns_of(of, "at k")
+        made.append(_table(title, of, "at k", columns))
         own = {a: f for a, f in of.items() if a != _BASELINES}
-        made.append(_table(f"{encoder}, every SAE as it is", own, "as they are", _COLUMNS))
+        made.append(_table(f"{encoder}, every SAE as it is", own, "as they are", columns))
     return made
 
 

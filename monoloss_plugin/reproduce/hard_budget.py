@@ -30,6 +30,7 @@ from monoloss_plugin.reproduce.saes import (
     MONOLOSS,
     PLAIN,
     REGULARIZERS,
+    k_of,
     ks_of,
     recipes,
     trained,
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _NAMES = (PLAIN, *REGULARIZERS, MONOLOSS, BOTH)
+_OVER_K = (PLAIN, "OffSupportL1", "L1L2Ratio")
+"""What is trained with every k. The others, ablations and MonoLoss, have the middle k alone."""
 _SHARES = (0.25, 0.5, 1.0, 2.0, 4.0)
 _BUDGETS = (1, 4, 16)
 _PROBED = 10_000
@@ -48,8 +51,8 @@ _PROBED = 10_000
 _COLUMNS = {
     "r2": "R²",
     "monoscore": "MonoScore, undefined 0",
-    "monoscore_adjusted": "above chance",
-    "monoscore_per_firing": "per firing",
+    "monoscore_adjusted": "MonoScore above chance",
+    "monoscore_per_firing": "MonoScore per firing",
     "purity_adjusted": "purity above chance",
     "effective_latents": "effective latents",
     "dead_latents": "dead",
@@ -74,7 +77,7 @@ def measure(setting: Setting) -> Found:
                 )
                 for seed in setting.seeds
             ]
-            for name in _NAMES
+            for name in (_NAMES if k == k_of(setting, features) else _OVER_K)
         }
     return {"encoder": encoder, "runs": runs}
 

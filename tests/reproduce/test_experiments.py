@@ -56,7 +56,7 @@ def test_a_second_run_trains_and_measures_nothing(done, setting, monkeypatch) ->
 def test_experiments_share_their_saes(setting) -> None:
     folders = [path.parent for path in (setting.out / "saes" / "digits").rglob("cfg.json")]
     topk = [path for path in folders if "topk-64-k8" in path.parts and "batchtopk" not in str(path)]
-    # plain, MonoLoss and recommended of figure 4; the others of hard-budget; two seeds each
+    # plain, MonoLoss and recommended of figure 4; five others of hard-budget; two seeds each
     assert len(topk) == 2 * (3 + 5)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,10 +87,18 @@ def reproduce(
     if data is not None:
         names = zip(("train", "held_out"), splits.split(","), strict=True)
         images = {split: open_source(data, split=name) for split, name in names}
-    opened = dict(map(experiments.features_in, features or []))
-    for name in encoder or []:
-        folder = out / "features" / name.replace("/", "-").replace(":", "-")
-        opened[name] = experiments.extracted(images, name, folder, image_size)
+    opened: dict[str, Any] = {}
+    for place in features or []:
+        name, found = experiments.features_in(place)
+        if name in opened:
+            raise ValueError(f"features: two are called {name!r}; rename the folder of one")
+        opened[name] = found
+    for wanted in encoder or []:
+        name = re.sub(r"[^\w.=+-]+", "-", wanted)
+        if name in opened:
+            raise ValueError(f"encoder: {wanted!r} is named twice, or features have its name")
+        folder = out / "features" / name
+        opened[name] = experiments.extracted(images, wanted, folder, image_size)
     setting = experiments.Setting(
         out=out,
         features=opened,

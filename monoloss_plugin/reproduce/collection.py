@@ -7,16 +7,16 @@ middle k gets a page with them: give them only where their licence allows to pub
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.hub.features import Split, write_features
+from monoloss_plugin.hub.record import RECORD, read_record
 from monoloss_plugin.hub.sae_files import SAEContent, write_sae
 from monoloss_plugin.report import write_report
-from monoloss_plugin.reproduce.experiment import Experiment, Found, Setting, Table
+from monoloss_plugin.reproduce.experiment import Experiment, Found, Setting, Table, spread
 from monoloss_plugin.reproduce.saes import (
     MONOLOSS,
     PLAIN,
@@ -31,6 +31,7 @@ from monoloss_plugin.saes.baselines import QUICK, make_baseline
 if TYPE_CHECKING:
     from monoloss_plugin.features import FeatureSet
 
+_FOLDER = "collection"
 _NAMES = (PLAIN, MONOLOSS, RECOMMENDED)
 _COLUMNS = {
     "r2": "R²",
@@ -39,12 +40,13 @@ _COLUMNS = {
     "l0": "L0",
     "dead_latents": "dead",
 }
+_DIGITS = {"dead_latents": 0}
 
 
 def measure(setting: Setting) -> Found:
     """Write BatchTopK SAEs of every encoder over several k, and the features that they take."""
-    folder = setting.out / "collection"
-    saes = {}
+    folder = setting.out / _FOLDER
+    saes: dict[str, dict[str, float]] = {}
     for encoder, features in setting.features.items():
         for name in ("train", "held_out"):
             split = Split(encoder, name)
@@ -55,24 +57,12 @@ def measure(setting: Setting) -> Found:
                 *("collection", encoder, f"k {k}", "controls"),
                 compute=lambda encoder=encoder, k=k: _controls(setting, encoder, k),  # type: ignore[misc]
             )
-            baseline = None
             for name in _NAMES:
-
-                def write(
-                    name: str = name,
-                    encoder: str = encoder,
-                    k: int = k,
-                    baseline: Any = baseline,
-                    controls: Any = controls,
-                ) -> Any:
-                    sae_id = f"{encoder}/{name.lower()}-k{k}"
-                    root = folder / "models"
-                    return _written(setting, encoder, name, k, root, sae_id, baseline, controls)
-
-                key = ("collection", encoder, f"k {k}", name)
-                found = setting.run(*key, compute=write)
-                baseline = baseline or found["metrics"]
-                saes[found["sae_id"]] = found["metrics"]
+                sae_id = f"{encoder}/{name.lower()}-k{k}"
+                if not (folder / "models" / sae_id / RECORD).exists():
+                    baseline = saes.get(f"{encoder}/{PLAIN}-k{k}")
+                    _write(setting, encoder, name, k, sae_id, baseline, controls)
+                saes[sae_id] = read_record(folder / "models" / sae_id, sae_id).metrics
     return {"folder": folder.name, "saes": saes}
 
 
@@ -88,24 +78,23 @@ def _controls(setting: Setting, encoder: str, k: int) -> dict[str, Any]:
     }
 
 
-def _written(
+def _write(
     setting: Setting,
     encoder: str,
     name: str,
     k: int,
-    root: Path,
     sae_id: str,
     baseline: dict[str, float] | None,
     controls: dict[str, Any],
-) -> dict[str, Any]:
-    """Write the files of one SAE, and return its measures."""
+) -> None:
+    """Write the files of one SAE, all of them or none."""
     features = setting.features[encoder]
     recipe = recipes(setting, features, "batchtopk", k)[name]
     sae = trained(setting, encoder, name, recipe, setting.seeds[0])
     held_out: FeatureSet = features.held_out
     found = evaluate(sae, held_out)
+    root = setting.out / _FOLDER / "models"
     root.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(root / sae_id, ignore_errors=True)  # of a run that was stopped here
     with tempfile.TemporaryDirectory() as scratch:
         report = None
         if setting.images and name == RECOMMENDED and k == k_of(setting, features):
@@ -123,13 +112,12 @@ def _written(
             report=report,
         )
         write_sae(content, root, sae_id)
-    return {"sae_id": sae_id, "metrics": found.summary()}
 
 
 def tables(found: Found) -> list[Table]:
     """Return the measures of every SAE."""
     rows = [
-        [sae_id, *(f"{metrics[m]:.{0 if m == 'dead_latents' else 3}f}" for m in _COLUMNS)]
+        [sae_id, *(spread([metrics.get(m)], _DIGITS.get(m, 3)) for m in _COLUMNS)]
         for sae_id, metrics in found["saes"].items()
     ]
     note = f"Publish them with: monoloss publish all OUT/{found['folder']} USER/NAME"

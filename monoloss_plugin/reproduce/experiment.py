@@ -47,6 +47,14 @@ class Setting:
     """"train" and "held_out" images, as ``open_source`` takes them, where they are needed."""
     device: str = "cpu"
 
+    def __post_init__(self) -> None:
+        for name in self.features:  # it names folders, and SAEs on the Hub
+            if not re.fullmatch(r"[\w=+][\w.=+-]*", name):
+                raise ValueError(
+                    f"features: expected a name of letters, digits and _=+.-, got {name!r}; rename "
+                    "its folder"
+                )
+
     def run(self, *names: object, compute: Callable[[], Any]) -> Any:
         """Return what a run gave as JSON: from its file if it is there, or else by computing it.
 
@@ -65,14 +73,20 @@ class Setting:
         return read_json(path)
 
 
-class Table(NamedTuple):
-    """A table of an experiment, for people."""
+@dataclass(frozen=True)
+class Table:
+    """A table of an experiment, for people. Columns without any number are left out."""
 
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
     """What one must know to read it."""
+
+    def __post_init__(self) -> None:
+        filled = [i for i in range(len(self.header)) if any(row[i] for row in self.rows)]
+        object.__setattr__(self, "header", [self.header[i] for i in filled])
+        object.__setattr__(self, "rows", [[row[i] for i in filled] for row in self.rows])
 
 
 @dataclass(frozen=True)
@@ -82,7 +96,7 @@ class Experiment:
     about: str
     """What it shows, in a line."""
     needs: frozenset[str]
-    """Of "features", "images" and "second encoder"."""
+    """Of "features", "images", "labels" and "second encoder"."""
     measure: Callable[[Setting], Found]
     tables: Callable[[Found], list[Table]]
     draw: Callable[[Found], Axes] | None = None

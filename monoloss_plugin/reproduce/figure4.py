@@ -8,6 +8,7 @@ encoder, and above chance.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from monoloss_plugin.comparison import compare
@@ -19,12 +20,13 @@ from monoloss_plugin.reproduce.saes import (
     PLAIN,
     RECOMMENDED,
     SHUFFLED,
-    at_l0,
     k_of,
+    near_l0,
     recipes,
-    trained_over_seeds,
+    spaces_of,
+    trained,
 )
-from monoloss_plugin.saes.baselines import QUICK
+from monoloss_plugin.saes.baselines import QUICK, make_baseline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,9 +35,9 @@ _WITH_FIXED_L0 = ("topk", "batchtopk")
 _BASELINES = "baselines"
 _COLUMNS = {
     "r2": "R²",
-    "monoscore": "MonoScore, undefined 0",
-    "monoscore_adjusted": "MonoScore above chance",
-    "monoscore_per_firing": "MonoScore per firing",
+    "monoscore": "all latents",
+    "monoscore_adjusted": "above chance",
+    "monoscore_per_firing": "per firing",
     "l0": "L0",
     "dead_latents": "dead",
 }
@@ -44,6 +46,12 @@ _PURITY = {
     "purity_weighted": "purity, weighted",
     "purity_adjusted": "purity above chance",
 }
+_STAYS = "An SAE with too few positive pre-activations for this L0 stays as it is."
+_OF_MONOSCORE = (
+    "MonoScore: over all latents, undefined ones counting 0, as in the paper; above chance, over "
+    "defined ones; per firing; and above chance where images are compared by another encoder or by "
+    "their labels."
+)
 _DIGITS = {"dead_latents": 0, "l0": 1}
 
 _PAPERS_PURITY = {
@@ -76,9 +84,8 @@ _PAPERS_SCORES = (
 
 def measure(setting: Setting) -> Found:
     """Train and measure every SAE of every encoder."""
-    first = next(iter(setting.features.values()))
     return {
-        "k": k_of(setting, first),
+        "k": {name: k_of(setting, of) for name, of in setting.features.items()},
         "encoders": {encoder: _of_encoder(setting, encoder) for encoder in setting.features},
     }
 
@@ -87,43 +94,62 @@ def _of_encoder(setting: Setting, encoder: str) -> dict[str, Any]:
     """Return the measures of one encoder's SAEs by architecture, and those of baselines."""
     features = setting.features[encoder]
     k = k_of(setting, features)
-    spaces = {name: of.held_out for name, of in setting.features.items() if name != encoder}
-    options: dict[str, Any] = {"train": features.train, "spaces": spaces, "groups": ("spaces",)}
+    first = next(iter(setting.features))
+
+    def measures(sae: Any) -> dict[str, Any]:
+        run: dict[str, Any] = _measured(setting, encoder, {"sae": sae})["sae"][0]
+        return run
+
     found: dict[str, Any] = {}
     for architecture in ARCHITECTURES:
-        names = (PLAIN, MONOLOSS, *((RECOMMENDED,) if architecture in _WITH_FIXED_L0 else ()))
-        if architecture == "batchtopk" and encoder == next(iter(setting.features)):
-            names = (*names, SHUFFLED)
+        names = [PLAIN, MONOLOSS]
+        names += [RECOMMENDED] if architecture in _WITH_FIXED_L0 else []
+        names += [SHUFFLED] if architecture == "batchtopk" and encoder == first else []
         made = recipes(setting, features, architecture)
-        saes = {name: trained_over_seeds(setting, encoder, name, made[name]) for name in names}
-
-        def as_they_are(saes: Any = saes) -> Any:
-            return compare(saes, features.held_out, **options).to_dict()["runs"]
-
-        def at_k(saes: Any = saes) -> Any:
-            matched = {name: [at_l0(sae, features, k) for sae in of] for name, of in saes.items()}
-            return compare(matched, features.held_out, **options).to_dict()["runs"]
-
-        key = ("figure4", encoder, architecture)
-        found[architecture] = {"as they are": setting.run(*key, "as-they-are", compute=as_they_are)}
-        # TopK has k active latents of each sample anyway.
-        found[architecture]["at k"] = (
-            found[architecture]["as they are"]
-            if architecture == "topk"
-            else setting.run(*key, "at-k", compute=at_k)
-        )
-
-    def baselines() -> Any:
-        leader = trained_over_seeds(
-            setting, encoder, PLAIN, recipes(setting, features, "topk")[PLAIN]
-        )
-        runs = compare(
-            {PLAIN: leader}, features.held_out, baselines=QUICK, progress=True, **options
-        ).to_dict()["runs"]
-        return {name: runs[name] for name in QUICK}
-
-    found[_BASELINES] = {"at k": setting.run("figure4", encoder, _BASELINES, compute=baselines)}
+        as_they_are: dict[str, list[Any]] = {name: [] for name in names}
+        at_k: dict[str, list[Any]] = {name: [] for name in names}
+        for name in names:
+            for seed in setting.seeds:
+                sae = partial(trained, setting, encoder, name, made[name], seed)
+                key = ("figure4", encoder, spaces_of(setting, encoder), architecture, name)
+                own = setting.run(
+                    *key,
+                    f"seed {seed}, as it is",
+                    compute=lambda sae=sae: measures(sae()),  # type: ignore[misc]
+                )
+                as_they_are[name].append(own)
+                at_k[name].append(
+                    own  # it has k active latents of each sample anyway
+                    if architecture == "topk"
+                    else setting.run(
+                        *(*key, f"seed {seed}, at k {k}"),
+                        compute=lambda sae=sae: measures(near_l0(sae(), features, k)),  # type: ignore[misc]
+                    )
+                )
+        found[architecture] = {"as they are": as_they_are, "at k": at_k}
+    baselines: dict[str, list[Any]] = {kind: [] for kind in QUICK}
+    size: Any = recipes(setting, features, "topk")[PLAIN].num_latents
+    for kind, runs in baselines.items():
+        for seed in setting.seeds:
+            baseline = partial(
+                make_baseline, kind, features.train, num_latents=size, l0=k, seed=seed
+            )
+            runs.append(
+                setting.run(
+                    *("figure4", encoder, spaces_of(setting, encoder), kind, f"seed {seed}, k {k}"),
+                    compute=lambda baseline=baseline: measures(baseline()),  # type: ignore[misc]
+                )
+            )
+    found[_BASELINES] = {"at k": baselines}
     return found
+
+
+def _measured(setting: Setting, encoder: str, saes: dict[str, Any]) -> dict[str, Any]:
+    """Return the measures of SAEs on held-out images, as JSON can hold them."""
+    spaces = {name: of.held_out for name, of in setting.features.items() if name != encoder}
+    held_out = setting.features[encoder].held_out
+    runs: dict[str, Any] = compare(saes, held_out, spaces=spaces, groups=("spaces",)).to_dict()
+    return dict(runs["runs"])
 
 
 def _rows(of_encoder: dict[str, Any], how: str) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
@@ -142,16 +168,16 @@ def _table(title: str, of_encoder: dict[str, Any], how: str, columns: dict[str, 
         ]
         for architecture, name, runs in _rows(of_encoder, how)
     ]
-    note = "An SAE with too few positive pre-activations for this L0 stays as it is."
-    header = ("architecture", "SAE", *columns.values())
-    return Table(title, header, rows, note if how == "at k" else "")
+    notes = [_STAYS] if how == "at k" else []
+    notes += [_OF_MONOSCORE] if "r2" in columns else []
+    return Table(title, ("", "SAE", *columns.values()), rows, " ".join(notes))
 
 
 def _columns_of(of_encoder: dict[str, Any], how: str) -> dict[str, str]:
     """Return the measures of a table with the spaces that MonoScore was taken in."""
     runs = next(iter(next(iter(of_encoder.values()))[how].values()))
     others = [measure for measure in runs[0] if measure.startswith("adjusted/")]
-    return _COLUMNS | {one: f"above chance, by {one.partition('/')[2]}" for one in others}
+    return _COLUMNS | {one: f"by {one.partition('/')[2]}" for one in others}
 
 
 def tables(found: Found) -> list[Table]:
@@ -165,7 +191,7 @@ def tables(found: Found) -> list[Table]:
         )
     ]
     for encoder, of in found["encoders"].items():
-        title = f"{encoder}, every SAE with an L0 of {found['k']}"
+        title = f"{encoder}, every SAE with an L0 of {found['k'][encoder]}"
         columns = _columns_of(of, "at k")
         made.append(_table(title, of, "at k", columns))
         own = {a: f for a, f in of.items() if a != _BASELINES}
@@ -189,7 +215,7 @@ def purity_tables(found: Found) -> list[Table]:
         )
     ]
     for encoder, of in found["encoders"].items():
-        title = f"Class purity, {encoder}, every SAE with an L0 of {found['k']}"
+        title = f"Class purity, {encoder}, every SAE with an L0 of {found['k'][encoder]}"
         made.append(_table(title, of, "at k", _PURITY))
         own = {a: f for a, f in of.items() if a != _BASELINES}
         made.append(_table(f"Class purity, {encoder}, as they are", own, "as they are", _PURITY))
@@ -213,7 +239,7 @@ def draw(found: Found) -> Axes:
             facecolors="none" if architecture == _BASELINES else colour,
             edgecolors=colour,
         )
-    title = f"{encoder}, held-out images, L0 {found['k']}"
+    title = f"{encoder}, held-out images, L0 {found['k'][encoder]}"
     return dress(ax, "R²", "MonoScore above chance", title, "hollow: baselines")
 
 
@@ -226,7 +252,7 @@ FIGURE4 = Experiment(
 )
 TABLE1 = Experiment(
     about="class purity of the same SAEs",
-    needs=frozenset({"features"}),
+    needs=frozenset({"features", "labels"}),
     measure=measure,
     tables=purity_tables,
 )

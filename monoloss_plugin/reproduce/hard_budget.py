@@ -47,7 +47,7 @@ _OVER_K = (PLAIN, "OffSupportL1", "L1L2Ratio")
 _SHARES = (0.25, 0.5, 1.0, 2.0, 4.0)
 _BUDGETS = (1, 4, 16)
 _PROBED = 10_000
-"""Training rows of a probe: more cost time, and change it by less than a seed does."""
+"""Training rows of a probe, so that it takes seconds."""
 _COLUMNS = {
     "r2": "R²",
     "monoscore": "MonoScore, undefined 0",
@@ -119,7 +119,7 @@ def tables(found: Found) -> list[Table]:
         probes = {m: f"probe, {m.partition('/')[2]} latents" for m in first if "probe/" in m}
         columns = _COLUMNS | probes
         rows = [
-            [name, *(spread((run[m] for run in runs), _DIGITS.get(m, 3)) for m in columns)]
+            [name, *(spread((run.get(m) for run in runs), _DIGITS.get(m, 3)) for m in columns)]
             for name, runs in by_name.items()
         ]
         made.append(Table(f"{found['encoder']}, TopK, k = {k}", ("added", *columns.values()), rows))

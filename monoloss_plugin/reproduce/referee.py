@@ -32,9 +32,11 @@ from monoloss_plugin.reproduce.saes import (
     PLAIN,
     RECOMMENDED,
     SHUFFLED,
+    UNREWARDED,
     at_l0,
     k_of,
     recipes,
+    spaces_of,
     trained,
 )
 from monoloss_plugin.saes.baselines import QUICK, make_baseline
@@ -43,10 +45,16 @@ from monoloss_plugin.saes.rows import Rows
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_NAMES = (PLAIN, MONOLOSS, RECOMMENDED, SHUFFLED)
+_NAMES = (PLAIN, MONOLOSS, SHUFFLED, RECOMMENDED, UNREWARDED)
 _SHARES = (0.25, 0.5, 1.0, 2.0, 4.0)
 """L0 to measure at, as shares of k: enough to find where an SAE has a given R²."""
 _MEASURES = ("r2", "monoscore_adjusted", "monoscore_per_firing", "purity_adjusted", "dead_latents")
+_AT_R2 = {
+    "l0": "needs an L0 of",
+    "monoscore_adjusted": "above chance",
+    "monoscore_per_firing": "per firing",
+    "purity_adjusted": "purity above chance",
+}
 _FREQUENT = 8
 """Latents that are active on fewer samples correlate by chance."""
 _ALIKE = 0.5
@@ -73,7 +81,7 @@ def measure(setting: Setting) -> Found:
     runs = {
         name: [
             setting.run(
-                *("referee", encoder, name, f"seed {seed}"),
+                *("referee", encoder, spaces_of(setting, encoder), f"k {k}", name, f"seed {seed}"),
                 compute=lambda name=name, seed=seed: _measures(  # type: ignore[misc]
                     at(name, seed), features, spaces, k
                 ),
@@ -96,8 +104,11 @@ def _measures(
         except ValueError:  # few directions cannot have a high L0
             continue
         found = evaluate(sae, features.held_out).summary()
-        curve.append({"share": share, **{name: found[name] for name in ("l0", *_MEASURES)}})
-    sae = at(k)
+        curve.append({"share": share, **{m: found[m] for m in ("l0", *_MEASURES) if m in found}})
+    try:
+        sae = at(k)
+    except ValueError:
+        return {"curve": curve, "spaces": {}, "alike": None}
     compared = compare({"sae": sae}, features.held_out, spaces=spaces, groups=("spaces",))
     (run,) = compared.runs["sae"]
     return {
@@ -108,16 +119,16 @@ def _measures(
 
 
 @torch.no_grad()
-def _share_alike(sae: Any, features: Features) -> float:
+def _share_alike(sae: Any, features: Features) -> float | None:
     """Return the share of latents whose activations correlate above 0.5 with another latent's.
 
-    Of those that are active on more than 8 held-out samples; NaN if there is at most one.
+    Of those that are active on more than 8 held-out samples; None if there is at most one.
     """
     batches = Rows.for_sae(sae, features.held_out, None).batches()
     latents = torch.from_numpy(latents_of(sae, batches).toarray())
     frequent = latents[:, (latents > 0).sum(0) > _FREQUENT]
     if frequent.shape[1] < 2:
-        return float("nan")
+        return None
     correlations = torch.corrcoef(frequent.T).fill_diagonal_(0)
     return float((correlations.amax(1) > _ALIKE).double().mean())
 
@@ -155,15 +166,15 @@ def tables(found: Found) -> list[Table]:
         rows.append(
             [
                 name,
-                *(spread(one[m] for one in at_k) for m in _MEASURES[:-1]),
-                spread((one["dead_latents"] for one in at_k), 0),
-                *(spread(run["spaces"][other] for run in runs) for other in others),
+                *(spread(one.get(m) for one in at_k) for m in _MEASURES[:-1]),
+                spread((one.get("dead_latents") for one in at_k), 0),
+                *(spread(run["spaces"].get(other) for run in runs) for other in others),
                 spread(run["alike"] for run in runs),
             ]
         )
     header = (
         *("SAE", "R²", "above chance", "per firing", "purity above chance", "dead"),
-        *(f"above chance, by {other}" for other in others),
+        *(f"by {other}" for other in others),
         "alike",
     )
     made = [
@@ -172,17 +183,19 @@ def tables(found: Found) -> list[Table]:
             header,
             rows,
             "alike: the share of latents that correlate above 0.5 with another latent, of those "
-            f"that are active on more than {_FREQUENT} held-out images.",
+            f"that are active on more than {_FREQUENT} held-out images. A row is empty if an SAE "
+            "cannot have this L0.",
         )
     ]
-    target = mean_of(_at(run, 1.0)["r2"] for run in found["runs"][PLAIN])
+    target = mean_of(_at(run, 1.0).get("r2") for run in found["runs"][PLAIN])
+    columns = {m: title for m, title in _AT_R2.items() if m in found["runs"][PLAIN][0]["curve"][0]}
     rows = [
         [
             name,
             *(
                 spread((at_r2(run["curve"], target, m) for run in runs), 1 if m == "l0" else 3)
                 or "never"
-                for m in ("l0", *_MEASURES[1:-1])
+                for m in columns
             ),
         ]
         for name, runs in found["runs"].items()
@@ -190,10 +203,13 @@ def tables(found: Found) -> list[Table]:
     made.append(
         Table(
             f"The same at one R², {target:.3f}, that of the plain SAEs with an L0 of {found['k']}",
-            ("SAE", "needs an L0 of", "above chance", "per firing", "purity above chance"),
+            ("SAE", *columns.values()),
             rows,
-            f"never: not with an L0 of {_SHARES[0] * found['k']:g} to "
-            f"{_SHARES[-1] * found['k']:g}.",
+            f"Linear between measured L0, of {_SHARES[0] * found['k']:g} to "
+            f"{_SHARES[-1] * found['k']:g}, each twice the one before. never: at least one seed "
+            "has this R² at none of them. Thresholds change, decoders do not: baselines have one "
+            "fitted at each L0, recommended SAEs one refitted at their own, the others the one of "
+            "training.",
         )
     )
     return made

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from monoloss_plugin.features import FeatureSet
-from monoloss_plugin.features.store import write_json
+from monoloss_plugin.features.store import read_json, write_json
 from monoloss_plugin.figures import save_figure
 from monoloss_plugin.reproduce.experiment import Experiment, Found, Setting, Table
 from monoloss_plugin.reproduce.machine import machine
 
-_VERSIONS = ("monoloss_plugin", "torch", "sae-lens")
+_SETTING = "setting.json"
 
 
 @dataclass(frozen=True)
@@ -38,11 +37,13 @@ def reproduce(name: str, experiment: Experiment, setting: Setting) -> Reproducti
         setting: what to measure on.
 
     Raises:
-        ValueError: the setting lacks features or images that the experiment needs.
+        ValueError: the setting lacks features or images that the experiment needs; the held-out
+            features are the training features; or ``setting.out`` holds runs of other features, of
+            other images, or of the other scale.
     """
     _require(name, experiment, setting)
+    _claim(setting)
     found = {**_described(name, setting), **experiment.measure(setting)}
-    setting.out.mkdir(parents=True, exist_ok=True)
     write_json(setting.out, f"{name}.json", found)
     files = {"numbers": setting.out / f"{name}.json"}
     if experiment.draw is not None:
@@ -57,6 +58,37 @@ def _require(name: str, experiment: Experiment, setting: Setting) -> None:
         raise ValueError(f"{name}: needs the features of two encoders")
     if "images" in experiment.needs and not setting.images:
         raise ValueError(f"{name}: needs images: give --data")
+    for encoder, of in setting.features.items():
+        if "labels" in experiment.needs and (of.train.labels is None or of.held_out.labels is None):
+            raise ValueError(f"{name}: needs labels, and the features of {encoder} have none")
+        if of.train.fingerprint() == of.held_out.fingerprint():
+            raise ValueError(
+                f"features: {encoder}: the held-out features are the training features"
+            )
+
+
+def _claim(setting: Setting) -> None:
+    """Note what the runs of a folder are of; raise ValueError if it holds runs of something else.
+
+    Encoders may be added.
+    """
+    now: dict[str, Any] = {
+        "scale": {"full": setting.full},
+        "features": {
+            name: [one.fingerprint() for one in of] for name, of in setting.features.items()
+        },
+        "images": {name: of.record["sample_sha256"] for name, of in setting.images.items()},
+    }
+    place = setting.out / _SETTING
+    then = read_json(place) if place.exists() else {}
+    for what, of in now.items():
+        known = then.setdefault(what, {})
+        if changed := [name for name in of if known.setdefault(name, of[name]) != of[name]]:
+            raise ValueError(
+                f"out: {setting.out} holds runs of another {what} ({changed[0]}); give a new folder"
+            )
+    setting.out.mkdir(parents=True, exist_ok=True)
+    write_json(setting.out, _SETTING, then)
 
 
 def _described(name: str, setting: Setting) -> dict[str, Any]:
@@ -66,7 +98,6 @@ def _described(name: str, setting: Setting) -> dict[str, Any]:
         "scale": "full" if setting.full else "small",
         "seeds": list(setting.seeds),
         "machine": machine(setting.device),
-        "versions": {package: version(package) for package in _VERSIONS},
         "features": {
             encoder: {split: _of_set(features) for split, features in of._asdict().items()}
             for encoder, of in setting.features.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,10 +21,13 @@ from monoloss_plugin.training.run import EVALUATION
 
 from sae_lens import SAE  # isort: skip  # after the training, whose error names the extra
 
+logger = logging.getLogger(__name__)
+
 ARCHITECTURES: tuple[Architecture, ...] = ("batchtopk", "topk", "jumprelu", "standard")
 """Those of the MonoLoss paper."""
 
 PLAIN, MONOLOSS, RECOMMENDED, SHUFFLED = "plain", "MonoLoss", "recommended", "shuffled"
+UNREWARDED = "recommended without MonoLoss"
 REGULARIZERS: Mapping[str, tuple[type[OffSupportL1] | type[L1L2Ratio], Units]] = {
     "OffSupportL1": (OffSupportL1, "batch_active"),
     "OffSupportL1, all units": (OffSupportL1, "all"),
@@ -96,6 +100,7 @@ def recipes(
         PLAIN: plain,
         MONOLOSS: replace(base, terms=terms),
         RECOMMENDED: replace(base, terms=strong, from_data=True, refit=True),
+        UNREWARDED: replace(base, terms=(), from_data=True, refit=True),
         SHUFFLED: replace(base, terms=tuple(ShuffledMonoLoss(**vars(term)) for term in terms)),
     }
     if architecture == "topk":
@@ -104,6 +109,12 @@ def recipes(
         ratio = L1L2Ratio(lam=_REGULARIZER_LAM[L1L2Ratio])
         made[BOTH] = replace(base, terms=(*terms, ratio))
     return made
+
+
+def spaces_of(setting: Setting, encoder: str) -> str:
+    """Return a name for the encoders that an encoder's SAEs are also scored by, for a run's key."""
+    others = [name for name in setting.features if name != encoder]
+    return "by " + (" and ".join(others) or "itself")
 
 
 def trained(setting: Setting, encoder: str, name: str, recipe: Recipe, seed: int) -> SAE[Any]:
@@ -117,26 +128,27 @@ def trained(setting: Setting, encoder: str, name: str, recipe: Recipe, seed: int
     folder = setting.out / "saes" / encoder / size / name.replace(" ", "-") / f"seed-{seed}"
     features = setting.features[encoder].train
     if not (folder / EVALUATION).exists():
+        logger.info("%s: %s, %s, seed %d", encoder, size, name, seed)
         with _fast_products(setting):
             train(features, recipe, out=folder, device=setting.device, baselines=())
     return SAE.load_from_disk(folder, device=setting.device)
 
 
-def trained_over_seeds(setting: Setting, encoder: str, name: str, recipe: Recipe) -> list[SAE[Any]]:
-    """Return the SAEs of a recipe, one for each seed."""
-    return [trained(setting, encoder, name, recipe, seed) for seed in setting.seeds]
-
-
 def at_l0(sae: SAE[Any], features: Features, l0: float) -> Any:
     """Return the SAE with one threshold for an L0, which training rows decide.
 
-    A TopK SAE has its k of each sample already. An SAE that has collapsed too far for that L0 is
-    returned as it is.
+    A TopK SAE has its k of each sample already.
+
+    Raises:
+        ValueError: the SAE has too few positive pre-activations for this L0.
     """
-    if sae.cfg.architecture() == "topk":
-        return sae
+    return sae if sae.cfg.architecture() == "topk" else with_l0(sae, features.train, l0)
+
+
+def near_l0(sae: SAE[Any], features: Features, l0: float) -> Any:
+    """Return the SAE with an L0, or as it is if it cannot have that."""
     try:
-        return with_l0(sae, features.train, l0)
+        return at_l0(sae, features, l0)
     except ValueError:
         return sae
 
@@ -145,7 +157,7 @@ def at_l0(sae: SAE[Any], features: Features, l0: float) -> Any:
 def _fast_products(setting: Setting) -> Iterator[None]:
     """Let matrix products take TF32 on a GPU, and bfloat16 on a CPU that has units for it.
 
-    Sums stay in float32. It is for training only: everything is measured in full precision.
+    Sums stay in float32. It is for training; experiments measure in full precision.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if setting.full else "medium")

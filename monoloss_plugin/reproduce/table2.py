@@ -154,7 +154,8 @@ def measure(setting: Setting, scale: Scale | None = None) -> Found:
 
     # A run at another scale must not be taken for one at this scale.
     size = "" if scale.image_size is None else f" {scale.image_size} px"
-    what = f"{scale.encoder}{size} {len(train.rows)} images {scale.epochs} epochs"
+    what = f"{scale.encoder}{size} {len(train.rows)} images {scale.epochs} epochs lr {scale.lr:g}"
+    what += f" by {own} and {other}"
     runs = []
     settings = [*((lam, False) for lam in scale.lams), (max(scale.lams), True)]
     for seed in setting.seeds:

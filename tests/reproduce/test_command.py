@@ -67,6 +67,7 @@ def test_the_bundled_features_are_found_by_their_splits() -> None:
         (["figure4", "--out", "x", "--encoder", "vit-l16"], "needs --data"),
         (["figure4", "--out", "x", "--features", "digits", "--splits", "a"], "expected TRAIN,TEST"),
         (["figure4", "--out", "x", "--features", "digits", "--scale", "big"], "expected one of"),
+        (["figure4", "--out", "x", *["--features", "digits"] * 2], "two are called 'digits'"),
         (["figure4", "--out", "{file}", "--features", "digits"], "is a file; give a folder"),
     ],
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -13,11 +15,21 @@ from sae_lens import SAE
 
 from monoloss_plugin import load_features, load_pretrained
 from monoloss_plugin.evaluation import evaluate
-from monoloss_plugin.features import open_source
+from monoloss_plugin.features import FeatureSet, open_source
 from monoloss_plugin.features.digits import digit_images
 from monoloss_plugin.hub import list_pretrained
 from monoloss_plugin.losses import MonoLoss, StepTensors
-from monoloss_plugin.reproduce import EXPERIMENTS, experiment, referee, reproduce, saes
+from monoloss_plugin.reproduce import (
+    EXPERIMENTS,
+    Features,
+    collection,
+    experiment,
+    figure4,
+    hard_budget,
+    referee,
+    reproduce,
+    saes,
+)
 from monoloss_plugin.saes.selection import with_l0
 
 SAE_EXPERIMENTS = ("figure4", "table1", "hard-budget", "referee", "collection")
@@ -43,13 +55,16 @@ def test_every_table_has_a_number_for_each_column(done) -> None:
         assert table.rows, table.title
         for row in table.rows:
             assert len(row) == len(table.header), table.title
-            assert all(row[2:]), (table.title, row)
+            cells = row[2:]
+            assert all(one == "never" or re.search(r"\d", one) for one in cells), table.title
 
 
 def test_a_second_run_trains_and_measures_nothing(done, setting, monkeypatch) -> None:
     name, first = done
-    for place, part in ((saes, "train"), (referee, "evaluate"), (referee, "make_baseline")):
-        monkeypatch.setattr(place, part, lambda *_, **__: pytest.fail("it measured again"))
+    work = {"train", "compare", "evaluate", "make_baseline", "k_robustness", "write_sae"}
+    for place in (saes, figure4, hard_budget, referee, collection):
+        for part in work & vars(place).keys():
+            monkeypatch.setattr(place, part, lambda *_, **__: pytest.fail("it measured again"))
     assert reproduce(name, EXPERIMENTS[name], setting).found == first.found
 
 
@@ -84,10 +99,11 @@ def test_the_recipes_differ_only_in_what_their_names_say(setting) -> None:
     made = saes.recipes(setting, setting.features["digits"], "topk", k=4)
     plain = made.pop("plain")
     assert (plain.k, plain.terms) == (4, ())
+    unrewarded = made.pop("recommended without MonoLoss")
+    assert unrewarded == replace(plain, from_data=True, refit=True)
     for name, recipe in made.items():
         assert recipe.terms, name
-        if name != "recommended":
-            assert replace(recipe, terms=()) == plain, name
+        assert replace(recipe, terms=()) == (unrewarded if name == "recommended" else plain), name
     assert made["L1L2Ratio, all units"].terms[0].units == "all"
     assert made["L1L2Ratio"].terms[0].units == "batch_active"
 
@@ -157,6 +173,61 @@ def test_with_images_the_collection_has_a_page_of_them(setting, tmp_path) -> Non
     reproduce("collection", EXPERIMENTS["collection"], given)
     (page,) = (tmp_path / "collection").rglob("report.html")
     assert page.parent.relative_to(tmp_path).parts[-2:] == ("digits", "recommended-k8")
+
+
+def test_other_features_in_the_same_folder_are_refused(setting) -> None:
+    digits, other = setting.features.values()
+    for features in ({"digits": other}, {"digits": Features(other.train, digits.held_out)}):
+        with pytest.raises(ValueError, match="holds runs of another features"):
+            reproduce("table1", EXPERIMENTS["table1"], replace(setting, features=features))
+    with pytest.raises(ValueError, match="holds runs of another scale"):
+        reproduce("table1", EXPERIMENTS["table1"], replace(setting, full=True))
+
+
+def test_more_seeds_and_encoders_in_the_same_folder_are_measured(setting, tmp_path) -> None:
+    name, digits = "digits", setting.features["digits"]
+    first = replace(setting, out=tmp_path, features={name: digits}, seeds=(0,))
+    reproduce("table1", EXPERIMENTS["table1"], first)
+    second = replace(setting, out=tmp_path, seeds=(0, 1))
+    found = reproduce("figure4", EXPERIMENTS["figure4"], second).found["encoders"][name]
+    runs = found["batchtopk"]["at k"]["plain"]
+    assert len(runs) == 2
+    assert all("adjusted/other" in run for run in runs)
+
+
+def test_features_that_are_held_out_from_themselves_are_refused(setting, tmp_path) -> None:
+    train = setting.features["digits"].train
+    given = replace(setting, out=tmp_path, features={"digits": Features(train, train)})
+    with pytest.raises(ValueError, match="held-out features are the training features"):
+        reproduce("table1", EXPERIMENTS["table1"], given)
+
+
+def test_a_name_that_cannot_be_a_folder_is_refused_at_once(setting) -> None:
+    with pytest.raises(ValueError, match="expected a name of letters"):
+        replace(setting, features={"my features": setting.features["digits"]})
+
+
+@pytest.mark.parametrize("name", ["figure4", "hard-budget", "referee", "collection"])
+def test_features_without_labels_have_no_purity(setting, tmp_path, name) -> None:
+    def without(features: FeatureSet) -> FeatureSet:
+        ids = features.dataset["image_id"][:]
+        return FeatureSet.from_tensors(features.tensor().float(), ids=ids)
+
+    features = {"digits": Features(*map(without, setting.features["digits"]))}
+    given = replace(setting, out=tmp_path, features=features, seeds=(0,))
+    tables = reproduce(name, EXPERIMENTS[name], given).tables
+    assert not any("purity" in column for table in tables for column in table.header)
+    with pytest.raises(ValueError, match="table1: needs labels"):
+        reproduce("table1", EXPERIMENTS["table1"], given)
+
+
+def test_an_sae_that_was_deleted_is_written_again(setting) -> None:
+    reproduce("collection", EXPERIMENTS["collection"], setting)
+    folder = setting.out / "collection" / "models" / "digits" / "plain-k8"
+    record = (folder / "monoloss.json").read_text()
+    shutil.rmtree(folder)
+    reproduce("collection", EXPERIMENTS["collection"], setting)
+    assert (folder / "monoloss.json").read_text() == record
 
 
 def test_spread() -> None:

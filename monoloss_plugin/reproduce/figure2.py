@@ -84,7 +84,7 @@ class Sizes:
     largest N."""
 
 
-SMALL = Sizes(latents=4096, k=32, width=768, pool=1 << 13, exponents=range(8, 18), patience=60)
+SMALL = Sizes(latents=4096, k=32, width=768, pool=1 << 13, exponents=range(8, 17), patience=20)
 FULL = Sizes(latents=8192, k=64, width=768, pool=1 << 16, exponents=range(8, 20), patience=1800)
 
 

@@ -117,9 +117,10 @@ def latents() -> tuple[Tensor, Tensor, Tensor]:
     return encoded, x, (sae.decode(encoded) - x).square().mean()
 
 
-def photos_and_encoder(folder: str = "photos") -> None:
-    """Make a folder of images, and ``encoder``, a model of timm's."""
-    for number, image in enumerate(digit_images(load_features("digits", "held_out"))[:80]):
+def photos_and_encoder(folder: str = "photos", start: int = 0) -> None:
+    """Make a folder of 80 images, and ``encoder``, a model of timm's."""
+    pixels = digit_images(load_features("digits", "held_out"))
+    for number, image in enumerate(pixels[start : start + 80], start):
         path = Path(folder) / str(int(labels("held_out")[number])) / f"{number:03}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((image * 255).byte().numpy()).save(path)

@@ -8,6 +8,7 @@ middle k gets a page with them: give them only where their licence allows to pub
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,7 @@ def measure(setting: Setting) -> Found:
         for k in ks_of(setting, features):
             controls = setting.run(
                 *("collection", encoder, f"k {k}", "controls"),
-                compute=lambda encoder=encoder, k=k: _controls(setting, encoder, k),  # type: ignore[misc]
+                compute=partial(_controls, setting, encoder, k),
             )
             for name in _NAMES:
                 sae_id = f"{encoder}/{name.lower()}-k{k}"

@@ -7,7 +7,7 @@ encoder, and above chance.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -93,63 +93,64 @@ def measure(setting: Setting) -> Found:
 def _of_encoder(setting: Setting, encoder: str) -> dict[str, Any]:
     """Return the measures of one encoder's SAEs by architecture, and those of baselines."""
     features = setting.features[encoder]
-    k = k_of(setting, features)
-    first = next(iter(setting.features))
-
-    def measures(sae: Any) -> dict[str, Any]:
-        run: dict[str, Any] = _measured(setting, encoder, {"sae": sae})["sae"][0]
-        return run
-
+    k, key = k_of(setting, features), ("figure4", encoder, spaces_of(setting, encoder))
     found: dict[str, Any] = {}
     for architecture in ARCHITECTURES:
-        names = [PLAIN, MONOLOSS]
-        names += [RECOMMENDED] if architecture in _WITH_FIXED_L0 else []
-        names += [SHUFFLED] if architecture == "batchtopk" and encoder == first else []
         made = recipes(setting, features, architecture)
-        as_they_are: dict[str, list[Any]] = {name: [] for name in names}
-        at_k: dict[str, list[Any]] = {name: [] for name in names}
-        for name in names:
+        runs: dict[str, dict[str, list[Any]]] = {"as they are": {}, "at k": {}}
+        for name in _names(setting, encoder, architecture):
             for seed in setting.seeds:
                 sae = partial(trained, setting, encoder, name, made[name], seed)
-                key = ("figure4", encoder, spaces_of(setting, encoder), architecture, name)
                 own = setting.run(
-                    *key,
-                    f"seed {seed}, as it is",
-                    compute=lambda sae=sae: measures(sae()),  # type: ignore[misc]
+                    *(*key, architecture, name, f"seed {seed}, as it is"),
+                    compute=partial(_measures, setting, encoder, sae),
                 )
-                as_they_are[name].append(own)
-                at_k[name].append(
-                    own  # it has k active latents of each sample anyway
-                    if architecture == "topk"
-                    else setting.run(
-                        *(*key, f"seed {seed}, at k {k}"),
-                        compute=lambda sae=sae: measures(near_l0(sae(), features, k)),  # type: ignore[misc]
+                at_k = own  # TopK has k active latents of each sample anyway
+                if architecture != "topk":
+                    at_k = setting.run(
+                        *(*key, architecture, name, f"seed {seed}, at k {k}"),
+                        compute=partial(_measures, setting, encoder, sae, k),
                     )
-                )
-        found[architecture] = {"as they are": as_they_are, "at k": at_k}
-    baselines: dict[str, list[Any]] = {kind: [] for kind in QUICK}
+                runs["as they are"].setdefault(name, []).append(own)
+                runs["at k"].setdefault(name, []).append(at_k)
+        found[architecture] = runs
     size: Any = recipes(setting, features, "topk")[PLAIN].num_latents
-    for kind, runs in baselines.items():
-        for seed in setting.seeds:
-            baseline = partial(
-                make_baseline, kind, features.train, num_latents=size, l0=k, seed=seed
-            )
-            runs.append(
+    make = partial(make_baseline, features=features.train, num_latents=size, l0=k)
+    found[_BASELINES] = {
+        "at k": {
+            kind: [
                 setting.run(
-                    *("figure4", encoder, spaces_of(setting, encoder), kind, f"seed {seed}, k {k}"),
-                    compute=lambda baseline=baseline: measures(baseline()),  # type: ignore[misc]
+                    *(*key, kind, f"seed {seed}, k {k}"),
+                    compute=partial(_measures, setting, encoder, partial(make, kind, seed=seed)),
                 )
-            )
-    found[_BASELINES] = {"at k": baselines}
+                for seed in setting.seeds
+            ]
+            for kind in QUICK
+        }
+    }
     return found
 
 
-def _measured(setting: Setting, encoder: str, saes: dict[str, Any]) -> dict[str, Any]:
-    """Return the measures of SAEs on held-out images, as JSON can hold them."""
+def _names(setting: Setting, encoder: str, architecture: str) -> list[str]:
+    """Return the recipes that are trained: the control for one encoder is enough."""
+    names = [PLAIN, MONOLOSS]
+    if architecture in _WITH_FIXED_L0:
+        names.append(RECOMMENDED)
+    if architecture == "batchtopk" and encoder == next(iter(setting.features)):
+        names.append(SHUFFLED)
+    return names
+
+
+def _measures(
+    setting: Setting, encoder: str, make: Callable[[], Any], l0: float | None = None
+) -> dict[str, Any]:
+    """Return the measures of an SAE on held-out images, by default at its own L0."""
+    features = setting.features[encoder]
     spaces = {name: of.held_out for name, of in setting.features.items() if name != encoder}
-    held_out = setting.features[encoder].held_out
-    runs: dict[str, Any] = compare(saes, held_out, spaces=spaces, groups=("spaces",)).to_dict()
-    return dict(runs["runs"])
+    sae = make() if l0 is None else near_l0(make(), features, l0)
+    found = compare({"sae": sae}, features.held_out, spaces=spaces, groups=("spaces",))
+    run: dict[str, Any] = found.to_dict()["runs"]["sae"][0]
+    return run
 
 
 def _rows(of_encoder: dict[str, Any], how: str) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:

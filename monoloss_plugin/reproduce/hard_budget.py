@@ -8,6 +8,7 @@ so is MonoLoss.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +38,7 @@ from monoloss_plugin.reproduce.saes import (
 )
 from monoloss_plugin.saes.rows import Rows
 from monoloss_plugin.saes.selection import effective_latents, k_robustness
+from monoloss_plugin.training import Recipe
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,9 +73,7 @@ def measure(setting: Setting) -> Found:
             name: [
                 setting.run(
                     *("hard-budget", encoder, f"k {k}", name, f"seed {seed}"),
-                    compute=lambda name=name, seed=seed, made=made: _measures(  # type: ignore[misc]
-                        trained(setting, encoder, name, made[name], seed), features
-                    ),
+                    compute=partial(_measures, setting, encoder, name, made[name], seed),
                 )
                 for seed in setting.seeds
             ]
@@ -82,8 +82,11 @@ def measure(setting: Setting) -> Found:
     return {"encoder": encoder, "runs": runs}
 
 
-def _measures(sae: Any, features: Features) -> dict[str, Any]:
+def _measures(
+    setting: Setting, encoder: str, name: str, recipe: Recipe, seed: int
+) -> dict[str, Any]:
     """Return the measures of an SAE on held-out features, by name."""
+    sae, features = trained(setting, encoder, name, recipe, seed), setting.features[encoder]
     found = evaluate(sae, features.held_out)
     ks = sorted({max(1, round(share * sae.cfg.k)) for share in _SHARES})
     robust = k_robustness(sae, features.held_out, ks)

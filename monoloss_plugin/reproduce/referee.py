@@ -68,13 +68,12 @@ def measure(setting: Setting) -> Found:
     spaces = {name: of.held_out for name, of in setting.features.items() if name != encoder}
     made = recipes(setting, features, "batchtopk")
 
-    def at(name: str, seed: int) -> Callable[[float], Any]:
-        """Return a function that gives an SAE or baseline with an L0."""
+    def at(name: str, seed: int, l0: float) -> Any:
+        """Return an SAE or a baseline with an L0."""
         if name in made:
-            sae = trained(setting, encoder, name, made[name], seed)
-            return partial(at_l0, sae, features)
+            return at_l0(trained(setting, encoder, name, made[name], seed), features, l0)
         size: Any = made[PLAIN].num_latents
-        return lambda l0: make_baseline(
+        return make_baseline(
             name, features.train, num_latents=size, l0=l0, selection="threshold", seed=seed
         )
 
@@ -82,9 +81,7 @@ def measure(setting: Setting) -> Found:
         name: [
             setting.run(
                 *("referee", encoder, spaces_of(setting, encoder), f"k {k}", name, f"seed {seed}"),
-                compute=lambda name=name, seed=seed: _measures(  # type: ignore[misc]
-                    at(name, seed), features, spaces, k
-                ),
+                compute=partial(_measures, partial(at, name, seed), features, spaces, k),
             )
             for seed in setting.seeds
         ]

@@ -87,7 +87,7 @@ def test_features(held_out, hub, tmp_path) -> None:
         (["publish", "sae", WITH, REPO, "--features", "none"], "no feature dataset in none"),
         (["publish", "sae", WITH, "bob/saes"], "don't have the rights to write to bob/saes"),
         (["publish", "features", "none", REPO], "no feature dataset in none"),
-        (["pretrained", "digit"], "one of digits, which are bundled"),
+        (["pretrained", "digit"], "one of digits, photos, which are bundled"),
         (["pretrained", "alice/none"], "knows no repository alice/none"),
         (["pretrained", "./none"], "no such folder: none"),
         (["convert", "none.pt", "out", "--from", "monoloss"], "no such file: none.pt"),

@@ -111,7 +111,7 @@ def test_other_sizes_are_other_runs(found, setting, monkeypatch) -> None:
 def test_tables_and_figure_come_from_json_alone(found) -> None:
     read = json.loads(json.dumps(found))
     by_model, correlations = GROUND_TRUTH.tables(read)
-    rows = {row[:2]: row for row in by_model.rows}
+    rows = {tuple(row[:2]): row for row in by_model.rows}
     assert rows["no training", "true features"][2] == "1.000"
     plain, mono = rows["TopK", "plain"], rows["TopK", "MonoLoss 1.0"]
     assert plain[3] == ""

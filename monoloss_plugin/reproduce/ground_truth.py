@@ -25,6 +25,7 @@ from monoloss_plugin.adapters.sae_lens import add_loss
 from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.losses import LossTerm
 from monoloss_plugin.reproduce.experiment import Experiment, Found, Setting, Table, spread
+from monoloss_plugin.reproduce.saes import ShuffledMonoLoss
 from monoloss_plugin.saes.baselines import make_baseline
 from monoloss_plugin.training.trainer import as_others_load_it
 
@@ -84,8 +85,6 @@ class Training:
     term: LossTerm | None = None
     from_data: bool = False
     """Start the latents as samples."""
-    shuffled: bool = False
-    """A control: MonoLoss compares each sample by another one."""
 
 
 class Source(NamedTuple):
@@ -147,7 +146,10 @@ def trainings(architecture: str) -> dict[str, Training]:
             f"{FROM_DATA}, MonoLoss {lam}": Training(mono(lam), from_data=True)
             for lam in FROM_DATA_LAMS
         },
-        **{f"shuffled MonoLoss {lam}": Training(mono(lam), shuffled=True) for lam in SHUFFLED_LAMS},
+        **{
+            f"shuffled MonoLoss {lam}": Training(ShuffledMonoLoss(lam=lam, lam_units="nmse"))
+            for lam in SHUFFLED_LAMS
+        },
     }
     if architecture == "topk":
         for kind in (OffSupportL1, L1L2Ratio):
@@ -230,7 +232,6 @@ def train(source: Source, architecture: str, training: Training, sizes: Sizes) -
             runner,
             training.term,
             warm_up_steps=int(_WARM_UP * sizes.steps),
-            embeddings=(lambda x: x.roll(1, 0)) if training.shuffled else None,
         )
     torch.manual_seed(source.seed)
     return as_others_load_it(runner.run().sae)

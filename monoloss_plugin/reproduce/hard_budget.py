@@ -1,9 +1,9 @@
 """Beyond the Hard Budget: two regularizers of TopK SAEs, over several k.
 
 The paper claims more MonoScore at the same reconstruction, and for the L1/L2 ratio also fewer
-effective latents, more robustness to the k of inference, and better probes of few latents. Its
-referee asked for an ablation: penalize all units instead of the batch-active ones. It is here, and
-so is MonoLoss.
+effective latents, more robustness to the k of inference, and better probes of few latents. A
+review of it asked for an ablation: penalize all units instead of the batch-active ones. It is here,
+and so is MonoLoss.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from monoloss_plugin.evaluation import evaluate
+from monoloss_plugin.comparison import compare
 from monoloss_plugin.features import FeatureSet
 from monoloss_plugin.figures.dressing import axes_for, dress, line_style
 from monoloss_plugin.probing import latents_of, small_budget_probe
@@ -37,7 +37,6 @@ from monoloss_plugin.reproduce.saes import (
     trained,
 )
 from monoloss_plugin.saes.rows import Rows
-from monoloss_plugin.saes.selection import effective_latents, k_robustness
 from monoloss_plugin.training import Recipe
 
 if TYPE_CHECKING:
@@ -46,7 +45,8 @@ if TYPE_CHECKING:
 _NAMES = (PLAIN, *REGULARIZERS, MONOLOSS, BOTH)
 _OVER_K = (PLAIN, "OffSupportL1", "L1L2Ratio")
 """What is trained with every k. The others, ablations and MonoLoss, have the middle k alone."""
-_SHARES = (0.25, 0.5, 1.0, 2.0, 4.0)
+_R2 = {0.25: "r2/0.25", 0.5: "r2/0.5", 1.0: "r2", 2.0: "r2/2", 4.0: "r2/4"}
+"""The measures of R² by the k of inference, as a share of the k of training."""
 _BUDGETS = (1, 4, 16)
 _PROBED = 10_000
 """Training rows of a probe, so that it takes seconds."""
@@ -87,15 +87,8 @@ def _measures(
 ) -> dict[str, Any]:
     """Return the measures of an SAE on held-out features, by name."""
     sae, features = trained(setting, encoder, name, recipe, seed), setting.features[encoder]
-    found = evaluate(sae, features.held_out)
-    ks = sorted({max(1, round(share * sae.cfg.k)) for share in _SHARES})
-    robust = k_robustness(sae, features.held_out, ks)
-    return {
-        **found.summary(),
-        "effective_latents": effective_latents(sae, features.held_out),
-        **{f"r2/{share:g}": robust[max(1, round(share * sae.cfg.k))] for share in _SHARES},
-        **_probes(sae, features),
-    }
+    found = compare({"sae": sae}, features.held_out, groups=("budgets",)).to_dict()
+    return {**found["runs"]["sae"][0], **_probes(sae, features)}
 
 
 def _probes(sae: Any, features: Features) -> dict[str, float]:
@@ -127,9 +120,9 @@ def tables(found: Found) -> list[Table]:
         ]
         made.append(Table(f"{found['encoder']}, TopK, k = {k}", ("added", *columns.values()), rows))
     for k, by_name in found["runs"].items():
-        header = ("added", *(f"k = {max(1, round(share * int(k)))}" for share in _SHARES))
+        header = ("added", *(f"k = {max(1, round(share * int(k)))}" for share in _R2))
         rows = [
-            [name, *(spread(run[f"r2/{share:g}"] for run in runs) for share in _SHARES)]
+            [name, *(spread(run.get(m) for run in runs) for m in _R2.values())]
             for name, runs in by_name.items()
         ]
         made.append(Table(f"R² at another k than in training, which had k = {k}", header, rows))
@@ -142,8 +135,8 @@ def draw(found: Found) -> Axes:
     k = ks[len(ks) // 2]
     ax = axes_for(None)
     for i, (name, runs) in enumerate(found["runs"][k].items()):
-        means = [mean_of(run[f"r2/{share:g}"] for run in runs) for share in _SHARES]
-        ax.plot(_SHARES, means, label=name, **line_style(i))
+        means = [mean_of(run.get(m) for run in runs) for m in _R2.values()]
+        ax.plot(list(_R2), means, label=name, **line_style(i))
     ax.set_xscale("log", base=2)
     title = f"{found['encoder']}, TopK SAEs trained with k = {k}"
     return dress(ax, "k of inference / k of training", "R², held-out images", title)

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from monoloss_plugin.comparison import compare
-from monoloss_plugin.evaluation import evaluate
+from monoloss_plugin.comparison import Group, compare
 from monoloss_plugin.features import FeatureSet
 from monoloss_plugin.figures.dressing import COLOURS, MARKERS, axes_for, dress, line_style
 from monoloss_plugin.probing import latents_of
@@ -95,24 +94,20 @@ def _measures(
 ) -> dict[str, Any]:
     """Return the measures of an SAE at several L0, and at k also those that take longer."""
     curve: list[dict[str, float]] = []
+    found: dict[str, Any] = {"curve": curve, "spaces": {}, "alike": None}
     for share in _SHARES:
         try:
             sae = at(share * k)
         except ValueError:  # few directions cannot have a high L0
             continue
-        found = evaluate(sae, features.held_out).summary()
-        curve.append({"share": share, **{m: found[m] for m in ("l0", *_MEASURES) if m in found}})
-    try:
-        sae = at(k)
-    except ValueError:
-        return {"curve": curve, "spaces": {}, "alike": None}
-    compared = compare({"sae": sae}, features.held_out, spaces=spaces, groups=("spaces",))
-    (run,) = compared.runs["sae"]
-    return {
-        "curve": curve,
-        "spaces": {name: run[f"adjusted/{name}"] for name in spaces},
-        "alike": _share_alike(sae, features),
-    }
+        groups: list[Group] = ["spaces"] if share == 1 else []
+        compared = compare({"sae": sae}, features.held_out, spaces=spaces, groups=groups)
+        (run,) = compared.to_dict()["runs"]["sae"]
+        curve.append({"share": share, **{m: run[m] for m in ("l0", *_MEASURES) if m in run}})
+        if share == 1:
+            found["spaces"] = {name: run[f"adjusted/{name}"] for name in spaces}
+            found["alike"] = _share_alike(sae, features)
+    return found
 
 
 @torch.no_grad()
@@ -130,7 +125,7 @@ def _share_alike(sae: Any, features: Features) -> float | None:
     return float((correlations.amax(1) > _ALIKE).double().mean())
 
 
-def at_r2(curve: Sequence[Mapping[str, float]], r2: float, measure: str) -> float | None:
+def at_r2(curve: Sequence[Mapping[str, Any]], r2: float, measure: str) -> float | None:
     """Return a measure of an SAE where it has an R², between the L0 that were measured.
 
     Args:
@@ -144,8 +139,10 @@ def at_r2(curve: Sequence[Mapping[str, float]], r2: float, measure: str) -> floa
     for one, other in pairwise(curve):
         low, high = one["r2"], other["r2"]
         if min(low, high) <= r2 <= max(low, high):
+            if one[measure] is None or other[measure] is None:
+                return None
             share = (r2 - low) / (high - low) if high != low else 0.0
-            return one[measure] + share * (other[measure] - one[measure])
+            return float(one[measure] + share * (other[measure] - one[measure]))
     return None
 
 

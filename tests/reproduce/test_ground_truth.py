@@ -14,6 +14,7 @@ from monoloss_plugin import MonoLoss
 from monoloss_plugin.reproduce import ground_truth
 from monoloss_plugin.reproduce.experiment import Found, Setting
 from monoloss_plugin.reproduce.ground_truth import GROUND_TRUTH, Sizes, Source, Training
+from monoloss_plugin.reproduce.saes import ShuffledMonoLoss
 
 TINY = Sizes(24, 16, 0.05, batch_size=64, steps=20, learning_rate=3e-3, held_out=500)
 WIDER = Sizes(128, 64, 0.01, batch_size=256, steps=1, learning_rate=3e-3, held_out=2000)
@@ -83,7 +84,7 @@ def test_runs_of_a_seed_differ_by_the_term_alone(source) -> None:
     plain = decoder(Training())
     assert torch.equal(decoder(Training(MonoLoss(0.0, lam_units="nmse"))), plain)
     strong = MonoLoss(1.0, lam_units="nmse")
-    unlike = [plain, decoder(Training(strong)), decoder(Training(strong, shuffled=True))]
+    unlike = [plain, decoder(Training(strong)), decoder(Training(ShuffledMonoLoss(**vars(strong))))]
     unlike.append(decoder(Training(from_data=True)))
     for i, one in enumerate(unlike):
         assert not any(torch.equal(one, other) for other in unlike[:i])

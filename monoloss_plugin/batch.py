@@ -27,6 +27,12 @@ class Batch(NamedTuple):
     """The samples' ids."""
     rows: Tensor | None = None
     """(B,) int64 on the CPU: the rows of the samples in their feature set."""
+    images: Tensor | None = None
+    """(B,) int64 on the CPU: which image each sample is a patch of. Patches of one image are not
+    compared. None if each sample is an image of its own."""
+    places: Tensor | None = None
+    """(B,) int16 on the CPU: each patch's place in its image's grid, row after row; -1 for a class
+    token. None if samples are no patches."""
 
     @property
     def similarity(self) -> Tensor:

@@ -411,11 +411,10 @@ def _card(
     linked = [line for line in existing.splitlines() if line.startswith(_SAES)]
     if saes:
         linked = [f"{_SAES} [`{saes}`]({page_of(saes, 'model')})."]
-    of_patches = {bool(record.patches) for record in records.values()}
-    sample = {(False,): "image", (True,): "patch"}.get(tuple(of_patches), "image or patch")
-    columns = _COLUMNS + (_OF_PATCHES if True in of_patches else "")
+    samples = sorted({"patch" if record.patches else "image" for record in records.values()})
+    columns = _COLUMNS + (_OF_PATCHES if "patch" in samples else "")
     parts = [
-        _ABOUT.format(sample=sample),
+        _ABOUT.format(sample=" or ".join(samples)),
         table(("configuration", "split", "size", "type", "encoder", "images"), rows),
         *linked,
         *(_encoder(config, records[of_config[0]]) for config, of_config in configs.items()),

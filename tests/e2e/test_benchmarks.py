@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import finetune_case, over_seeds, recipes
+from benchmarks import finetune_case, over_seeds, patch_extraction, recipes
 from benchmarks.data import Shape
 from benchmarks.setting import Setting
 
@@ -105,3 +106,13 @@ def test_recipes_are_compared_and_not_trained_twice(tmp_path: Path, monkeypatch,
         run["l0"] == pytest.approx(4, rel=0.02) for (run,) in list(found["runs"].values())[:3]
     )
     assert recipes.markdown(found) in capsys.readouterr().out
+
+
+def test_the_extraction_of_patches_is_benchmarked() -> None:
+    sizes = {"model": "vit_tiny_patch16_224", "images": 4, "rounds": 1, "batch": 2, "device": "cpu"}
+    found = patch_extraction.speed(argparse.Namespace(**sizes))
+    assert found["share of the encoder's speed"]["patches"]["median"] > 0
+    assert found["images a second"]["encoder alone"] > 0
+    assert "patches" in found["says"]
+    peak = patch_extraction.peak_memory(3)
+    assert 50 < peak["own"] < peak["with pages of files"]

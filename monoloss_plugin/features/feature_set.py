@@ -288,12 +288,16 @@ class FeatureSet(torch.utils.data.Dataset[Batch]):
             return torch.from_numpy(self._pieces[0].take(rows, axis=0))
         of_piece = np.searchsorted(self._starts, rows, side="right") - 1
         in_piece = rows - self._starts[of_piece]
+        # Consecutive rows, such as the patches of an image, are copied at once.
+        ends = np.flatnonzero((np.diff(rows) != 1) | (np.diff(of_piece) != 0)) + 1
+        firsts = np.concatenate([[0], ends])[: len(rows)]
+        counts = np.diff(firsts, append=len(rows))
+        runs = zip(
+            of_piece[firsts].tolist(), in_piece[firsts].tolist(), counts.tolist(), strict=True
+        )
         # A join of bytes is fast for any number of pieces, and a set has one for each 1,000 rows.
         joined = bytearray().join(
-            [
-                self._pieces[piece][row]
-                for piece, row in zip(of_piece.tolist(), in_piece.tolist(), strict=True)
-            ]
+            [self._pieces[piece][row : row + count] for piece, row, count in runs]
         )
         return torch.from_numpy(np.frombuffer(joined, self._stored).reshape(-1, self.width))
 

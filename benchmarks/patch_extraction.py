@@ -49,23 +49,14 @@ def photos(count: int) -> Dataset:
 
 def transformer(name: str) -> dict[str, Encoder]:
     """Return a vision transformer's patches, and its mean over them, by output."""
+    # Imported here, since the processes whose memory is measured need none of it.
     import timm
 
-    from monoloss_plugin.features.encoders.encoder import Tower, encoder_of
-    from monoloss_plugin.features.encoders.from_timm import patch_size_of
+    from monoloss_plugin.features.encoders.encoder import encoder_of
+    from monoloss_plugin.features.encoders.from_timm import tower_of
 
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=0).eval()
-    data = timm.data.resolve_model_data_config(model)
-    tower = Tower(
-        model,
-        timm.data.create_transform(**data, is_training=False),
-        model,
-        model.forward_features,
-        model.num_prefix_tokens,
-        {"name": name},
-        patch_size=patch_size_of(model),
-    )
+    tower = tower_of(timm.create_model(name, num_classes=0).eval())
     outputs = {output: encoder_of(tower, output, None) for output in ("patches", "mean")}
     for one in outputs.values():
         one.model.requires_grad_(False)
@@ -74,12 +65,11 @@ def transformer(name: str) -> dict[str, Encoder]:
 
 def speed(options: argparse.Namespace) -> dict[str, Any]:
     """Return images a second of each way, and their ratios to the encoder alone."""
-    # Imported here, since the processes whose memory is measured need none of it.
     from monoloss_plugin.reproduce.timing import alternate, ratio, summarise
 
     device = torch.device(options.device)
     encoders, images = transformer(options.model), photos(options.images)
-    model = encoders["patches"].model.to(device)
+    model: Any = encoders["patches"].model.to(device)
     inputs = torch.stack([encoders["patches"].preprocess(row["image"]) for row in images])
     running: dict[str, list[float]] = {output: [] for output in encoders}
     with tempfile.TemporaryDirectory() as folder:

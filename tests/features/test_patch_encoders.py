@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from monoloss_plugin.features.encoders import Encoder, PatchTokens, load_encoder
+from monoloss_plugin.features.encoders import Encoder, PatchTokens, from_open_clip, load_encoder
 from monoloss_plugin.features.encoders.encoder import Tower, encoder_of
+from monoloss_plugin.features.encoders.from_timm import tower_of
 
 
 def inputs_of(encoder: Encoder, images: list[Image.Image]):
@@ -109,23 +110,6 @@ def test_registers_are_no_patches_and_no_class_token() -> None:
                 encoder.forward(images)
 
 
-def tower_of(model: nn.Module) -> Tower:
-    """A timm model as its library's file makes a tower of it."""
-    from monoloss_plugin.features.encoders.from_timm import has_class_token, patch_size_of
-
-    return Tower(
-        model,
-        lambda image: image,
-        model,
-        model.forward_features,
-        getattr(model, "num_prefix_tokens", 0),
-        {"name": "mine"},
-        channels_last=getattr(model, "output_fmt", "NCHW") == "NHWC",
-        class_token=has_class_token(model),
-        patch_size=patch_size_of(model),
-    )
-
-
 @torch.no_grad()
 def test_rectangular_images_have_rectangular_grids() -> None:
     small = {"patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 0}
@@ -172,8 +156,6 @@ def test_open_clip_patches(encoders, digit_images) -> None:
 
 
 def test_open_clip_with_a_trunk_of_timm_whose_maps_have_channels_last() -> None:
-    from monoloss_plugin.features.encoders import from_open_clip
-
     vision = {"timm_model_name": "test_vit", "timm_pool": "avg", "image_size": 32}
     text = {"context_length": 8, "vocab_size": 16, "width": 16, "heads": 2, "layers": 1}
     model = open_clip.CLIP(embed_dim=8, vision_cfg=vision, text_cfg=text).eval()

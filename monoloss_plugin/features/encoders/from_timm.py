@@ -43,6 +43,18 @@ def load(
         data["input_size"] = (data["input_size"][0], image_size, image_size)
         with torch.no_grad():
             model(torch.zeros(1, *data["input_size"]))  # fails if the model takes only its own
+    return tower_of(model, data)
+
+
+def tower_of(model: Any, data: dict[str, Any] | None = None) -> Tower:
+    """Return a timm model without a classifier as an image encoder.
+
+    Args:
+        model: of timm, in evaluation mode.
+        data: what its preprocessing is made of; by default what timm says of the model.
+    """
+    if data is None:
+        data = resolve_model_data_config(model)
     tokens: Any = model.forward_features
     return Tower(
         model=model,

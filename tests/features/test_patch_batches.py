@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from monoloss_plugin.batch import Batch
 from monoloss_plugin.comparison import compare
+from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.features import FeatureBatches, FeatureSet
 from tests.features.test_batches import ahead
 from tests.features.test_patches import LABELS, dataset_of, images, pooled
@@ -259,3 +260,17 @@ def test_spaces_of_a_comparison_are_matched_by_image(features) -> None:
     (one,), (other,) = (runs["sae"] for runs in found)
     assert one["adjusted/other"] == pytest.approx(other["adjusted/other"])
     assert one["adjusted/labels"] == pytest.approx(other["adjusted/labels"])
+
+
+def test_a_comparison_without_training_features_halves_the_images(features) -> None:
+    scored: list[FeatureSet] = []
+
+    def score(sae, given: FeatureSet):
+        scored.append(given)
+        return evaluate(sae, given)
+
+    found = compare({"sae": Identity()}, features, groups=("probes",), score=score)
+    (half,) = scored
+    assert (half.num_images, len(half)) == (N // 2, N // 2 * P)
+    assert half.patches.are_whole
+    assert "on a random half (120 rows)" in found.notes[0]

@@ -130,6 +130,10 @@ class LossTerm(ABC):
         """The term takes 0 to mean "not active", so it is wrong for signed activations."""
         return False
 
+    def compared_by(self, embeddings: str) -> str:
+        """Return what the term compares samples by, in words, if they have these embeddings."""
+        return embeddings
+
     @abstractmethod
     def compute_loss(self, step: StepTensors) -> TermValue:
         """Return the value before the weight. It must not make the device wait."""
@@ -184,7 +188,7 @@ class MonoLoss(LossTerm):
         return True
 
     def compared_by(self, embeddings: str) -> str:
-        """Return what the loss compares samples by, in words, if they have these embeddings."""
+        """Return these embeddings, or what ``patches`` puts in their place."""
         return {
             "image": embeddings,
             "own": "each patch's own features",

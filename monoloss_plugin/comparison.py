@@ -330,17 +330,19 @@ class _Referee:
         for numbers in torch.arange(len(rows)).split(BATCH):
             x = rows.take(numbers)
             latents = as_rows(sae.encode(x), "sae.encode(features)")
+            images = self.features.image_of(numbers)
             for name, of in self._embeddings.items():
-                known, embeddings = of(numbers)
+                known, embeddings = of(images)
                 metrics[name].update(latents[known.to(x.device)], embeddings.to(x.device))
         return {f"adjusted/{name}": of.compute().mean_adjusted for name, of in metrics.items()}
 
     @cached_property
     def _embeddings(self) -> dict[str, _Embed]:
-        """For each space, a function: rows (B,) to which of them it has (B,), and embeddings."""
+        """For each space, a function: images (B,) to which of them it has (B,), and embeddings."""
+        images = self.features.images
         return {
             **{name: _features_of(*space) for name, space in self.spaces.items()},
-            **({_OF_LABELS: _labels_of(self.features)} if _has_classes(self.features) else {}),
+            **({_OF_LABELS: _labels_of(images)} if _has_classes(images) else {}),
         }
 
     def _probes(self, sae: SAE) -> dict[str, float]:
@@ -406,7 +408,8 @@ def _matched(features: FeatureSet, spaces: Any) -> dict[str, tuple[FeatureSet, T
         require_set(other, f"spaces: {name!r}")
         with _blamed_on(f"spaces: {name!r}"):
             ours, theirs = rows_in_common(features, [other])
-        matched[name] = other, torch.full((len(features),), -1).index_put_((ours,), theirs)
+        row = torch.full((features.num_images,), -1).index_put_((ours,), theirs)
+        matched[name] = other.images, row
     return matched
 
 

@@ -276,6 +276,10 @@ def test_batches_that_do_not_fit_together_are_named() -> None:
     for pair in ([first, second._replace(images=None)], [first._replace(images=None), second]):
         with pytest.raises(ValueError, match="images: expected in every batch or in none"):
             evaluate(Dense(), pair, num_classes=3)
+    for name in ("images", "labels", "embeddings", "places", "grids"):
+        short = whole._replace(**{name: getattr(whole, name)[:-1]})
+        with pytest.raises(ValueError, match=f"{name}: expected"):
+            evaluate(Dense(), [short], num_classes=3)
     with pytest.raises(ValueError, match="labels: expected the same for all samples of an image"):
         evaluate(Dense(), [whole._replace(labels=torch.arange(len(X)) % 3)], num_classes=3)
 

@@ -30,9 +30,10 @@ from torch import Tensor
 
 from benchmarks.over_seeds import spread
 from benchmarks.recipes import trained
-from monoloss_plugin import MonoLoss, evaluate
+from monoloss_plugin import MonoLoss
 from monoloss_plugin.cli.evaluate import load_features
 from monoloss_plugin.comparison import compare
+from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.features import FeatureSet, Source, open_source
 from monoloss_plugin.features.images import decode
 from monoloss_plugin.reproduce.saes import ShuffledMonoLoss

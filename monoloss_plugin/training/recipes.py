@@ -161,8 +161,11 @@ class Recipe:
         k = self.k
         if k is None and self.architecture in WITH_K:
             k = min(num_latents, min(64, max(8, num_latents // 32)))
-        least = -(-_STEPS // max(1, num_rows // batch_size))
-        epochs = self.epochs or max(50 * (num_images or num_rows) // num_rows, least)
+        steps_of_epoch = max(1, num_rows // batch_size)
+        epochs: float = max(50, -(-_STEPS // steps_of_epoch))
+        if num_images is not None and num_images < num_rows:
+            epochs = round(max(50 * num_images / num_rows, _STEPS / steps_of_epoch), 3)
+        epochs = self.epochs or epochs
         return replace(self, num_latents=num_latents, k=k, batch_size=batch_size, epochs=epochs)
 
 

@@ -99,7 +99,7 @@ def draw_latents(path: Path, samples: ActivatingSamples, pictures: Pictures) -> 
         "latents": latents,
         "ranks": [place + 1 for place in places],
         "of": len(ranking),
-        "above_chance": bool(evaluation.monoscore.significant().any()),
+        "above_chance": bool(evaluation.tested.significant().any()),
     }
 
 

@@ -121,6 +121,19 @@ class Support:
             passes |= but[self.rows, self.columns]
         return replace(self, values=torch.where(passes, self.values, self.values.detach()))
 
+    def of_samples(self, kept: Tensor) -> Support:
+        """Return the entries of the samples of a mask (N,), which are numbered anew."""
+        listed = kept[self.rows]
+        columns = self.columns[listed]
+        bounds = torch.arange(self.num_latents + 1, device=columns.device)
+        return Support(
+            (kept.cumsum(0) - 1)[self.rows[listed]],
+            columns,
+            torch.searchsorted(columns, bounds),
+            self.values[listed],
+            int(kept.sum()),
+        )
+
     def by_sample(self) -> Tensor:
         """Return the latents as a sparse CSR tensor (N, M), without their gradient."""
         rows, order = self.rows.sort(stable=True)
@@ -154,7 +167,7 @@ class Support:
         Returns:
             (M, d).
         """
-        return _bags(self.rows, self.offsets, weights, embeddings)
+        return bags(self.rows, self.offsets, weights, embeddings)
 
     def add_weighted_sums_(self, total: Tensor, weights: Tensor, embeddings: Tensor) -> Tensor:
         """Add Σ weight · embedding over each latent's entries to ``total``, and return it.
@@ -181,13 +194,13 @@ class Support:
         bounds = [*self.offsets[::_LATENTS_AT_ONCE].tolist(), len(self.rows)]
         for start, first, last in zip(starts, bounds, bounds[1:], strict=False):
             offsets = self.offsets[start : start + _LATENTS_AT_ONCE + 1] - first
-            total[start : start + _LATENTS_AT_ONCE] += _bags(
+            total[start : start + _LATENTS_AT_ONCE] += bags(
                 self.rows[first:last], offsets, weights[first:last], embeddings, total.dtype
             )
         return total
 
 
-def _bags(
+def bags(
     rows: Tensor,
     offsets: Tensor,
     weights: Tensor,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from sae_lens import SAE, BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, SAETrainer
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.registry import get_sae_training_class
+from sklearn.datasets import load_digits
 
-from monoloss_plugin import load_features
+from monoloss_plugin import functional, load_features
 from monoloss_plugin.features import FeatureBatches, FeatureSet
 from monoloss_plugin.training import Recipe, batches_for, get_recipe, make_trainer
 from monoloss_plugin.training.trainer import as_others_load_it
+from tests.adapters.test_sae_lens import step_input
 
 SMALL = {"num_latents": 32, "k": 4, "batch_size": 256, "epochs": 5}
 
@@ -123,3 +127,49 @@ def test_a_recipe_that_cannot_be_trained_is_refused(digits) -> None:
         Recipe(batch_size=2048).fitted_to(len(digits), 64)
     with pytest.raises(ValueError, match="recipe: some of it is None; call its fitted_to first"):
         batches_for(digits, Recipe())
+
+
+@pytest.fixture(scope="module")
+def patches() -> FeatureSet:
+    """Quarters of a digit's pixels, of 2 x 2 patches each."""
+    digits = load_digits()
+    x = torch.tensor(digits.images).float().view(-1, 2, 4, 2, 4).permute(0, 1, 3, 2, 4)
+    return FeatureSet.from_tensors(x.reshape(-1, 4, 16), digits.target)
+
+
+@pytest.mark.parametrize("kind", ["image", "own", "active"])
+def test_patches_are_compared_with_those_of_other_images(patches, kind) -> None:
+    recipe = get_recipe("recommended", patches, patches=kind, **{**SMALL, "epochs": 1})
+    recipe = replace(recipe, warm_up=0.0).fitted_to(len(patches), 16, patches.num_images)
+    batches = FeatureBatches(patches, batch_size=256, shuffle="images")  # for many such pairs
+    trainer = make_trainer(batches, recipe)
+    features = next(trainer.data_provider)
+    batch = batches.samples_of(features)
+    output = trainer.sae.training_forward_pass(step_input(features, trainer.sae))
+    compared = batch.embeddings if kind == "image" else features
+    term = recipe.terms[0]
+    expected = term(output.feature_acts, compared, images=batch.images) / term.lam
+    assert output.metrics["monoscore"].item() == pytest.approx(1 - expected.item(), abs=1e-5)
+    every_pair = functional.monoloss(output.feature_acts, compared).item()
+    assert abs(every_pair - expected.item()) > 1e-4
+    said = trainer.sae.cfg.metadata.monoloss["terms"]["monoloss"]
+    assert said["patches"] == kind
+    assert ("mean over the patches of each image" in said["compared_by"]) == (kind == "image")
+
+
+def test_whole_images_have_no_patches_to_compare(digits) -> None:
+    with pytest.raises(ValueError, match="patches: these are features of whole images"):
+        get_recipe("recommended", digits, patches="own")
+
+
+def test_a_recipe_without_monoloss_compares_no_patches(patches) -> None:
+    with pytest.raises(ValueError, match="patches: this recipe has no MonoLoss"):
+        get_recipe("hard-budget", patches, patches="own")
+
+
+def test_a_run_on_patches_has_as_many_steps_as_one_on_images(patches) -> None:
+    sizes = Recipe().fitted_to(1_281_167 * 196, 768, 1_281_167)
+    assert (sizes.num_latents, sizes.batch_size) == (8192, 2048)
+    assert sizes.epochs == pytest.approx(50 / 196, abs=1e-3)
+    few = Recipe().fitted_to(len(patches), 16, patches.num_images)
+    assert few.epochs * (len(patches) // few.batch_size) == pytest.approx(1500, rel=1e-3)

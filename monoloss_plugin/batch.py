@@ -33,6 +33,9 @@ class Batch(NamedTuple):
     places: Tensor | None = None
     """(B,) int16 on the CPU: each patch's place in its image's grid, row after row; -1 for a class
     token. None if samples are no patches."""
+    grids: Tensor | None = None
+    """(B, 2) int16 on the CPU: the height and width, in patches, of the grid of each patch's image.
+    None if samples are no patches, or the grids are not known."""
 
     @property
     def similarity(self) -> Tensor:

@@ -220,7 +220,7 @@ def compare(
     if train is None and not (kinds or match or "probes" in groups):
         train = features
     elif train is None:
-        fitted, scored = _halves(len(features))
+        fitted, scored = _halves(features.num_images)
         train, features = features.select(fitted), features.select(scored)
         matched = {name: (other, rows[scored]) for name, (other, rows) in matched.items()}
         notes.append(
@@ -419,9 +419,9 @@ def _blamed_on(argument: str) -> Iterator[None]:
         raise ValueError(f"{argument}: {error}") from error
 
 
-def _halves(num_rows: int) -> tuple[Tensor, Tensor]:
-    """Return the row numbers of two random halves, in order."""
-    order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(0))
+def _halves(num_images: int) -> tuple[Tensor, Tensor]:
+    """Return the numbers of the images of two random halves, in order."""
+    order = torch.randperm(num_images, generator=torch.Generator().manual_seed(0))
     first, second = (half.sort().values for half in order.tensor_split(2))
     return first, second
 

@@ -6,6 +6,7 @@ import json
 import pickle
 import uuid
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,13 @@ from torch import Tensor
 
 from monoloss_plugin._checks import as_labels, as_list, as_rows, as_tensor, require_finite
 from monoloss_plugin._places import kind_of
+from monoloss_plugin.features.patches import (
+    PATCH_COLUMNS,
+    grid_of,
+    has_patches,
+    nested_lists,
+    patch_columns,
+)
 from monoloss_plugin.features.record import FeatureRecord
 from monoloss_plugin.features.shards import features_schema, fixed_lists
 
@@ -38,18 +46,27 @@ _READERS: dict[str, Any] = {
 }
 
 
-def dataset_of(x: Any, labels: Any, ids: Any, classes: Any, record: Any) -> Dataset:
+def dataset_of(
+    x: Any, labels: Any, ids: Any, classes: Any, record: Any, *, grid: Any = None
+) -> Dataset:
     """Return arrays as a dataset over the same memory; see :meth:`FeatureSet.from_tensors`."""
     shape = tuple(as_tensor(x, "x").shape)
     rows = as_rows(x, "x").detach().cpu()
-    if len(shape) != 2 or shape[1] == 0:
+    if len(shape) not in (2, 3) or shape[-1] == 0:
         raise ValueError(
-            f"x: expected (N, d), one vector for each image, got shape {shape}; pool tokens first, "
-            "or make each token a row"
+            "x: expected (N, d), one vector for each image, or (N, P, d), one for each patch of "
+            f"each image, got shape {shape}"
         )
+    if len(shape) == 2 and grid is not None:
+        raise ValueError(f"grid: expected none for one vector of each image, got {grid!r}")
     require_finite(rows, "x")
     values = (rows.float() if rows.dtype == torch.bfloat16 else rows).numpy()
+    known = FeatureRecord.of({} if record is None else record)
     columns: dict[str, Any] = {"features": fixed_lists(values)}
+    if len(shape) == 3:
+        grid = grid_of(shape[1], grid)
+        columns = _patch_columns(values.reshape(shape), grid)
+        known = replace(known, patches={"grid": list(grid), "kept": None, "class_token": False})
     classes = None if classes is None else [str(name) for name in as_list(classes, "classes")]
     if labels is not None:
         numbers, classes = _label_numbers(labels, classes)
@@ -57,18 +74,33 @@ def dataset_of(x: Any, labels: Any, ids: Any, classes: Any, record: Any) -> Data
     if ids is not None:
         columns["image_id"] = pa.array([str(one) for one in as_list(ids, "ids")], pa.string())
     for name, column in (("labels", "label"), ("ids", "image_id")):
-        if column in columns and len(columns[column]) != len(rows):
+        if column in columns and len(columns[column]) != shape[0]:
             raise ValueError(
-                f"{name}: expected {len(rows)}, one for each row of x, got {len(columns[column])}"
+                f"{name}: expected {shape[0]}, one for each row of x, got {len(columns[column])}"
             )
-    schema = features_schema(values.shape[1], str(values.dtype), labels is not None, classes)
+    schema = features_schema(
+        shape[-1], str(values.dtype), labels is not None, classes, patches=len(shape) == 3
+    )
     schema = Features({name: schema[name] for name in columns})
-    known = FeatureRecord.of({} if record is None else record)
     return Dataset(
         pa.table(columns).cast(schema.arrow_schema),
         DatasetInfo(description=json.dumps(known.to_dict()), features=schema),
         fingerprint=uuid.uuid4().hex[:16],  # datasets would hash every value to make one
     )
+
+
+def _patch_columns(x: np.ndarray[Any, Any], grid: tuple[int, int]) -> dict[str, Any]:
+    """Return the columns of patches (N, P, d) of one grid, without a copy of the patches."""
+    images, size, _ = x.shape
+    each = np.full(images, size)
+    wide = np.promote_types(x.dtype, np.float32)
+    places = np.tile(np.arange(size, dtype=np.int16), images)
+    return {
+        "features": nested_lists(x.reshape(images * size, -1), each),
+        "places": nested_lists(places, each),
+        "grid": fixed_lists(np.tile(np.array(grid, np.int16), (images, 1))),
+        "pooled": fixed_lists(x.mean(axis=1, dtype=wide).astype(x.dtype)),
+    }
 
 
 def read_file(path: Path) -> Dataset:
@@ -103,21 +135,52 @@ def with_standard_columns(dataset: Dataset) -> Dataset:
     """Return a dataset whose columns have the names and types of a feature set."""
     chosen = _choose_columns({n: str(kind) for n, kind in dataset.features.items()}, "the dataset")
     renamed = {name: column for column, name in chosen.items() if name != column}
-    dataset = dataset.select_columns(list(chosen.values())).rename_columns(renamed)
+    added = [name for name in PATCH_COLUMNS if name in dataset.column_names]
+    dataset = dataset.select_columns([*chosen.values(), *added]).rename_columns(renamed)
     if dataset.features.get("label") == Value("string"):
         dataset = dataset.class_encode_column("label")
+    if has_patches(dataset):
+        return _with_patch_columns(dataset, added)
+    if added:
+        dataset = dataset.remove_columns(added)
     kind = dataset.data.column("features").type
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
         return dataset
     column = dataset.with_format("arrow")[:]["features"]
+    width = _one_length(column, "rows of one length", "values")
+    features = dataset.features.copy()
+    features["features"] = Rows(features["features"].feature, length=width)
+    return dataset.cast(features)
+
+
+def _with_patch_columns(dataset: Dataset, added: list[str]) -> Dataset:
+    """Return a dataset of lists of vectors with the columns and types of a patch set."""
+    column = dataset.with_format("arrow")[:]["features"]
+    vectors = pa.chunked_array([piece.flatten() for piece in column.chunks], column.type.value_type)
+    width = _one_length(vectors, "vectors of one length", "values")
+    if len(added) == len(PATCH_COLUMNS):
+        wanted = patch_columns(str(vectors.type.value_type.to_pandas_dtype().__name__), width)
+        features = Features({**dataset.features, **wanted})
+        return dataset if features == dataset.features else dataset.cast(features)
+    size = _one_length(column, "a whole grid of patches for each image", "patches")
+    pieces = [piece.flatten().to_numpy(zero_copy_only=False) for piece in vectors.chunks]
+    x = np.concatenate(pieces).reshape(len(column), size, width)
+    kind, found = dataset.features.get("label"), dataset.with_format("arrow")[:]
+    return dataset_of(
+        x,
+        pc.fill_null(found["label"], -1).to_numpy() if "label" in found.column_names else None,
+        found["image_id"].to_pylist() if "image_id" in found.column_names else None,
+        kind.names if isinstance(kind, ClassLabel) else None,
+        FeatureRecord.from_json(dataset.info.description or ""),
+    )
+
+
+def _one_length(column: pa.ChunkedArray, wanted: str, of: str) -> int:
+    """Return the length that all lists of a column have."""
     ends = pc.min_max(pc.list_value_length(column)).as_py()
     if ends["min"] != ends["max"]:
-        raise ValueError(
-            f"features: expected rows of one length, got {ends['min']} to {ends['max']} values"
-        )
-    features = dataset.features.copy()
-    features["features"] = Rows(features["features"].feature, length=ends["max"])
-    return dataset.cast(features)
+        raise ValueError(f"features: expected {wanted}, got {ends['min']} to {ends['max']} {of}")
+    return int(ends["max"] or 0)
 
 
 def _choose_columns(found: Mapping[str, str], where: str) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, get_origin, get_type_hints
 
 from monoloss_plugin._places import kind_of
@@ -22,10 +22,14 @@ class FeatureRecord:
     """Type of the stored features."""
     autocast: str | None = None
     """Precision in which the encoder ran; None for float32."""
+    patches: dict[str, Any] = field(default_factory=dict)
+    """Of a patch set: ``grid``, its height and width (None if images have different ones);
+    ``kept``, how many patches of each image were kept (None for all); and whether there is a
+    ``class_token``. Empty for a set of one feature for each image."""
     width: int | None = None
     """d, the length of a feature vector."""
     rows: int | None = None
-    """N, the number of feature vectors."""
+    """N, the number of images with features."""
     source_rows: int | None = None
     """Number of images in the source, readable or not."""
     unreadable: int = 0
@@ -52,6 +56,11 @@ class FeatureRecord:
             if name in content and isinstance(content[name], plain):
                 known[name] = content[name]
         return cls(**known)
+
+    def of_pooled(self) -> FeatureRecord:
+        """Return the record of the means over the patches of a patch set."""
+        encoder = {**self.encoder, "output": "mean"} if self.encoder else {}
+        return replace(self, encoder=encoder, patches={})
 
     @classmethod
     def from_json(cls, text: str) -> FeatureRecord:

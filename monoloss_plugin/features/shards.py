@@ -23,6 +23,8 @@ from datasets import ClassLabel, Features, Value
 from datasets import List as Lists
 from huggingface_hub.utils.sha import sha_fileobj
 
+from monoloss_plugin.features.patches import patch_columns
+
 PARTS = "parts"
 """The folder of the shards, in the folder of the set."""
 _LARGEST = 4_096
@@ -149,9 +151,13 @@ class ShardWriter:
         self._batches, self._saved = [], time.perf_counter()
 
 
-def features_schema(width: int, dtype: str, labelled: bool, classes: list[str] | None) -> Features:
-    """Return the columns of a feature set: features, label where there is one, image_id."""
+def features_schema(
+    width: int, dtype: str, labelled: bool, classes: list[str] | None, *, patches: bool = False
+) -> Features:
+    """Return the columns of a set: features or those of patches, label if there is one, image_id."""
     columns: dict[str, Any] = {"features": Lists(Value(dtype), length=width)}
+    if patches:
+        columns = patch_columns(dtype, width)
     if labelled:
         columns["label"] = ClassLabel(names=classes) if classes is not None else Value("int64")
     return Features({**columns, "image_id": Value("string")})

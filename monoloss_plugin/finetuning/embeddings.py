@@ -63,7 +63,7 @@ def aligned_embeddings(
             f"{missing[0]!r}; the set has ids such as {next(iter(rows), None)!r}"
         )
     numbers = torch.tensor([rows[one] for one in wanted], dtype=torch.int64)
-    return features.take(numbers).float()
+    return getattr(features, "images", features).take(numbers).float()
 
 
 class WithEmbeddings(Dataset[Any]):

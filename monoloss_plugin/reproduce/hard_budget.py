@@ -93,8 +93,8 @@ def _measures(
 
 def _probes(sae: Any, features: Features) -> dict[str, float]:
     """Return the held-out accuracy of probes that read few latents; nothing without labels."""
-    rows = torch.randperm(len(features.train), generator=torch.Generator().manual_seed(0))
-    train, held_out = features.train.select(rows[:_PROBED].sort().values), features.held_out
+    images = torch.randperm(features.train.num_images, generator=torch.Generator().manual_seed(0))
+    train, held_out = features.train.select(images[:_PROBED].sort().values), features.held_out
     if train.labels is None or held_out.labels is None:
         return {}
 

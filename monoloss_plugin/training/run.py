@@ -146,9 +146,9 @@ def require_sets(features: Any, held_out: Any, recipe: Any) -> None:
 
 
 def split(features: FeatureSet, seed: int) -> tuple[FeatureSet, FeatureSet]:
-    """Return all rows but a random tenth, and that tenth; both in the order of the set."""
-    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
-    cut = max(1, round(_HELD_OUT * len(features)))
+    """Return all images but a random tenth, and that tenth; both in the order of the set."""
+    order = torch.randperm(features.num_images, generator=torch.Generator().manual_seed(seed))
+    cut = max(1, round(_HELD_OUT * features.num_images))
     held_out, rest = order[:cut].sort().values, order[cut:].sort().values
     tenth = features.select(held_out)
     source = {**tenth.record.source, "split": "a tenth that was held out"}

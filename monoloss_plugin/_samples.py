@@ -32,6 +32,15 @@ class Samples:
     """What samples are compared by."""
     classes: list[str] | None = None
     """Names of the classes, if they are known."""
+    own: str = "their own features"
+    """The features, in words: what patches are compared by."""
+
+    @property
+    def patches_compared_by(self) -> str:
+        """What patches and their images are compared by."""
+        if self.own == self.compared_by:
+            return self.own
+        return f"{self.own} (patches) and {self.compared_by} (images)"
 
     @classmethod
     def of(
@@ -72,6 +81,7 @@ class Samples:
             scaling,
             features.compared_by,
             held.classes,
+            held.compared_by,
         )
 
     @classmethod
@@ -79,6 +89,7 @@ class Samples:
         cls, features: Any, labels: Any, embeddings: Any, num_classes: int | None, batch_size: int
     ) -> Samples:
         x = as_rows(features, "features")
+        _refuse_patches(features, labels)
         y = None if labels is None else as_labels(labels).flatten()
         e = None if embeddings is None else as_rows(embeddings, "embeddings")
         for name, given in (("labels", y), ("embeddings", e)):
@@ -95,6 +106,19 @@ class Samples:
         )
         compared_by = "the features" if e is None else "other embeddings"
         return cls(batches, len(x), num_classes, compared_by=compared_by)
+
+
+def _refuse_patches(features: Any, labels: Any) -> None:
+    """Raise ValueError for features (N, P, d) with one label for each of the N."""
+    shape = tuple(features.shape)
+    if labels is None or len(shape) != 3 or shape[1] == 1:
+        return
+    if tuple(as_labels(labels).shape) in ((shape[0],), (shape[0], 1)):
+        raise ValueError(
+            f"labels: expected {shape[:2]} to match features {shape}, got {shape[0]}; if these are "
+            f"{shape[1]} patches of each of {shape[0]} images, pass "
+            "FeatureSet.from_tensors(x, labels)"
+        )
 
 
 def scaling_for(sae: Any, samples: Samples, normalize: bool | None) -> bool:

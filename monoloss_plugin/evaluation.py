@@ -36,6 +36,11 @@ def evaluate(
     than an accelerator's memory, and may be memory-mapped. Sparse latents cost little: only active
     entries are summed.
 
+    Samples may be patches, of which an image has several: a feature set of patches, or batches with
+    ``images``. MonoScore then compares patches of different images, class purity is that of images,
+    and ``images`` of the result has what is measured of whole images; see
+    :class:`~monoloss_plugin.results.ImageMeasures`.
+
     Save a BatchTopK SAE before you evaluate it, and evaluate what ``SAE.load_from_disk`` gives. In
     training it selects over the batch it is given; SAELens saves a threshold instead, which makes
     other latents active.
@@ -45,7 +50,10 @@ def evaluate(
         features: a :class:`~monoloss_plugin.features.FeatureSet`; or (..., d_in) features; or
             batches that bring their own labels and embeddings: a ``FeatureBatches``, or any
             iterable of :class:`~monoloss_plugin.batch.Batch`. Every row is scored once, even if a
-            ``FeatureBatches`` shuffles or drops its last batch.
+            ``FeatureBatches`` shuffles or drops its last batch. Rows of a tensor are samples of
+            their own: patches (N, P, d) of one image are then compared with each other too. To
+            keep them apart, use ``FeatureSet.from_tensors(x, labels)``. In batches with ``images``,
+            all patches of an image must be in one batch.
         labels: (N,) integer classes, for purity; -1 for a sample without a class.
         num_classes: number of classes. The default is what batches say of themselves, or one more
             than the largest label.
@@ -63,8 +71,8 @@ def evaluate(
     Raises:
         TypeError: not an SAE, features of another kind, features not floating, labels not integer.
         ValueError: shapes that do not match, no samples, NaN or infinite values, labels or
-            embeddings given beside batches, or batches of unit norm for an SAE that takes features
-            as they are.
+            embeddings given beside batches, batches of unit norm for an SAE that takes features
+            as they are, or patches of an image in two batches.
         ModuleNotFoundError: ``progress`` without tqdm.
 
     Warns:

@@ -15,8 +15,10 @@ from monoloss_plugin._sae import SAE, device_of, require_sae, require_width, sel
 from monoloss_plugin._samples import Samples, is_scaled, of_training, scaling_for, trained_on
 from monoloss_plugin.batch import Batch
 from monoloss_plugin.embeddings import unit_rows
+from monoloss_plugin.image_scores import EncodedImages, ImageScores
 from monoloss_plugin.kernels.support import Support, is_sparse, support_of
 from monoloss_plugin.metrics import R2, ClassPurity, MonoScore
+from monoloss_plugin.patches import ImagesOfBatch
 from monoloss_plugin.purity import Purity
 from monoloss_plugin.results import Evaluation, Spaces
 
@@ -34,7 +36,9 @@ class Encoded(NamedTuple):
     latents: Tensor | Support
     """(B, M), on the SAE's device."""
     embeddings: Tensor
-    """(B, d): what the samples are compared by."""
+    """(B, d): what the samples are compared by. For patches, their own features."""
+    images: EncodedImages | None = None
+    """The images whose patches are in the batch; None if samples are no patches."""
 
 
 class Scoring:
@@ -43,6 +47,9 @@ class Scoring:
     Read every one of :meth:`batches`, then call :meth:`evaluation`. Its arguments, errors and
     warnings are those of ``evaluate``.
     """
+
+    images: ImageScores | None
+    """The scores of images; None if samples are no patches."""
 
     def __init__(
         self,
@@ -63,6 +70,7 @@ class Scoring:
         self.device = as_device(device) if device is not None else device_of(sae)
         self.monoscore, self.r2 = MonoScore(), R2()
         self.purity: ClassPurity | None = None
+        self.images = None
         self._say_if_scaled = normalize is None and self.samples.scaling != "wanted"
         if selects_over_batches(sae):
             _warn(
@@ -96,13 +104,27 @@ class Scoring:
                 self.r2.update(given, decode(latents, found))
                 similarity = given if batch.embeddings is None else batch.embeddings
                 embeddings = as_tensor(similarity, "embeddings").to(given.device)
-                self.monoscore.update(found, embeddings)
-                if batch.labels is not None:
-                    self._add_labels(found, latents, as_labels(batch.labels).flatten())
+                labels = None if batch.labels is None else as_labels(batch.labels).flatten()
+                if seen and (batch.images is None) != (self.images is None):
+                    raise ValueError("images: expected in every batch or in none")
+                of_images = None
+                if batch.images is None:
+                    self.monoscore.update(found, embeddings)
+                    self._add_labels(found, labels)
+                else:
+                    self.images = self.images or ImageScores()
+                    images = ImagesOfBatch.of(batch.images, given.device)
+                    self.monoscore.update(found, given, groups=images.of_sample)
+                    of_images = self.images.add(found, embeddings, images, batch)
+                    self._add_labels(
+                        of_images.latents,
+                        None if labels is None else images.values_of(labels, "labels"),
+                    )
+                    embeddings = given
                 counted = torch.arange(seen, seen + len(given))
                 seen += len(given)
                 rows = counted if batch.rows is None else batch.rows.flatten()
-                yield Encoded(rows, given, found, embeddings)
+                yield Encoded(rows, given, found, embeddings, of_images)
                 advance(len(given))
         self._say_if_scaled = self._say_if_scaled and self.scaled and not were_scaled
 
@@ -115,12 +137,15 @@ class Scoring:
         if not self.r2.n:
             raise ValueError("features: expected at least one sample, got none")
         purity = None if self.purity is None else self.purity.compute()
+        samples = self.samples
+        compared_by = samples.compared_by if self.images is None else samples.patches_compared_by
         found = Evaluation(
             monoscore=self.monoscore.compute().cpu(),
             purity=None if purity is None else Purity(*(of.cpu() for of in purity)),
             r2=self.r2.compute(),
-            spaces=Spaces(self.samples.compared_by, trained_on(self.sae)),
+            spaces=Spaces(compared_by, trained_on(self.sae)),
             classes=self.samples.classes,
+            images=None if self.images is None else self.images.measures(),
         )
         if self._say_if_scaled:
             _warn(
@@ -134,23 +159,23 @@ class Scoring:
             )
         return found
 
-    def _add_labels(self, found: Tensor | Support, latents: Tensor, labels: Tensor) -> None:
+    def _add_labels(self, found: Tensor | Support, labels: Tensor | None) -> None:
+        if labels is None:
+            return
         if self.samples.num_classes is None:
             raise ValueError("num_classes: needed for the purity of batches with labels")
         if self.purity is None:
             self.purity = ClassPurity(self.samples.num_classes)
-        self.purity.update(*_labelled(found, latents, labels.to(latents.device)))
+        self.purity.update(*_labelled(found, labels.to(found.device)))
 
 
-def _labelled(
-    found: Tensor | Support, latents: Tensor, labels: Tensor
-) -> tuple[Tensor | Support, Tensor]:
+def _labelled(found: Tensor | Support, labels: Tensor) -> tuple[Tensor | Support, Tensor]:
     """Return the samples that have a label, which is not -1."""
-    unlabelled = labels == -1
-    if not bool(unlabelled.any()):
+    has_label = labels != -1
+    if bool(has_label.all()):
         return found, labels
-    dense = latents if latents.layout == torch.strided else latents.to_dense()
-    return dense[~unlabelled], labels[~unlabelled]
+    known = found.of_samples(has_label) if isinstance(found, Support) else found[has_label]
+    return known, labels[has_label]
 
 
 class _Decoder:

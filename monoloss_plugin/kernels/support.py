@@ -121,6 +121,19 @@ class Support:
             passes |= but[self.rows, self.columns]
         return replace(self, values=torch.where(passes, self.values, self.values.detach()))
 
+    def of_samples(self, kept: Tensor) -> Support:
+        """Return the entries of the samples of a mask (N,), which are numbered anew."""
+        listed = kept[self.rows]
+        columns = self.columns[listed]
+        bounds = torch.arange(self.num_latents + 1, device=columns.device)
+        return Support(
+            (kept.cumsum(0) - 1)[self.rows[listed]],
+            columns,
+            torch.searchsorted(columns, bounds),
+            self.values[listed],
+            int(kept.sum()),
+        )
+
     def by_sample(self) -> Tensor:
         """Return the latents as a sparse CSR tensor (N, M), without their gradient."""
         rows, order = self.rows.sort(stable=True)

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
 from monoloss_plugin._checks import require_at_least
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.gallery.overlay import Overlay, css_gradient, heat_colours
-
-import torch
 
 try:
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -45,8 +45,13 @@ class ShownImage(NamedTuple):
 
     def size(self) -> tuple[int, int]:
         """Return the thumbnail's width and height."""
-        with Image.open(io.BytesIO(self.thumbnail)) as image:
-            return image.size
+        return size_of(self.thumbnail)
+
+
+def size_of(thumbnail: bytes) -> tuple[int, int]:
+    """Return the width and height of a thumbnail."""
+    with Image.open(io.BytesIO(thumbnail)) as image:
+        return image.size
 
 
 @dataclass(frozen=True)
@@ -196,7 +201,7 @@ def _draw_scale(heading: SubFigure, width: float, height: float) -> None:
 
     axes = heading.add_axes((1 - 0.75 / width, 0.3, 0.6 / width, 0.12 / height))
     strengths = torch.linspace(0, 1, 32).unsqueeze(0)
-    axes.imshow(torch.full((1, 32, 3), 128).numpy(), aspect="auto")
+    axes.imshow(torch.full((1, 32, 3), 128, dtype=torch.uint8).numpy(), aspect="auto")
     axes.imshow(heat_colours(strengths).numpy(), aspect="auto")
     axes.set_axis_off()
     axes.text(

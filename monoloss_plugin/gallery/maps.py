@@ -139,9 +139,9 @@ def view_patches(
             first, last = torch.searchsorted(of[pairs], torch.tensor([image, image + 1])).tolist()
             its = pairs[first:last]
             _require_latents(columns[its], activations.shape[1])
-            chosen = activations[:, columns[its].to(activations.device)].T.float().cpu()
-            for pair, values in zip(its.tolist(), chosen, strict=True):
-                maps[pair] = _on_grid(values, place, grid, torch.nan)
+            chosen = activations[:, columns[its].to(activations.device)].float().cpu()
+            drawn = _on_grid(chosen, place, grid, torch.nan).movedim(-1, 0).contiguous()
+            maps.update(zip(its.tolist(), drawn.unbind(0), strict=True))
             if image in asked:
                 best = activations.topk(min(count, activations.shape[1]), 1)
                 values = best.values.float().cpu().clamp(min=0)

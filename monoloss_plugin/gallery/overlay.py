@@ -27,9 +27,9 @@ OPAQUE = (0.74, 0.42)
 
 
 def heat_colours(strengths: Tensor) -> Tensor:
-    """Return the colours (..., 4) of strengths (...) in [0, 1]: red, green, blue and opacity, uint8.
+    """Return the colours (..., 4) of strengths (...) in [0, 1], as uint8.
 
-    What is not known, NaN, is transparent.
+    They are red, green, blue and opacity. What is not known, NaN, is transparent.
     """
     s = strengths.double().clamp(0, 1).unsqueeze(-1)
     ends = [torch.tensor([*rgb, 255 * a]) for rgb, a in zip((DARK, BRIGHT), OPAQUE, strict=True)]
@@ -64,7 +64,7 @@ class Overlay:
         return heat_colours(self.values.clamp(min=0) / (self.largest or 1.0))
 
     def strongest(self) -> Cell | None:
-        """Return the first of the places with the largest activation; None if no place is active."""
+        """Return the first place with the largest activation; None if no place is active."""
         values = self.values.nan_to_num(0.0)
         place = int(values.argmax())
         width = self.grid[1]

@@ -108,8 +108,9 @@ def open_pictures(images: Any = None, features: FeatureSet | None = None) -> Pic
             taken, in order.
 
     Returns:
-        A picture for each row of the features, or for each image of a patch set. Where a source lacks a few of the images, a warning
-        says so, and reading such a picture raises FileNotFoundError.
+        A picture for each row of the features, or for each image of a patch set. Where a source
+        lacks a few of the images, a warning says so, and reading such a picture raises
+        FileNotFoundError.
 
     Raises:
         TypeError: images of another kind.

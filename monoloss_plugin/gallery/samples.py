@@ -41,8 +41,9 @@ _ELEMENTS = 1 << 21
 
 @dataclass(frozen=True, repr=False)
 class ActivatingSamples:
-    """What :func:`activating_samples` found, on the CPU. If samples are patches, it is of images:
-    the activation of an image is the largest of its patches.
+    """What :func:`activating_samples` found, on the CPU.
+
+    If samples are patches, it is of images: an image's activation is the largest of its patches.
     """
 
     evaluation: Evaluation

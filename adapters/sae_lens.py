@@ -36,6 +36,7 @@ from monoloss_plugin.attaching import (
     LamConversion,
     require_embeddings,
 )
+from monoloss_plugin.batch import Batch
 from monoloss_plugin.kernels.batch import GradientAt
 from monoloss_plugin.kernels.support import is_sparse, sampled_rows
 from monoloss_plugin.losses import LossHandle, LossTerm, StepTensors
@@ -68,8 +69,9 @@ __all__ = ["LossHandle", "add_loss", "strip_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
-Embeddings = Callable[[Tensor], Tensor]
-"""Maps the SAE's input (B, d_in) of a step to another similarity space (B, d) of the same rows."""
+Embeddings = Callable[[Tensor], Tensor | Batch]
+"""Maps the SAE's input (B, d_in) of a step to another similarity space (B, d) of the same rows; or
+to the batch of the same rows, which says also which images they are patches of."""
 
 _METADATA = "monoloss"
 
@@ -100,7 +102,10 @@ def add_loss(
             ``total_training_steps`` (a float below 1); the warm-up counts from there. Only for a
             trainer or a ``LanguageModelSAETrainingRunner``.
         embeddings: a function from the SAE's input (B, d_in), un-whitened where SAELens whitens it,
-            to the similarity space (B, d) of the same samples. By default that input itself.
+            to the similarity space (B, d) of the same samples. By default that input itself. If
+            samples are patches of images, the function returns a
+            :class:`~monoloss_plugin.batch.Batch` with ``embeddings`` and ``images``:
+            ``FeatureBatches.samples_of`` does. Pairs within an image are then left out.
         saes: for a target with several SAEs, the names of those to attach to; all by default.
 
     Returns:
@@ -397,10 +402,14 @@ class _Attachment(Attachment[AttachedTerm]):
         if term.needs_embeddings:
             if self.scaler is not None and self.scaler.whitening is not None:
                 inputs = self.scaler.unscale(inputs)
+            embeddings = inputs
             if attached.embeddings is not None:
-                inputs = as_rows(attached.embeddings(inputs), "embeddings")
+                given = attached.embeddings(inputs)
+                if isinstance(given, Batch):
+                    step, given = step._replace(images=given.images), given.similarity
+                embeddings = as_rows(given, "embeddings")
             gradient_at = _gradient_at(self.target, latents, output.hidden_pre)
-            step = step._replace(embeddings=inputs, gradient_at=gradient_at)
+            step = step._replace(embeddings=embeddings, features=inputs, gradient_at=gradient_at)
         if term.needs_selection:
             step = step._replace(
                 pre_acts=as_rows(output.hidden_pre, "hidden_pre"),

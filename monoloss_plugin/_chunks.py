@@ -17,6 +17,9 @@ _SPARSE_ELEMENTS = 1 << 25
 _ROWS = 1 << 14
 """Rows per chunk, at most. The sums of chunks are added up in float64."""
 
+_ROWS_OF_GROUPS = 1 << 11
+"""The same for samples in groups: the similarities of all pairs of a chunk are in memory."""
+
 
 def row_chunks(rows: int, width: int, elements: int) -> Iterator[slice]:
     """Yield slices that cover ``rows`` rows of a width, with about ``elements`` elements each."""
@@ -25,11 +28,30 @@ def row_chunks(rows: int, width: int, elements: int) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-def parts_of(latents: Tensor | Support) -> Iterator[tuple[slice, Tensor | Support]]:
+def whole_groups(ends: Tensor, at_once: int) -> Iterator[slice]:
+    """Yield slices of consecutive rows that hold whole groups.
+
+    Args:
+        ends: (G,) int64 on the CPU: the row after each group's last.
+        at_once: a slice has at most so many rows, or one group.
+    """
+    start = number = 0
+    while number < len(ends):
+        fitting = int(torch.searchsorted(ends, start + at_once, right=True))
+        number = max(number + 1, fitting)
+        stop = int(ends[number - 1])
+        yield slice(start, stop)
+        start = stop
+
+
+def parts_of(
+    latents: Tensor | Support, groups: Tensor | None = None
+) -> Iterator[tuple[slice, Tensor | Support]]:
     """Yield chunks of latents (N, M) in the form that is fastest to sum.
 
     Args:
         latents: dense, sparse COO, or their support.
+        groups: (N,) in ascending order: dense and COO latents are cut between groups only.
 
     Yields:
         The rows of the chunk, and its latents: dense, or a support.
@@ -40,7 +62,11 @@ def parts_of(latents: Tensor | Support) -> Iterator[tuple[slice, Tensor | Suppor
         return
     sparse = is_sparse(latents)
     num_rows, num_latents = latents.shape
-    chunks = row_chunks(num_rows, num_latents, _SPARSE_ELEMENTS if sparse else _ELEMENTS)
+    elements = _SPARSE_ELEMENTS if sparse else _ELEMENTS
+    chunks = row_chunks(num_rows, num_latents, elements)
+    if groups is not None:
+        at_once = max(1, min(_ROWS_OF_GROUPS, elements // max(1, num_latents)))
+        chunks = whole_groups(groups.bincount().cumsum(0), at_once)
     if latents.layout == torch.sparse_coo:
         latents = latents.coalesce()
     for rows in chunks:

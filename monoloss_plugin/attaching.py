@@ -72,9 +72,9 @@ class AttachedTerm:
     def compared_by(self) -> str:
         """What the term compares samples by, in words."""
         if self.embeddings is None:
-            return "the SAE's inputs"
-        batches = getattr(self.embeddings, "__self__", None)  # of FeatureBatches.embeddings_of
-        return str(getattr(batches, "compared_by", "other embeddings"))
+            return self.term.compared_by("the SAE's inputs")
+        batches = getattr(self.embeddings, "__self__", None)  # of a method of FeatureBatches
+        return self.term.compared_by(str(getattr(batches, "compared_by", "other embeddings")))
 
     def first_step(self, steps: float) -> int:
         """Return how many steps are done when the term starts, in a run of this many steps.
@@ -315,7 +315,7 @@ class LamConversion:
             logging.WARNING if show else logging.INFO,
             "%s: lam %g is measured against %r. %s takes the %s of the squared error over an "
             "input's %d entries, and the inputs' mean squared norm is %s. So the weight in its "
-            "loss is %g times lam: %g",
+            "loss is %g times lam: %g%s",
             term.name,
             term.lam,
             term.lam_units,
@@ -325,6 +325,7 @@ class LamConversion:
             self._mean_square_norm,
             factor,
             term.lam * factor,
+            f". Samples are compared by {attached.compared_by}" if term.needs_embeddings else "",
         )
         record["input_mean_square_norm"] = self._mean_square_norm
         record.setdefault("terms", {})[term.name] = {

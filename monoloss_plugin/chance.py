@@ -22,6 +22,11 @@ central moment is nearly 8 s³ tr Σ³ + 24 s² u² μᵀΣ²μ. A Pearson III d
 moments gives the p-values. A normal one would not do: where the samples form clusters, it calls up
 to three of a hundred random latents significant at one percent.
 
+If samples come in groups whose pairs are left out (:mod:`monoloss_plugin.groups`), chance is the
+mean cosine of all pairs of samples of different groups. That is the mean over shuffles that move
+the activations of a group as a whole to another of the same size, and then shuffle them within it.
+There are no z-scores and p-values then: the samples of a group are not independent.
+
 Source: derived for this package; the tests compare it with shuffles. The approach is that of
 Josse, Pagès & Husson 2008 for the RV coefficient.
 """
@@ -137,13 +142,13 @@ def chance_of(
     scores: Tensor, defined: Tensor, samples: SampleSums, sums: Sums, more: ChanceSums
 ) -> Chance:
     """Return what the scores (M,) of defined latents (M,) would be by chance, from all sums."""
-    n, sum_h, q = samples
+    n, sum_h, q, within = samples
     u, v = sums.u, sums.v
     gram = more.gram.tril() + more.gram.tril(-1).T
-    all_pairs, pairs = sum_h @ sum_h - q, n * (n - 1)
+    all_pairs, pairs = sum_h @ sum_h - q, n.square() - within
     mean = all_pairs / pairs.clamp(min=1)
     nothing = torch.zeros_like(scores)
-    if not len(gram) or float(n) < 4:
+    if not len(gram) or float(n) < 4 or bool(within > n):
         return Chance(mean, nothing, torch.full_like(scores, torch.nan))
 
     # Of the samples: the mean product of two similarities that share both samples, one, or none.

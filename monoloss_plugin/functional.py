@@ -38,6 +38,7 @@ from monoloss_plugin._checks import (
     require_number,
 )
 from monoloss_plugin.embeddings import unit_rows
+from monoloss_plugin.groups import as_groups
 from monoloss_plugin.kernels.batch import GradientAt, batch_scores
 from monoloss_plugin.moments import moments_of
 from monoloss_plugin.purity import ClassSums, Purity, purity_from_sums
@@ -49,7 +50,13 @@ _SHUFFLED = 1 << 24
 """Activations that are shuffled at once: 64 MiB in float32."""
 
 
-def monoscore(latents: Tensor, embeddings: Tensor, *, undefined: float = 0.0) -> Tensor:
+def monoscore(
+    latents: Tensor,
+    embeddings: Tensor,
+    *,
+    undefined: float = 0.0,
+    groups: Tensor | None = None,
+) -> Tensor:
     """MonoScore of every latent, in time linear in the number of samples.
 
     MS_k = (||w_k||² - t_k) / (u_k² - v_k) with u = Σ ã, v = Σ ã², t = Σ ã²||h||², w = Σ ã h over
@@ -65,6 +72,8 @@ def monoscore(latents: Tensor, embeddings: Tensor, *, undefined: float = 0.0) ->
             active".
         embeddings: (N, d), floating, finite; a zero embedding is similar to nothing.
         undefined: the value for a latent that no pair of samples activates.
+        groups: (N,) integers, such as the images that patches are of: pairs of samples of one group
+            are left out (:mod:`monoloss_plugin.groups`).
 
     Returns:
         (M,), in [-1, 1], in the latents' dtype but at least float32.
@@ -90,13 +99,19 @@ def monoscore(latents: Tensor, embeddings: Tensor, *, undefined: float = 0.0) ->
     """
     require_number(undefined, "undefined")
     a, e = paired_rows(latents, embeddings, keep_sparse=True)
-    moments = moments_of(a, e)
+    moments = moments_of(a, e, groups)
     scores, defined = monoscore_from_sums(moments.sums, moments.span)
     dtype = torch.promote_types(a.dtype, torch.float32)
     return scores.masked_fill(~defined, float(undefined)).to(dtype)
 
 
-def monoscore_pairwise(latents: Tensor, embeddings: Tensor, *, undefined: float = 0.0) -> Tensor:
+def monoscore_pairwise(
+    latents: Tensor,
+    embeddings: Tensor,
+    *,
+    undefined: float = 0.0,
+    groups: Tensor | None = None,
+) -> Tensor:
     """MonoScore by its definition, over all pairs of samples: what the other forms must equal.
 
     MS_k = Σ_{n<m} ã_nk ã_mk h_n·h_m / Σ_{n<m} ã_nk ã_mk, with the activations ã of each latent
@@ -107,6 +122,7 @@ def monoscore_pairwise(latents: Tensor, embeddings: Tensor, *, undefined: float 
         latents: (N, M), floating, finite.
         embeddings: (N, d), floating, finite.
         undefined: the value for a latent whose denominator is zero.
+        groups: (N,) integers: pairs of samples of one group are left out.
 
     Returns:
         (M,) in float64.
@@ -130,6 +146,9 @@ def monoscore_pairwise(latents: Tensor, embeddings: Tensor, *, undefined: float 
     a = a.double()
     h, _ = unit_rows(e, torch.float64)
     pairs = 1 - torch.eye(len(a), dtype=torch.float64, device=a.device)
+    if groups is not None:
+        of = as_groups(groups, len(a)).to(a.device)
+        pairs = (of.unsqueeze(1) != of).double()
     similarity = (h @ h.T) * pairs
 
     lowest, highest = a.amin(0), a.amax(0)
@@ -188,7 +207,13 @@ def monoscore_shuffled(
     return torch.cat(scores)
 
 
-def monoloss(latents: Tensor, embeddings: Tensor, *, gradient_at: GradientAt = "all") -> Tensor:
+def monoloss(
+    latents: Tensor,
+    embeddings: Tensor,
+    *,
+    gradient_at: GradientAt = "all",
+    groups: Tensor | None = None,
+) -> Tensor:
     """MonoLoss of a batch: one minus the mean MonoScore of the latents that have one in it.
 
     L = 1 - (1/|K|) Σ_{k in K} MS_k. K are the latents that have a score in this batch: u² - v, of
@@ -212,6 +237,8 @@ def monoloss(latents: Tensor, embeddings: Tensor, *, gradient_at: GradientAt = "
         gradient_at: the entries that get a gradient. "all" (default); "active", the entries that
             are not zero; or a (B, M) bool tensor of more entries besides the active ones, such as
             JumpReLU's band around its threshold. The value of the loss is the same.
+        groups: (B,) integers, such as the images that patches are of: pairs of samples
+            of one group are left out (:mod:`monoloss_plugin.groups`).
 
     Returns:
         Scalar in [0, 2], float32 or wider.
@@ -234,7 +261,7 @@ def monoloss(latents: Tensor, embeddings: Tensor, *, gradient_at: GradientAt = "
     else:
         gradient_at = _mask_rows(gradient_at, "gradient_at", latents, "latents")
     a, e = paired_rows(latents, embeddings, keep_sparse=True)
-    return monoloss_from_scores(batch_scores(a, e, gradient_at))
+    return monoloss_from_scores(batch_scores(a, e, gradient_at, groups))
 
 
 def monoloss_from_scores(scores: Scores) -> Tensor:

@@ -27,7 +27,8 @@ from monoloss_plugin._checks import (
     require_number,
 )
 from monoloss_plugin.functional import Units
-from monoloss_plugin.kernels.batch import GradientAt, batch_scores
+from monoloss_plugin.kernels.batch import GradientAt, batch_scores, scores_by_active_means
+from monoloss_plugin.sums import Scores
 
 LamUnits = Literal["mse", "nmse", "raw"]
 """The reconstruction loss that a weight is measured against.
@@ -37,6 +38,14 @@ LamUnits = Literal["mse", "nmse", "raw"]
 - "nmse": ||x - x̂||² / ||x||², which does not depend on scale (the paper's TopK SAEs: lam 0.09 to
   0.9).
 - "raw": the host's loss as it is (fine-tuning, or your own tuning).
+"""
+
+PatchSimilarity = Literal["image", "own", "active"]
+"""What MonoLoss compares patches of images by.
+
+- "image": the pooled embedding of the whole image.
+- "own": the patch's own features.
+- "active": the mean over the patches of the image that activate the latent.
 """
 
 
@@ -53,6 +62,10 @@ class StepTensors(NamedTuple):
     """(B, M) bool: the entries that the selection keeps."""
     gradient_at: GradientAt = "all"
     """The entries that get a gradient: "all", "active", or the active ones and a (B, M) mask."""
+    images: Tensor | None = None
+    """(B,) int64: which image each sample is a patch of; None if samples are images."""
+    features: Tensor | None = None
+    """(B, d_in): of patches, their own features; ``embeddings`` are those of their images."""
 
 
 class TermValue(NamedTuple):
@@ -117,6 +130,10 @@ class LossTerm(ABC):
         """The term takes 0 to mean "not active", so it is wrong for signed activations."""
         return False
 
+    def compared_by(self, embeddings: str) -> str:
+        """Return what the term compares samples by, in words, if they have these embeddings."""
+        return embeddings
+
     @abstractmethod
     def compute_loss(self, step: StepTensors) -> TermValue:
         """Return the value before the weight. It must not make the device wait."""
@@ -133,6 +150,11 @@ class MonoLoss(LossTerm):
         lam: weight; the paper uses 3e-5 to 7e-4 ("mse") and 0.09 to 0.9 ("nmse").
         lam_units: the reconstruction loss that lam is measured against: "mse" (default), "nmse" or
             "raw". Adapters use it; if you call the loss yourself, lam is used as it is.
+        patches: what patches of images are compared by: "image" (default), the image's embedding;
+            "own", the patch's features; or "active", the mean over the image's patches that
+            activate the latent. Only for samples that are patches.
+        within_images: count pairs of patches of one image too. By default they are left out: that
+            two patches of an image are alike says nothing about a latent.
         name: the name in the host's logs. To attach several, give each a name of its own.
 
     Examples:
@@ -146,27 +168,59 @@ class MonoLoss(LossTerm):
     Source: Nasiri-Sarvi et al. 2026, section 3.3 and eq. 3.
     """
 
+    patches: PatchSimilarity = field(default="image", kw_only=True)
+    within_images: bool = field(default=False, kw_only=True)
     name: str = field(default="monoloss", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice(self.patches, "patches", get_args(PatchSimilarity))
+        require_flag(self.within_images, "within_images")
+        if self.patches == "active" and self.within_images:
+            raise ValueError(
+                "within_images: with patches='active' an image is one sample, which has no pairs "
+                "within it"
+            )
 
     @property
     def needs_nonnegative(self) -> bool:
         """Always."""
         return True
 
+    def compared_by(self, embeddings: str) -> str:
+        """Return these embeddings, or what ``patches`` puts in their place."""
+        return {
+            "image": embeddings,
+            "own": "each patch's own features",
+            "active": "the mean features of an image's active patches",
+        }[self.patches]
+
     def __call__(
-        self, latents: Tensor, embeddings: Tensor, *, gradient_at: GradientAt = "all"
+        self,
+        latents: Tensor,
+        embeddings: Tensor,
+        *,
+        gradient_at: GradientAt = "all",
+        images: Tensor | None = None,
     ) -> Tensor:
         """Return ``lam * MonoLoss`` of latents (B, M) and embeddings (B, d).
 
         If your latents come from a ReLU, TopK or BatchTopK, pass ``gradient_at="active"``. You get
-        the same training, many times faster on a CPU (see :func:`functional.monoloss`).
+        the same training, many times faster on a CPU (see :func:`functional.monoloss`). If samples
+        are patches, pass ``images`` (B,), and as embeddings what ``patches`` says: those of the
+        images, or the patches' own features.
         """
-        return self.lam * functional.monoloss(latents, embeddings, gradient_at=gradient_at)
+        if self.patches == "active":
+            step = StepTensors(latents, embeddings, None, None, gradient_at, images, embeddings)
+            return self.lam * self.compute_loss(step).value
+        groups = None if self.within_images else images
+        return self.lam * functional.monoloss(
+            latents, embeddings, gradient_at=gradient_at, groups=groups
+        )
 
     def compute_loss(self, step: StepTensors) -> TermValue:
         """Return the loss, the mean MonoScore, and how many latents the mean is taken over."""
-        latents, embeddings = paired_rows(step.latents, step.embeddings, keep_sparse=True)
-        batch = batch_scores(latents, embeddings, step.gradient_at)
+        batch = self._scores(step)
         value = functional.monoloss_from_scores(batch)
         prefix = "" if self.name == "monoloss" else f"{self.name}_"
         metrics = {
@@ -174,6 +228,22 @@ class MonoLoss(LossTerm):
             f"{prefix}monoscore_defined": batch.defined.sum(),
         }
         return TermValue(value, metrics)
+
+    def _scores(self, step: StepTensors) -> Scores:
+        embeddings = step.embeddings
+        if self.patches != "image":
+            if step.images is None or step.features is None:
+                raise ValueError(
+                    f"patches: {self.patches!r} is for samples that are patches, and this host "
+                    "does not say of which images; give embeddings=batches.samples_of, of the "
+                    "FeatureBatches of a set of patches"
+                )
+            embeddings = step.features
+        latents, embeddings = paired_rows(step.latents, embeddings, keep_sparse=True)
+        if self.patches == "active" and step.images is not None:
+            return scores_by_active_means(latents, embeddings, step.images, step.gradient_at)
+        groups = None if self.within_images else step.images
+        return batch_scores(latents, embeddings, step.gradient_at, groups)
 
 
 @dataclass(frozen=True)

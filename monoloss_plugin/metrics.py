@@ -46,17 +46,19 @@ class MonoScoreResult:
 
     The deviation is that of the score over all shuffles of the latent's activations. Its
     distribution is skewed, so z is not normal: test with :attr:`p_values`. 0 where undefined, and
-    for embeddings wider than 4,096.
+    for embeddings wider than 4,096, and for samples in groups.
     """
     p_values: Tensor
     """(M,) float64: the share of shuffles that give at least this score.
 
     Nearly so: see :mod:`monoloss_plugin.chance`. For the exact share of a few latents, use
     :func:`functional.monoscore_shuffled <monoloss_plugin.functional.monoscore_shuffled>`. NaN for
-    a latent that is not tested, because fewer than four samples carry its activation.
+    a latent that is not tested, because fewer than four samples carry its activation, or because
+    samples come in groups.
     """
     chance: float
-    """The mean score of shuffled activations: the mean cosine of all pairs of samples."""
+    """The mean score of shuffled activations: the mean cosine of all pairs of samples. If they come
+    in groups, of all pairs of different groups."""
     num_samples: int
     """Number of samples seen."""
 
@@ -159,13 +161,17 @@ class MonoScore(StreamingMetric[Moments]):
     def _lower_to_(self, state: Moments, minima: dict[str, Tensor]) -> None:
         state.lower_to_(minima["lowest"])
 
-    def update(self, latents: Tensor | Support, embeddings: Tensor) -> None:
+    def update(
+        self, latents: Tensor | Support, embeddings: Tensor, groups: Tensor | None = None
+    ) -> None:
         """Add a batch.
 
         Args:
             latents: (B, M), floating, finite; dense, sparse COO, or the
                 :class:`~monoloss_plugin.kernels.support.Support` that several metrics share.
             embeddings: (B, d), floating, finite.
+            groups: (B,) integers: pairs of samples of one group, such as the patches of an image,
+                are left out. A group must come in one batch.
 
         Raises:
             TypeError: an argument is not a floating-point tensor.
@@ -189,7 +195,7 @@ class MonoScore(StreamingMetric[Moments]):
                 raise ValueError(
                     f"{name}: expected width {wanted} as in earlier batches, got {got}"
                 )
-        moments.add_(a, e)
+        moments.add_(a, e, groups)
         self._keep(moments)
 
     def compute(self) -> MonoScoreResult:

@@ -5,7 +5,8 @@ activation seen so far, and raised when a lower one comes (:meth:`Sums.raise_by_
 evaluation (Nasiri-Sarvi et al. 2026, Algorithm 2) needs a first pass for the minimum and maximum.
 The maximum does not change the score; it is kept to tell which latents are defined.
 
-Products are taken in the data's dtype, chunk by chunk, and added up in float64.
+Products are taken in the data's dtype, chunk by chunk, and added up in float64. If samples come in
+groups, products are float64 too: the pairs within a group may be nearly all of a latent's.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from monoloss_plugin._checks import may_hold_any, require_finite
 from monoloss_plugin._chunks import parts_of
 from monoloss_plugin.chance import ChanceSums
+from monoloss_plugin.groups import as_groups
 from monoloss_plugin.kernels.support import DOMINANT, Support
 from monoloss_plugin.sums import (
     SampleSums,
@@ -81,13 +83,23 @@ class Moments(NamedTuple):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def add_(self, latents: Tensor | Support, embeddings: Tensor) -> None:
-        """Add samples: latents (N, M) and embeddings (N, d).
+    def add_(
+        self, latents: Tensor | Support, embeddings: Tensor, groups: Tensor | None = None
+    ) -> None:
+        """Add samples: latents (N, M), embeddings (N, d), and groups (N,), which come whole.
 
         Raises:
-            ValueError: NaN or infinite values; the moments are then unchanged.
+            ValueError: NaN or infinite values, or groups of another number; the moments are then
+                unchanged.
         """
-        parts = list(parts_of(latents))
+        if groups is not None:
+            groups = as_groups(groups, len(embeddings)).cpu()
+            if not isinstance(latents, Support):  # whole groups in each part
+                groups, order = groups.sort(stable=True)
+                order = order.to(latents.device)
+                latents = latents.index_select(0, order)
+                embeddings = embeddings.index_select(0, order)
+        parts = list(parts_of(latents, groups))
         if not parts:
             return
         ranges = [range_of(part) for _, part in parts]
@@ -101,8 +113,12 @@ class Moments(NamedTuple):
         torch.maximum(self.highest, highest, out=self.highest)
         for (rows, part), (_, highest) in zip(parts, ranges, strict=True):
             e = embeddings[rows]
-            wide = torch.promote_types(torch.promote_types(part.dtype, e.dtype), torch.float32)
-            unit = UnitEmbeddings.exactly_of(e, wide)
+            if groups is not None:
+                of_part = groups[rows] - groups[rows].min()
+                unit = UnitEmbeddings.of(e, torch.float64, of_part)
+            else:
+                wide = torch.promote_types(torch.promote_types(part.dtype, e.dtype), torch.float32)
+                unit = UnitEmbeddings.exactly_of(e, wide)
             for total, added in zip(self.samples, unit.sums, strict=True):
                 total.add_(added)
             self.active.add_(_active_counts(part))
@@ -152,10 +168,10 @@ def _active_counts(latents: Tensor | Support) -> Tensor:
     return (latents > 0).sum(0)
 
 
-def moments_of(latents: Tensor, embeddings: Tensor) -> Moments:
+def moments_of(latents: Tensor, embeddings: Tensor, groups: Tensor | None = None) -> Moments:
     """Return the moments, without those of chance, of latents (N, M) and embeddings (N, d)."""
     moments = Moments.zeros(latents.shape[1], embeddings.shape[1], latents.device, chance=False)
-    moments.add_(latents, embeddings)
+    moments.add_(latents, embeddings, groups)
     return moments
 
 

@@ -14,6 +14,13 @@ Take one latent with activations a over N samples, and embeddings e of the same 
 numerator is the weighted similarity of all pairs of different samples. The denominator is the
 weight of the same pairs. The score does not use p; a falling minimum does (:meth:`Sums.raise_by_`).
 
+If samples come in groups, such as the patches of images, the pairs within a group are left out too
+(:mod:`monoloss_plugin.groups`). Then, with the size s of a sample's group, and H = Σ h over it,
+
+    q = h·H      v = Σ ã A      t = Σ ã Z      r = Σ ã s
+
+Without groups s is 1, H is h, A is ã, and Z is ã q, so these are the same sums.
+
 Every way to compute MonoScore and MonoLoss uses the functions of this file. To add a sum, add a
 field to :class:`Sums`, and a line for it to ``raise_by_``, :func:`dense_sums` and
 :func:`sparse_sums`; or a field to :class:`SampleSums`, and a term to ``SampleSums.of``. Merging,
@@ -32,6 +39,7 @@ from torch import Tensor
 
 from monoloss_plugin._checks import looks_are_free, may_hold_any
 from monoloss_plugin.embeddings import unit_rows
+from monoloss_plugin.groups import similarities_within, summed_within, within_entries
 from monoloss_plugin.kernels.support import SUMMED_AT_ONCE, Support
 
 CONSTANT_BELOW = torch.finfo(torch.float32).tiny
@@ -41,10 +49,12 @@ The gradient grows as one over the range, and would overflow float32 below this.
 """
 
 DEFINED_ABOVE = {torch.float32: 1e-5, torch.float64: 1e-12}
-"""A latent has a score if u² - v exceeds this, for activations rescaled to [0, 1].
+"""A latent has a score if u² - v exceeds this, for activations rescaled to [0, 1]. It must exceed
+this share of v too, which is more only if samples come in groups.
 
-u² - v is small only if one sample holds nearly all of a latent's activation. Both differences of
-the score are then mostly rounding. At 1e-5 a float32 score is still right to about one percent.
+u² - v is small only if one sample, or one group, holds nearly all of a latent's activation. Both
+differences of the score are then mostly rounding. At 1e-5 a float32 score is still right to about
+one percent.
 """
 
 _ROWS_IN_CACHE = 512
@@ -61,11 +71,15 @@ class SampleSums(NamedTuple):
     """(d,): Σ h."""
     sum_q: Tensor
     """(): Σ q."""
+    sum_s: Tensor
+    """(): Σ s, the number of ordered pairs within groups, a sample with itself included: n, if each
+    sample is a group of its own."""
 
     @classmethod
-    def of(cls, h: Tensor, q: Tensor) -> SampleSums:
-        """Return the sums of unit embeddings (N, d) and their q (N,)."""
-        return cls(q.new_full((), len(q)), h.sum(0), q.sum())
+    def of(cls, h: Tensor, q: Tensor, s: Tensor | None = None) -> SampleSums:
+        """Return the sums of unit embeddings (N, d), their q (N,), and their groups' sizes (N,)."""
+        n = q.new_full((), len(q))
+        return cls(n, h.sum(0), q.sum(), n.clone() if s is None else s.sum())
 
 
 class UnitEmbeddings(NamedTuple):
@@ -74,14 +88,31 @@ class UnitEmbeddings(NamedTuple):
     h: Tensor
     """(N, d) unit embeddings."""
     q: Tensor
-    """(N,): ||h||²."""
+    """(N,): ||h||²; or h·H, if there are groups."""
     sums: SampleSums
+    groups: Tensor | None = None
+    """(N,) int64, below N: the group of each sample. None if each is its own."""
+    s: Tensor | None = None
+    """(N,): the size of each sample's group. None if there are no groups."""
 
     @classmethod
-    def of(cls, embeddings: Tensor, dtype: torch.dtype) -> UnitEmbeddings:
-        """Return embeddings (N, d) as unit vectors, with all sums in ``dtype``."""
+    def of(
+        cls, embeddings: Tensor, dtype: torch.dtype, groups: Tensor | None = None
+    ) -> UnitEmbeddings:
+        """Return embeddings (N, d) as unit vectors, with all sums in ``dtype``.
+
+        Args:
+            embeddings: (N, d).
+            dtype: of the result.
+            groups: (N,), as :func:`~monoloss_plugin.groups.as_groups` returns them.
+        """
         h, q = unit_rows(embeddings, dtype)
-        return cls(h, q, SampleSums.of(h, q))
+        if groups is None:
+            return cls(h, q, SampleSums.of(h, q))
+        groups = groups.to(h.device, non_blocking=True)
+        q = (h * summed_within(h, groups)).sum(1)
+        s = summed_within(torch.ones_like(q), groups)
+        return cls(h, q, SampleSums.of(h, q, s), groups, s)
 
     @classmethod
     def exactly_of(cls, embeddings: Tensor, dtype: torch.dtype) -> UnitEmbeddings:
@@ -111,6 +142,8 @@ class Sums(NamedTuple):
     """(M,): Σ ã² q."""
     p: Tensor
     """(M,): Σ ã q."""
+    r: Tensor
+    """(M,): Σ ã s; u, if there are no groups."""
     w: Tensor
     """(M, d): Σ ã h."""
 
@@ -122,7 +155,7 @@ class Sums(NamedTuple):
 
     @property
     def weight_of_pairs(self) -> Tensor:
-        """(M,): u² - v, the sum of ã_n ã_m over all pairs of different samples."""
+        """(M,): u² - v, the sum of ã_n ã_m over all pairs of different samples (or groups)."""
         return self.u.square() - self.v
 
     def raise_by_(self, drop: Tensor, samples: SampleSums) -> None:
@@ -134,8 +167,9 @@ class Sums(NamedTuple):
             drop: (M,), at least 0.
             samples: the sums of the same samples.
         """
-        n, sum_h, sum_q = samples
-        self.v.add_(drop * (2 * self.u + drop * n))
+        n, sum_h, sum_q, sum_s = samples
+        self.v.add_(drop * (2 * self.r + drop * sum_s))
+        self.r.add_(drop * sum_s)
         self.u.add_(drop * n)
         self.t.add_(drop * (2 * self.p + drop * sum_q))
         self.p.add_(drop * sum_q)
@@ -173,7 +207,7 @@ def monoscore_from_sums(sums: Sums, span: Tensor) -> Scores:
     numerator = _squared_norms(sums.w) - sums.t
     denominator = sums.weight_of_pairs
     # "not (small)" instead of "large": a NaN then passes, and shows in the loss that is logged.
-    small = denominator <= DEFINED_ABOVE[span.dtype] * span.square()
+    small = denominator <= DEFINED_ABOVE[span.dtype] * torch.maximum(span.square(), sums.v)
     defined = ~small & ~(span <= CONSTANT_BELOW)
     scores = numerator / denominator.masked_fill(~defined, 1.0)
     return Scores(scores.masked_fill(~defined, 0.0), defined)
@@ -197,13 +231,18 @@ def dense_sums(
         lowest: (M,), at most each latent's minimum, in the dtype of the embeddings.
         scale: (M,), what to divide ã by; nothing by default.
     """
-    h, q, _ = unit
+    h, q, _, groups, s = unit
+    similar = None if groups is None else similarities_within(h, groups)
     parts = []
     for block in column_blocks(latents):
         a = rescaled(latents[:, block], lowest[block], None if scale is None else scale[block])
         u, p, w = a.sum(0), q @ a, weighted_embeddings(a, h)
-        squares = a.square_()
-        parts.append(Sums(u, v=squares.sum(0), t=q @ squares, p=p, w=w))
+        if groups is None or s is None or similar is None:
+            squares = a.square_()
+            parts.append(Sums(u, v=squares.sum(0), t=q @ squares, p=p, r=u.clone(), w=w))
+            continue
+        v, t = (a * summed_within(a, groups)).sum(0), (a * (similar @ a)).sum(0)
+        parts.append(Sums(u, v, t, p, r=s @ a, w=w))
     return Sums(*(torch.cat(blocks) for blocks in zip(*parts, strict=True)))
 
 
@@ -238,9 +277,15 @@ def sparse_sums(
         w = support.weighted_sums(a, unit.h)
     else:
         w = support.add_weighted_sums_(add_to, a, unit.h)
-    squares, q = a.square(), unit.q.to(a.dtype).index_select(0, support.rows)
-    u, v, t, p = (support.sums(entries) for entries in (a, squares, squares * q, a * q))
-    sums = Sums(u, v, t, p, w)
+    u, q = support.sums(a), unit.q.to(a.dtype).index_select(0, support.rows)
+    if unit.groups is None or unit.s is None:
+        squares, r = a.square(), u.clone()
+        v, t, p = (support.sums(entries) for entries in (squares, squares * q, a * q))
+    else:
+        weight, similarity = within_entries(support, a, unit.h.to(a.dtype), unit.groups)
+        s = unit.s.to(a.dtype).index_select(0, support.rows)
+        v, t, p, r = map(support.sums, (a * weight, a * similarity, a * q, a * s))
+    sums = Sums(u, v, t, p, r, w)
     if may_hold_any(drop):
         sums.raise_by_(drop, unit.sums)
     return sums

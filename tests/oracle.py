@@ -9,8 +9,13 @@ import torch
 from torch import Tensor
 
 
-def monoscore_by_loops(latents: Tensor, embeddings: Tensor) -> np.ndarray:
-    """Algorithm 1 of the MonoLoss paper, pair by pair in float64; NaN where undefined."""
+def monoscore_by_loops(
+    latents: Tensor, embeddings: Tensor, groups: Tensor | None = None
+) -> np.ndarray:
+    """Algorithm 1 of the MonoLoss paper, pair by pair in float64; NaN where undefined.
+
+    With groups (N,), pairs of samples of one group are skipped.
+    """
     a = latents.detach().double().numpy()
     e = embeddings.detach().double().numpy()
     norms = np.linalg.norm(e, axis=1)
@@ -23,6 +28,8 @@ def monoscore_by_loops(latents: Tensor, embeddings: Tensor) -> np.ndarray:
         numerator = denominator = 0.0
         for n in range(len(a)):
             for m in range(n + 1, len(a)):
+                if groups is not None and groups[n] == groups[m]:
+                    continue
                 product = norms[n] * norms[m]
                 similarity = float(e[n] @ e[m]) / product if product else 0.0
                 numerator += scaled[n] * scaled[m] * similarity

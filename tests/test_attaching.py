@@ -211,6 +211,7 @@ def test_lam_is_converted_logged_and_recorded_once(reduction, per_norm, caplog) 
     (said,) = caplog.records
     assert said.levelno == logging.WARNING
     assert f"is {factor:g} times lam: {1e-3 * factor:g}" in said.getMessage()
+    assert said.getMessage().endswith("Samples are compared by the SAE's inputs")
     assert record["input_mean_square_norm"] == pytest.approx(9, rel=1e-5)
     term = record["terms"]["monoloss"]
     assert (term["lam"], term["warm_up_steps"], term["factor"]) == (1e-3, 2, factor)

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from monoloss_plugin.groups import active_means, as_groups
 from monoloss_plugin.kernels.gradient import terms_of, with_dense_gradient, with_sparse_gradient
 from monoloss_plugin.kernels.support import Support, is_sparse, support_of
 from monoloss_plugin.sums import Scores, UnitEmbeddings
@@ -24,7 +25,12 @@ Sparse COO latents can only have a gradient at the entries that they store.
 """
 
 
-def batch_scores(latents: Tensor, embeddings: Tensor, gradient_at: GradientAt = "all") -> Scores:
+def batch_scores(
+    latents: Tensor,
+    embeddings: Tensor,
+    gradient_at: GradientAt = "all",
+    groups: Tensor | None = None,
+) -> Scores:
     """Return MonoScore over a batch, differentiable in ``latents`` by the closed form.
 
     Sums are float32, or float64 if the latents are, also under autocast. On an accelerator nothing
@@ -34,6 +40,7 @@ def batch_scores(latents: Tensor, embeddings: Tensor, gradient_at: GradientAt = 
         latents: (B, M), dense or sparse COO.
         embeddings: (B, d); constants.
         gradient_at: which entries get a gradient.
+        groups: (B,) integers: pairs within a group are left out.
     """
     dtype = torch.promote_types(latents.dtype, torch.float32)
     stored = latents.layout == torch.sparse_coo
@@ -43,7 +50,9 @@ def batch_scores(latents: Tensor, embeddings: Tensor, gradient_at: GradientAt = 
     also = gradient_at if isinstance(gradient_at, Tensor) else None
     everywhere = also is None and gradient_at == "all"
     with torch.autocast(latents.device.type, enabled=False):
-        unit = UnitEmbeddings.of(embeddings, dtype)
+        if groups is not None:
+            groups = as_groups(groups, len(latents))
+        unit = UnitEmbeddings.of(embeddings, dtype, groups)
         if not is_sparse(latents, also):
             terms, defined = terms_of(latents.detach(), unit)
             return with_dense_gradient(latents, terms, defined, everywhere, also)
@@ -55,4 +64,31 @@ def batch_scores(latents: Tensor, embeddings: Tensor, gradient_at: GradientAt = 
         if stored and not everywhere:
             support = support.constant_zeros(also)
         terms, defined = terms_of(support, unit)
+        return with_sparse_gradient(support, terms, defined)
+
+
+def scores_by_active_means(
+    latents: Tensor, features: Tensor, groups: Tensor, gradient_at: GradientAt = "all"
+) -> Scores:
+    """Return MonoScore over the groups of a batch, differentiable in ``latents``.
+
+    A group is compared by the mean features of its samples that activate the latent
+    (:func:`~monoloss_plugin.groups.active_means`). Latents that are zero get no gradient, but in a
+    mask. An accelerator waits for the number of active latents.
+
+    Args:
+        latents: (B, M), at least 0; dense or sparse COO.
+        features: (B, d), of the samples; constants.
+        groups: (B,) integers.
+        gradient_at: which entries get a gradient.
+    """
+    dtype = torch.promote_types(latents.dtype, torch.float32)
+    if latents.numel() == 0:
+        return batch_scores(latents, features)
+    also = gradient_at if isinstance(gradient_at, Tensor) else None
+    with torch.autocast(latents.device.type, enabled=False):
+        of = as_groups(groups, len(latents)).to(latents.device)
+        entries = support_of(latents, also)
+        support, means = active_means(entries, features.detach().to(dtype), of)
+        terms, defined = terms_of(support, UnitEmbeddings.of(means, dtype))
         return with_sparse_gradient(support, terms, defined)

@@ -8,9 +8,10 @@ i is
 The minimum depends on the latents too. So the samples that attain it share the sum of g over all
 samples, with the opposite sign, in equal parts, as autograd does for ``amin``. That sum is
 
-    Σ_i g_i = pull / scale · (w·Σ h - p - MS (N - 1) u).
+    Σ_i g_i = pull / scale · (w·Σ h - p - MS (N u - r)).
 
-The score does not depend on the maximum, and embeddings are constants.
+The score does not depend on the maximum, and embeddings are constants. If samples come in groups,
+A_i and Z_i of :mod:`monoloss_plugin.groups` take the place of ã_i and ã_i q_i in g_i.
 
 Source: derived from Nasiri-Sarvi et al. 2026, eq. 2; the tests compare it with autograd.
 """
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from monoloss_plugin._checks import may_hold_any
+from monoloss_plugin.groups import similarities_within, summed_within, within_entries
 from monoloss_plugin.kernels.support import Support, products_at
 from monoloss_plugin.sums import (
     CONSTANT_BELOW,
@@ -65,16 +67,20 @@ class Terms(NamedTuple):
     """(M,)"""
     p: Tensor
     """(M,)"""
+    r: Tensor
+    """(M,)"""
     w: Tensor
     """(M, d)"""
     scores: Tensor
     """(M,)"""
     pull: Tensor
     """(M,): 2 / (u² - v), or less for a latent that is hardly defined; 0 if it is undefined."""
+    groups: Tensor | None
+    """(N,), or None."""
 
     def column_sums(self) -> Tensor:
         """Return each latent's Σ_i (h_i·w - ã_i q_i - MS (u - ã_i)), (M,)."""
-        return self.w @ self.sum_h - self.p - self.scores * (len(self.h) - 1) * self.u
+        return self.w @ self.sum_h - self.p - self.scores * (len(self.h) * self.u - self.r)
 
 
 @torch.no_grad()
@@ -90,14 +96,20 @@ def terms_of(latents: Tensor | Support, unit: UnitEmbeddings) -> tuple[Terms, Te
         sums = dense_sums(latents, unit, lowest, scale)
     scores, defined = monoscore_from_sums(sums, span / scale)
     pull = 2 / sums.weight_of_pairs.masked_fill(~defined, 1.0)
-    pull = torch.where(defined, pull * _restraint(sums.u, scale, defined), 0.0)
-    h, q, (_, sum_h, _) = unit
-    return Terms(h, q, sum_h, lowest, scale, sums.u, sums.p, sums.w, scores, pull), defined
+    # Rescaled, the strongest sample is 1. The strongest group has about the root of v.
+    strongest = 1 if unit.groups is None else sums.v.sqrt()
+    pull = torch.where(defined, pull * _restraint(sums.u - strongest, scale, defined), 0.0)
+    of_samples = unit.h, unit.q, unit.sums.sum_h
+    of_latents = lowest, scale, sums.u, sums.p, sums.r, sums.w, scores, pull
+    return Terms(*of_samples, *of_latents, unit.groups), defined
 
 
-def _restraint(u: Tensor, scale: Tensor, defined: Tensor) -> Tensor:
-    """Return what to multiply each latent's gradient by (M,), from 0 to 1; see HARDEST_PULL."""
-    outside = (u - 1).clamp(min=0) * scale  # rescaled, the strongest sample is 1
+def _restraint(outside: Tensor, scale: Tensor, defined: Tensor) -> Tensor:
+    """Return what to multiply each latent's gradient by (M,), from 0 to 1; see HARDEST_PULL.
+
+    ``outside`` (M,) is the rescaled activation outside the latent's strongest sample or group.
+    """
+    outside = outside.clamp(min=0) * scale
     # Undefined latents become nan. To leave them out would make an accelerator wait for a shape.
     median = torch.where(defined, outside, torch.nan).nanmedian()
     return (outside * (HARDEST_PULL / median)).clamp(max=1)
@@ -129,7 +141,7 @@ def with_sparse_gradient(support: Support, terms: Terms, defined: Tensor) -> Sco
 class _DenseGradient(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, latents: Tensor, everywhere: bool, also: Tensor | None, *terms: Tensor
+        ctx: Any, latents: Tensor, everywhere: bool, also: Tensor | None, *terms: Any
     ) -> Tensor:
         ctx.save_for_backward(latents, also, *terms)
         ctx.everywhere = everywhere
@@ -142,13 +154,18 @@ class _DenseGradient(torch.autograd.Function):
         terms = Terms(*saved)
         gradient = torch.empty_like(latents)
         with torch.autocast(latents.device.type, enabled=False):
+            groups = terms.groups
+            similar = None if groups is None else similarities_within(terms.h, groups)
             pull, column_sums = upstream[0] * terms.pull / terms.scale, terms.column_sums()
             for block in column_blocks(latents):
                 a = rescaled(latents[:, block], terms.lowest[block], terms.scale[block])
                 at_minimum = a == 0
                 part = terms.h @ terms.w[block].T
                 part -= terms.scores[block] * terms.u[block]
-                part += a.mul_(terms.scores[block] - terms.q.unsqueeze(1))
+                if groups is None or similar is None:
+                    part += a.mul_(terms.scores[block] - terms.q.unsqueeze(1))
+                else:
+                    part += terms.scores[block] * summed_within(a, groups) - similar @ a
                 share = column_sums[block] / at_minimum.sum(0, dtype=a.dtype)
                 part -= torch.mul(at_minimum, share, out=a)
                 part *= pull[block]
@@ -162,7 +179,12 @@ class _DenseGradient(torch.autograd.Function):
 class _SparseGradient(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, rows: Tensor, columns: Tensor, offsets: Tensor, *terms: Tensor
+        ctx: Any,
+        values: Tensor,
+        rows: Tensor,
+        columns: Tensor,
+        offsets: Tensor,
+        *terms: Any,
     ) -> Tensor:
         ctx.save_for_backward(values, rows, columns, offsets, *terms)
         return Terms(*terms).scores.clone()
@@ -180,7 +202,12 @@ class _SparseGradient(torch.autograd.Function):
             a = rescaled(values, of_latents(terms.lowest), of_latents(terms.scale))
             gradient = products_at(rows, offsets, terms.w, terms.h)
             gradient -= of_latents(terms.scores * terms.u)
-            gradient += a * (of_latents(terms.scores) - terms.q.index_select(0, rows))
+            if terms.groups is None:
+                gradient += a * (of_latents(terms.scores) - terms.q.index_select(0, rows))
+            else:
+                support = Support(rows, columns, offsets, values, len(terms.h))
+                weight, similarity = within_entries(support, a, terms.h, terms.groups)
+                gradient += weight * of_latents(terms.scores) - similarity
             at_minimum = a == 0
             # A usual batch has its minima at zeros, which are not listed.
             if may_hold_any(at_minimum):

@@ -167,7 +167,7 @@ class Support:
         Returns:
             (M, d).
         """
-        return _bags(self.rows, self.offsets, weights, embeddings)
+        return bags(self.rows, self.offsets, weights, embeddings)
 
     def add_weighted_sums_(self, total: Tensor, weights: Tensor, embeddings: Tensor) -> Tensor:
         """Add Σ weight · embedding over each latent's entries to ``total``, and return it.
@@ -194,13 +194,13 @@ class Support:
         bounds = [*self.offsets[::_LATENTS_AT_ONCE].tolist(), len(self.rows)]
         for start, first, last in zip(starts, bounds, bounds[1:], strict=False):
             offsets = self.offsets[start : start + _LATENTS_AT_ONCE + 1] - first
-            total[start : start + _LATENTS_AT_ONCE] += _bags(
+            total[start : start + _LATENTS_AT_ONCE] += bags(
                 self.rows[first:last], offsets, weights[first:last], embeddings, total.dtype
             )
         return total
 
 
-def _bags(
+def bags(
     rows: Tensor,
     offsets: Tensor,
     weights: Tensor,

@@ -19,6 +19,7 @@ from torch import Tensor
 from monoloss_plugin import L1L2Ratio, MonoLoss, MonoScore, OffSupportL1, functional
 from monoloss_plugin.adapters import sae_lens as adapter
 from monoloss_plugin.adapters.sae_lens import add_loss, strip_checkpoint
+from monoloss_plugin.batch import Batch
 from tests import oracle
 from tests.adapters.conftest import (
     ARCHITECTURES,
@@ -570,6 +571,39 @@ def test_another_similarity_space_can_be_given(images, digit_labels):
     expected = functional.monoloss(output.feature_acts, one_hot)
     torch.testing.assert_close(output.losses["by_label"], expected)
     assert output.metrics["by_label_monoscore"].item() == pytest.approx(1 - expected.item())
+
+
+@pytest.mark.parametrize("patches", ["image", "own", "active"])
+@pytest.mark.parametrize("architecture", ["batchtopk", "topk", "jumprelu", "standard"])
+def test_patches_of_one_image_are_not_compared(images, patches, architecture):
+    sae, of = make_sae(architecture), torch.arange(BATCH) // 3
+    pooled = images[of]
+
+    def samples_of(features):
+        torch.testing.assert_close(features, images[:BATCH])
+        return Batch(features, embeddings=pooled, images=of)
+
+    term = MonoLoss(lam=0.5, lam_units="raw", patches=patches)
+    add_loss(sae, term, embeddings=samples_of)
+    output = sae.training_forward_pass(step_input(images[:BATCH], sae))
+    compared = pooled if patches == "image" else images[:BATCH]
+    latents = output.feature_acts
+    latents = latents.to_dense() if latents.is_sparse else latents
+    torch.testing.assert_close(output.losses["monoloss"], term(latents, compared, images=of))
+    if patches != "active":
+        expected = functional.monoscore_pairwise(latents.detach(), compared, groups=of)
+        mean = expected.sum() / output.metrics["monoscore_defined"]
+        assert output.metrics["monoscore"].item() == pytest.approx(mean.item(), abs=1e-5)
+    (gradient,) = torch.autograd.grad(output.losses["monoloss"], sae.W_enc)
+    assert gradient.isfinite().all()
+    assert gradient.any()
+    said = {
+        "image": "other embeddings",
+        "own": "each patch's own features",
+        "active": "the mean features of an image's active patches",
+    }[patches]
+    recorded = sae.cfg.metadata.monoloss["terms"]["monoloss"]
+    assert (recorded["compared_by"], recorded["patches"]) == (said, patches)
 
 
 # Shapes, precision, compilation, copies

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from html import escape
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -26,10 +26,11 @@ from monoloss_plugin.features import FeatureSet
 from monoloss_plugin.features.feature_set import require_set
 from monoloss_plugin.features.matching import rows_in_common
 from monoloss_plugin.metrics import MonoScore
+from monoloss_plugin.patches import image_means
 from monoloss_plugin.probing import latents_of, preserved_accuracy, small_budget_probe
-from monoloss_plugin.results import MEASURES, Evaluation
+from monoloss_plugin.results import IMAGE_MEASURES, MEASURES, Evaluation
 from monoloss_plugin.saes.baselines import BASELINES, make_baseline
-from monoloss_plugin.saes.rows import BATCH, Rows
+from monoloss_plugin.saes.rows import Rows
 from monoloss_plugin.saes.selection import (
     effective_latents,
     k_robustness,
@@ -51,7 +52,8 @@ Group = Literal["spaces", "budgets", "probes", "dictionary"]
 - "budgets": R² at a quarter, half, twice and four times the L0, and the effective number of latents
   (Jacquier et al. 2026).
 - "probes": held-out accuracy of linear probes on the best 1, 2, 4, ..., 64 latents, and of a probe
-  of the features on features and on reconstructions. They need labels.
+  of the features on features and on reconstructions. They need labels. If samples are patches, the
+  probes read the mean over each image's patches.
 - "dictionary": the share of latents with a near twin; and, for several seeds, the stability of
   decoder directions.
 """
@@ -60,10 +62,11 @@ GROUPS: tuple[Group, ...] = get_args(Group)
 """All groups."""
 
 _Embed = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""From row numbers (B,) to a mask of those that a space has (B,), and their embeddings."""
+"""From numbers of images (B,) to a mask of those that a space has (B,), and their embeddings."""
 
 LABELS: dict[str, str] = {
     **MEASURES,
+    **IMAGE_MEASURES,
     "effective_latents": "effective latents per sample",
     "accuracy/features": "probe accuracy, features",
     "accuracy/reconstructions": "probe accuracy, reconstructions",
@@ -184,7 +187,9 @@ def compare(
         train: training features, for what must be fitted: baselines, probes and thresholds. By
             default half of ``features``, chosen at random; the SAEs are then scored on the other
             half. Where nothing is fitted, they are scored on all of them.
-        spaces: other feature sets of the same images, by name. MonoScore is computed in each.
+        spaces: other feature sets of the same images, by name. MonoScore is computed in each. If
+            the samples are patches, each is compared by its image's feature there, and patches of
+            one image are not compared.
         baselines: True for all of :data:`~monoloss_plugin.saes.baselines.BASELINES`, or their
             names. They have the number of latents and the L0 of the first SAE, and as many seeds.
         match: "l0" gives every SAE one threshold, so that all have the L0 of the first SAE on
@@ -252,6 +257,8 @@ def compare(
         name: _shown((score(sae, features) for sae in of), name, progress, len(of))
         for name, of in recipes.items()
     }
+    if features.patches is not None and "probes" in groups:
+        notes.append("Probes read the mean over each image's patches.")
     referee = _Referee(features, train, matched, tuple(groups))
     runs = {
         name: [
@@ -303,7 +310,7 @@ class _Referee:
     features: FeatureSet
     train: FeatureSet
     spaces: dict[str, tuple[FeatureSet, Tensor]]
-    """Feature sets, and their row (N,) of each image of ``features``; -1 if they do not have it."""
+    """Sets of images, and their row (N,) of each image of ``features``; -1 if they lack it."""
     groups: tuple[Group, ...]
 
     def measures_of(self, sae: SAE, found: Evaluation) -> dict[str, float]:
@@ -327,32 +334,49 @@ class _Referee:
         """Return MonoScore above chance in each space, from one pass through the SAE."""
         rows = Rows.for_sae(sae, self.features, None)
         metrics = {name: MonoScore() for name in self._embeddings}
-        for numbers in torch.arange(len(rows)).split(BATCH):
-            x = rows.take(numbers)
-            latents = as_rows(sae.encode(x), "sae.encode(features)")
+        for batch in rows.samples():
+            assert batch.rows is not None  # of a feature set
+            device = batch.features.device
+            latents = as_rows(sae.encode(batch.features), "sae.encode(features)")
             for name, of in self._embeddings.items():
-                known, embeddings = of(numbers)
-                metrics[name].update(latents[known.to(x.device)], embeddings.to(x.device))
+                known, embeddings = of(self.features.image_of(batch.rows))
+                update = partial(
+                    metrics[name].update, latents[known.to(device)], embeddings.to(device)
+                )
+                if batch.images is None:
+                    update()
+                else:
+                    update(groups=batch.images[known].to(device))
         return {f"adjusted/{name}": of.compute().mean_adjusted for name, of in metrics.items()}
 
     @cached_property
     def _embeddings(self) -> dict[str, _Embed]:
-        """For each space, a function: rows (B,) to which of them it has (B,), and embeddings."""
+        """For each space, a function: images (B,) to which of them it has (B,), and embeddings."""
         return {
             **{name: _features_of(*space) for name, space in self.spaces.items()},
-            **({_OF_LABELS: _labels_of(self.features)} if _has_classes(self.features) else {}),
+            **(
+                {_OF_LABELS: _labels_of(self.features.images)}
+                if _has_classes(self.features)
+                else {}
+            ),
         }
 
     def _probes(self, sae: SAE) -> dict[str, float]:
         train, held_out = (Rows.for_sae(sae, one, None) for one in (self.train, self.features))
-        y, y_held_out = self.train.labels, self.features.labels
+        y, y_held_out = self.train.images.labels, self.features.images.labels
         assert y is not None  # _has_classes
         assert y_held_out is not None
-        latents = [latents_of(sae, rows.batches()) for rows in (train, held_out)]
+        latents = [latents_of(sae, rows.samples()) for rows in (train, held_out)]
         found = small_budget_probe(latents[0], y, latents[1], y_held_out, budgets=_BUDGETS)
-        every = [torch.cat(list(rows.batches())).cpu() for rows in (train, held_out)]
+        every = [
+            torch.cat([image_means(batch, batch.features) for batch in rows.samples()]).cpu()
+            for rows in (train, held_out)
+        ]
         with torch.no_grad():
-            parts = [sae.decode(sae.encode(x)).cpu() for x in held_out.batches()]
+            parts = [
+                image_means(batch, sae.decode(sae.encode(batch.features))).cpu()
+                for batch in held_out.samples()
+            ]
         preserved = preserved_accuracy(every[0], y, every[1], torch.cat(parts), y_held_out)
         return {
             **{f"probe/{n}": accuracy for n, accuracy in found.items()},
@@ -364,7 +388,8 @@ class _Referee:
 def _features_of(other: FeatureSet, row: Tensor) -> _Embed:
     def of(numbers: Tensor) -> tuple[Tensor, Tensor]:
         known = row[numbers] >= 0
-        return known, other.take(row[numbers][known]).float()
+        some, which = row[numbers][known].unique(return_inverse=True)  # patches share an image
+        return known, other.take(some).float()[which]
 
     return of
 
@@ -396,7 +421,7 @@ def _recipes(saes: Any) -> dict[str, list[SAE]]:
 
 
 def _matched(features: FeatureSet, spaces: Any) -> dict[str, tuple[FeatureSet, Tensor]]:
-    """Return each space with its row (N,) of each image of ``features``; -1 if it has none."""
+    """Return the images of each space, and their row (N,) of each image of ``features``, or -1."""
     if not isinstance(spaces, Mapping) or not all(isinstance(name, str) for name in spaces):
         raise TypeError(f"spaces: expected feature sets by name, got {kind_of(spaces)}")
     if _OF_LABELS in spaces:
@@ -405,8 +430,9 @@ def _matched(features: FeatureSet, spaces: Any) -> dict[str, tuple[FeatureSet, T
     for name, other in spaces.items():
         require_set(other, f"spaces: {name!r}")
         with _blamed_on(f"spaces: {name!r}"):
-            ours, theirs = rows_in_common(features, [other])
-        matched[name] = other, torch.full((len(features),), -1).index_put_((ours,), theirs)
+            ours, theirs = rows_in_common(features.images, [other.images])
+        row = torch.full((features.num_images,), -1).index_put_((ours,), theirs)
+        matched[name] = other.images, row
     return matched
 
 
@@ -441,7 +467,7 @@ def _dictionary(sae: Any) -> Tensor | None:
 
 
 def _has_classes(features: FeatureSet) -> bool:
-    labels = features.labels
+    labels = features.images.labels
     return labels is not None and len(labels[labels >= 0].unique()) > 1
 
 
@@ -454,5 +480,5 @@ def _cell(mean: float, spread: float, measure: str) -> str:
         return ""
     if measure.startswith("stability"):  # one number for all seeds together
         spread = math.nan
-    digits = 1 if measure in ("l0", "dead_latents", "effective_latents") else 3
+    digits = 1 if measure in ("l0", "dead_latents", "effective_latents", "num_images") else 3
     return f"{mean:.{digits}f}" + ("" if math.isnan(spread) else f" ± {spread:.{digits}f}")

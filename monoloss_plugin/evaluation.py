@@ -10,8 +10,10 @@ from torch import Tensor
 
 from monoloss_plugin._sae import SAE as SAE
 from monoloss_plugin.batch import Batch
+from monoloss_plugin.results import IMAGE_MEASURES as IMAGE_MEASURES
 from monoloss_plugin.results import MEASURES as MEASURES
 from monoloss_plugin.results import Evaluation as Evaluation
+from monoloss_plugin.results import ImageMeasures as ImageMeasures
 from monoloss_plugin.scoring import Scoring
 
 if TYPE_CHECKING:

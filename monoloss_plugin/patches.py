@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from monoloss_plugin._checks import as_labels, as_rows, as_tensor, require_finite
+from monoloss_plugin.batch import Batch
 from monoloss_plugin.kernels.support import Support, support_of
 from monoloss_plugin.streaming import StreamingMetric
 
@@ -81,6 +82,16 @@ class ImagesOfBatch:
         sums = of_samples.new_zeros((len(self), of_samples.shape[1]), dtype=torch.float64)
         sums.index_add_(0, self.of_sample, of_samples.double())
         return (sums / self.sizes.unsqueeze(1)).to(of_samples.dtype)
+
+
+def image_means(batch: Batch, of_samples: Tensor) -> Tensor:
+    """Return the mean of each image's rows of (B, d), in ascending order of images.
+
+    If samples are no patches, it is ``of_samples`` itself.
+    """
+    if batch.images is None:
+        return of_samples
+    return ImagesOfBatch.of(batch.images, of_samples.device).means(of_samples)
 
 
 class Pooled(NamedTuple):

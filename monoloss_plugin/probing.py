@@ -22,6 +22,7 @@ from monoloss_plugin._checks import (
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin._sae import SAE
 from monoloss_plugin.batch import Batch
+from monoloss_plugin.patches import ImagesOfBatch, pool
 
 try:
     import numpy as np
@@ -199,6 +200,10 @@ def latents_of(sae: SAE, batches: Iterable[Batch | Tensor]) -> csr_array:
 
     It takes 8 bytes for each entry that is not zero. There is never a dense array but of one batch.
 
+    If samples are patches, there is a row for each image: the mean of its patches' latents, of
+    which only positive ones count. All patches of an image must be in one batch. The images of a
+    batch are in ascending order.
+
     Args:
         sae: anything with ``encode``, such as a SAELens SAE.
         batches: features (B, d_in), or a :class:`~monoloss_plugin.batch.Batch` of them, on the
@@ -212,6 +217,9 @@ def latents_of(sae: SAE, batches: Iterable[Batch | Tensor]) -> csr_array:
     for batch in batches:
         features = as_rows(batch.features if isinstance(batch, Batch) else batch, "batches")
         latents = as_rows(sae.encode(features), "sae.encode(features)", keep_sparse=True)
+        if isinstance(batch, Batch) and batch.images is not None:
+            images = ImagesOfBatch.of(batch.images, latents.device)
+            latents = pool(latents, images).mean.by_sample().to_sparse_coo()
         entries = latents.to_sparse().coalesce().cpu()
         values = entries.values().float().numpy()
         parts.append(coo_array((values, tuple(entries.indices().numpy())), latents.shape).tocsr())

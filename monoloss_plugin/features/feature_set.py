@@ -319,8 +319,8 @@ class FeatureSet(torch.utils.data.Dataset[Batch]):
             return Batch(features, embeddings, labels, rows=rows)
         if embeddings is None:
             embeddings = self._of_images(images)
-        places = self.patches.places[rows]
-        return Batch(features, embeddings, labels, rows=rows, images=images, places=places)
+        places, grids = self.patches.places[rows], self.patches.grids[images]
+        return Batch(features, embeddings, labels, None, rows, images, places, grids)
 
     def _of_images(self, images: Tensor) -> Tensor:
         """Return the features (B, d) of some images (B,), each of which may occur many times."""

@@ -157,7 +157,8 @@ def plot_support(
 
     Rare latents score high by chance: two samples may be alike for no reason. So a latent is filled
     only if its score is significant (:meth:`~monoloss_plugin.metrics.MonoScoreResult.significant`
-    at 0.01), and hollow otherwise. Latents without a score are left out.
+    at 0.01), and hollow otherwise. Latents without a score are left out. If samples are patches,
+    the scores are those of images by the mean of their patches, which are tested.
 
     Args:
         evaluations: as for :func:`plot_scores`; the latents of several runs are drawn together.
@@ -173,7 +174,7 @@ def plot_support(
     ax = axes_for(ax)
     most = max(sum(one.num_latents for one in of) for of in found.values())
     for i, (name, of) in enumerate(found.items()):
-        results = [one.monoscore for one in of]
+        results = [one.tested for one in of]
         above = torch.cat([one.significant()[one.defined] for one in results])
         order = above.argsort(descending=True, stable=True)  # a legend shows the first
         colour = COLOURS[i % len(COLOURS)]

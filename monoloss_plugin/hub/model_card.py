@@ -8,13 +8,13 @@ from typing import Any
 from huggingface_hub import hf_hub_url
 
 from monoloss_plugin._samples import compared_in_training
-from monoloss_plugin.evaluation import MEASURES
 from monoloss_plugin.hub.cards import escape, merge_card, metadata_list, settings_table, table
 from monoloss_plugin.hub.illustrations import CURVES, ILLUSTRATIONS, LATENTS, REPORT
 from monoloss_plugin.hub.names import features_beside
 from monoloss_plugin.hub.record import RECORD, SAERecord
 from monoloss_plugin.hub.repository import Repository, api, page_of
 from monoloss_plugin.hub.saes import Listed, file_of, list_saes
+from monoloss_plugin.results import IMAGE_MEASURES, MEASURES
 
 _TAGS = ["sparse-autoencoder", "monoloss", "monosemanticity", "interpretability", "saelens"]
 _IN_OVERVIEW = ("r2", "monoscore", "monoscore_adjusted", "purity_binary", "l0", "dead_latents")
@@ -168,10 +168,11 @@ def _measurements(record: SAERecord) -> str:
         added = escape(names or "the losses")
         columns = {f"without {added}": record.baseline, f"with {added}": record.metrics}
     columns |= {escape(name): numbers for name, numbers in record.controls.items()}
-    usual = [measure for measure in MEASURES if measure in record.metrics]
-    others = [measure for measure in record.metrics if measure not in MEASURES]
+    labels = MEASURES | IMAGE_MEASURES
+    usual = [measure for measure in labels if measure in record.metrics]
+    others = [measure for measure in record.metrics if measure not in labels]
     rows = [
-        [MEASURES.get(m) or escape(m), *(_number(column.get(m), m) for column in columns.values())]
+        [labels.get(m) or escape(m), *(_number(column.get(m), m) for column in columns.values())]
         for m in (*usual, *others)
     ]
     return table(("measure", *columns), rows)

@@ -13,6 +13,7 @@ from monoloss_plugin._checks import as_rows, require_finite
 from monoloss_plugin._places import kind_of
 from monoloss_plugin._sae import device_of, require_sae, require_width
 from monoloss_plugin._samples import Samples, scaling_for
+from monoloss_plugin.batch import Batch
 from monoloss_plugin.embeddings import unit_rows
 
 if TYPE_CHECKING:
@@ -79,7 +80,11 @@ class Rows:
             ValueError: NaN or infinite values.
         """
         held = self.features
-        x = held[numbers.to(held.device)] if isinstance(held, Tensor) else held.take(numbers)
+        return self._prepared(
+            held[numbers.to(held.device)] if isinstance(held, Tensor) else held.take(numbers)
+        )
+
+    def _prepared(self, x: Tensor) -> Tensor:
         x = x.to(self.device, torch.promote_types(x.dtype, torch.float32))
         require_finite(x, "features")
         return unit_rows(x, torch.float32)[0] if self.unit_norm else x
@@ -88,6 +93,19 @@ class Rows:
         """Yield every sample once, in order, as (B, d)."""
         for numbers in torch.arange(len(self)).split(BATCH):
             yield self.take(numbers)
+
+    def samples(self) -> Iterator[Batch]:
+        """Yield every sample once, in order, with its row number. No image's patches are cut.
+
+        Features are as :meth:`take` gives them.
+        """
+        held = self.features
+        if isinstance(held, Tensor):
+            for numbers in torch.arange(len(self)).split(BATCH):
+                yield Batch(self.take(numbers), rows=numbers)
+        else:
+            for batch in held.every_row(BATCH):
+                yield batch._replace(features=self._prepared(batch.features))
 
     def sample(self, most: int, seed: int) -> Tensor:
         """Return at most so many samples, each at most once: all in order, or a random choice."""

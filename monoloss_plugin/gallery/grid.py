@@ -12,7 +12,7 @@ import torch
 
 from monoloss_plugin._checks import require_at_least
 from monoloss_plugin._optional import missing_extra
-from monoloss_plugin.gallery.overlay import Overlay, css_gradient, heat_colours
+from monoloss_plugin.gallery.overlay import DARK, UNSEEN, Overlay, css_gradient, heat_colours
 
 try:
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -89,7 +89,7 @@ class LatentGrid:
             loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True
         )
         template = environment.get_template("grid.html.jinja")
-        return template.render(grid=self, gradient=css_gradient())
+        return template.render(grid=self, gradient=css_gradient(), dark=DARK, unseen=UNSEEN)
 
     def figure(self, *, columns: int = 1, title: str = "") -> Figure:
         """Draw the latents with matplotlib, each with a row of images for each of its bands.
@@ -126,7 +126,7 @@ class LatentGrid:
         for panel, latent in zip(panels.flat, self.latents, strict=False):
             words = latent.title
             if latent.largest is not None:
-                words += f"; largest activation {latent.largest:.3g}"
+                words += f"\nheat maps: from 0 to {latent.largest:.3g}"
             panel.suptitle(words, fontsize=8, y=1 - 0.12 / height, va="top", color=TEXT)
             _draw_bands(panel, latent, bands, max(1, wide), self.pixelated)
         for panel in (heading, body, *panels.flat):
@@ -176,6 +176,15 @@ def _draw_overlay(axes: Axes, overlay: Overlay, size: tuple[int, int]) -> None:
     (width, height), (rows, columns), part = size, overlay.grid, overlay.part
     left, top = part.left * width - 0.5, part.top * height - 0.5  # the middle of a pixel is whole
     wide, high = part.width * width / columns, part.height * height / rows
+    for x, y, w, h in (
+        (-0.5, -0.5, left + 0.5, height),
+        (left + wide * columns, -0.5, width, height),
+        (left, -0.5, wide * columns, top + 0.5),
+        (left, top + high * rows, wide * columns, height),
+    ):
+        if w > 0 and h > 0:  # what the encoder does not see
+            dark = [of / 255 for of in DARK]
+            axes.add_patch(Rectangle((x, y), w, h, color=dark, alpha=UNSEEN, linewidth=0))
     axes.imshow(
         overlay.colours().numpy(),
         interpolation="nearest",

@@ -20,10 +20,12 @@ from torch import Tensor
 
 from monoloss_plugin.gallery.covered import Part
 
-DARK, BRIGHT = (10, 12, 32), (255, 205, 50)
+DARK, BRIGHT = (10, 12, 32), (255, 222, 70)
 """sRGB of the strengths 0 and 1."""
-OPAQUE = (0.74, 0.42)
+OPAQUE = (0.66, 0.48)
 """Opacity of the strengths 0 and 1."""
+UNSEEN = 0.85
+"""Opacity of the dark colour over what the encoder does not see."""
 
 
 def heat_colours(strengths: Tensor) -> Tensor:

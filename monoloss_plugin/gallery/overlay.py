@@ -22,7 +22,7 @@ from monoloss_plugin.gallery.covered import Part
 
 DARK, BRIGHT = (10, 12, 32), (255, 222, 70)
 """sRGB of the strengths 0 and 1."""
-OPAQUE = (0.66, 0.48)
+OPAQUE = (0.6, 0.5)
 """Opacity of the strengths 0 and 1."""
 UNSEEN = 0.85
 """Opacity of the dark colour over what the encoder does not see."""

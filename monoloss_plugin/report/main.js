@@ -100,7 +100,8 @@ function pressKey(event) {
     return;
   }
   if (isTyping(event.target)) return;
-  if (event.key === "/") {
+  if (event.key === "m" && heat) turnMaps(!heat.isOn);
+  else if (event.key === "/") {
     event.preventDefault();
     goHome();
     document.getElementById("search").focus();

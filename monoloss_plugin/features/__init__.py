@@ -14,6 +14,7 @@ from monoloss_plugin._optional import missing_extra
 try:  # the modules below import what they need; what is missing is said here
     from monoloss_plugin.features.batches import FeatureBatches
     from monoloss_plugin.features.feature_set import FeatureSet
+    from monoloss_plugin.features.patches import Patches
     from monoloss_plugin.features.record import FeatureRecord
     from monoloss_plugin.features.store import SettingsError, verify
 except ModuleNotFoundError as error:
@@ -22,6 +23,7 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from monoloss_plugin.features.encoders import (
         Encoder,
+        PatchTokens,
         TextEncoder,
         load_encoder,
         load_text_encoder,
@@ -35,6 +37,8 @@ __all__ = [
     "FeatureBatches",
     "FeatureRecord",
     "FeatureSet",
+    "PatchTokens",
+    "Patches",
     "SettingsError",
     "Source",
     "TextEncoder",
@@ -51,6 +55,7 @@ __getattr__, __dir__ = later(
     {
         "Encoder": "encoders",
         "Extraction": "extraction",
+        "PatchTokens": "encoders",
         "Source": "sources",
         "TextEncoder": "encoders",
         "TooManyUnreadableError": "extraction",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -50,7 +52,12 @@ _TRIED = 1000
 """Give up if so many images at the beginning are all unreadable."""
 _BLOCK = 16_384
 """Rows of a stream that one process takes at a time, where several share it."""
+_AT_A_TIME = 1000
+"""Images of a stream, for which the size on disk is said."""
 _VERSIONS = ("monoloss_plugin", "torch", "datasets", "pillow")
+
+
+logger = logging.getLogger(__name__)
 
 
 class TooManyUnreadableError(RuntimeError):
@@ -81,6 +88,7 @@ def extract(
     out: str | os.PathLike[str],
     *,
     dtype: Literal["float16", "float32"] = "float16",
+    keep_patches: int | None = None,
     autocast: Precision | None = None,
     device: torch.device | str | None = None,
     batch_size: int | None = None,
@@ -96,6 +104,10 @@ def extract(
     length, not normalised), ``label`` where the source has one (-1 where an image has none), and
     ``image_id``. The rows have the order of the source.
 
+    An encoder loaded with ``output="patches"`` or ``"cls+patches"`` gives a patch set: ``features``
+    is then a list of such lists, and there are the columns ``places``, ``grid`` and ``pooled``.
+    Before it starts, the size on disk is logged.
+
     If the run is killed, start it again with the same arguments, and it continues.
 
     Args:
@@ -105,6 +117,8 @@ def extract(
         encoder: an :class:`Encoder`, or a name that :func:`load_encoder` takes.
         out: the folder.
         dtype: of the stored features.
+        keep_patches: store so many patches of each image, chosen at random by the image's row,
+            and its class token. The mean is still over all its patches. By default all are stored.
         autocast: run the encoder in this precision instead of float32.
         device: of the encoder. By default a GPU if there is one, with the number ``LOCAL_RANK``
             under torchrun.
@@ -127,7 +141,8 @@ def extract(
     Raises:
         SettingsError: the folder was begun with other settings.
         TooManyUnreadableError: too many images were left out. The features so far are saved.
-        TypeError, ValueError: an argument is wrong, or there are no images.
+        TypeError, ValueError: an argument is wrong, there are no images, or the disk is too small
+            for their patches.
         BusyError: another process works on the same share.
 
     Examples:
@@ -143,6 +158,7 @@ def extract(
         ("batch_size", batch_size, 1),
         ("workers", workers, 0),
         ("max_unreadable", max_unreadable, 0),
+        ("keep_patches", keep_patches, 1),
     ):
         if given is not None:
             require_at_least(least, given, name)
@@ -159,22 +175,31 @@ def extract(
         workers = _workers(on)
     loader = ImageLoader(opened, encoder.preprocess, encoder.mode, workers, on.type == "cuda")
     probe = _first_readable(loader)
-    on_device = BatchEncoder(encoder, probe, on, getattr(torch, dtype), autocast, batch_size)
+    on_device = BatchEncoder(
+        encoder, probe, on, getattr(torch, dtype), autocast, batch_size, keep_patches
+    )
     settings = FeatureRecord(
         encoder=_record_of(encoder),
         source=opened.record,
         dtype=dtype,
         autocast=autocast,
+        patches=on_device.patches,
         width=on_device.width,
         versions={name: version(name) for name in _VERSIONS},
     )
+    if on_device.patches and not store.is_complete(folder):
+        _say_size(opened, on_device, folder, share)
     store.begin(folder, settings)
     store.repair(folder)
     started, images = time.perf_counter(), 0
     if not store.is_complete(folder):
         with store.claim(folder, f"share-{share[0]}-of-{share[1]}"):
             schema = features_schema(
-                on_device.width, dtype, opened.label is not None, opened.classes
+                on_device.width,
+                dtype,
+                opened.label is not None,
+                opened.classes,
+                patches=bool(on_device.patches),
             )
             left = _rows_left(opened, folder, share)
             images = _save(
@@ -193,6 +218,42 @@ def extract(
         complete=complete,
         seconds=time.perf_counter() - started,
     )
+
+
+def _say_size(source: Source, encoder: BatchEncoder, folder: Path, share: tuple[int, int]) -> None:
+    """Log how much disk the patches of a source take, and how much there is.
+
+    Raises:
+        ValueError: there is not enough for a source whose size is known.
+    """
+    dtype = str(encoder.dtype).removeprefix("torch.")
+    vectors, width, item = encoder.vectors_of_image, encoder.width, encoder.dtype.itemsize
+    of_image = vectors * (width * item + 2) + width * item  # also their places, and their mean
+    there = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+    free, total = shutil.disk_usage(there).free, source.num_images
+    images = _AT_A_TIME if total is None else total
+    logger.info(
+        "%s images x %d patches x %d take %s as %s%s; %s are free on the disk of %s",
+        f"{images:,}" if total is not None else f"each {images:,}",
+        *(vectors, width, _bytes(images * of_image), dtype),
+        "" if share[1] > 1 else ", and for a short time at the end as much again",
+        *(_bytes(free), folder),
+    )
+    if total is None:
+        return
+    left = sum(map(len, missing_rows(folder, _rows_of_share(source, share, total))))
+    needed = of_image * (left + (total if share[1] == 1 else 0))
+    if needed > free:
+        narrower = "" if dtype == "float16" else ", dtype='float16' takes half of it"
+        raise ValueError(
+            f"out: {_bytes(needed)} are needed on the disk of {folder} for {vectors} patches of "
+            f"each image as {dtype}, and {_bytes(free)} are free; keep_patches= stores fewer "
+            f"patches of each image{narrower}"
+        )
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def _rows_left(source: Source, folder: Path, share: tuple[int, int]) -> Iterable[range]:

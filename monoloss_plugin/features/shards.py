@@ -23,12 +23,14 @@ from datasets import ClassLabel, Features, Value
 from datasets import List as Lists
 from huggingface_hub.utils.sha import sha_fileobj
 
-from monoloss_plugin.features.patches import patch_columns
+from monoloss_plugin.features.patches import nested_lists, patch_columns
 
 PARTS = "parts"
 """The folder of the shards, in the folder of the set."""
 _LARGEST = 4_096
 """Rows of a shard at most, since it is collected in memory."""
+_LARGEST_OF_PATCHES = 64 << 20
+"""Bytes of a shard of patches at most, but for the last batch."""
 _NAME = re.compile(r"(\d{10})-(\d{10})-([0-9a-f]{8})\.arrow")
 _LEFT_OUT = b"unreadable"
 
@@ -43,18 +45,57 @@ class Unreadable:
     error: str
 
 
+class EncodedPatches(NamedTuple):
+    """Which patches some images have."""
+
+    counts: np.ndarray[Any, Any]
+    """(B,) how many patches each image has, with its class token."""
+    places: np.ndarray[Any, Any]
+    """(n,) int16: the place of each patch; -1 for a class token."""
+    grids: np.ndarray[Any, Any]
+    """(B, 2) int16: height and width of each image's grid."""
+    pooled: np.ndarray[Any, Any]
+    """(B, d), the mean over all the image's patches, also those that are not kept."""
+
+    def select(self, images: np.ndarray[Any, Any]) -> EncodedPatches:
+        """Return those of some images, given as a mask (B,)."""
+        patches = images.repeat(self.counts)
+        return EncodedPatches(
+            self.counts[images], self.places[patches], self.grids[images], self.pooled[images]
+        )
+
+
 class EncodedRows(NamedTuple):
     """What became of consecutive rows of the source."""
 
     rows: range
     features: np.ndarray[Any, Any]
-    """(B, d), of the images that could be read."""
+    """(B, d), of the images that could be read; or (n, d), all their patches."""
     labels: Sequence[int | None]
     """(B,), of the same images."""
     ids: Sequence[str]
     """(B,), of the same images."""
     unreadable: Sequence[Unreadable] = ()
     """The other images."""
+    patches: EncodedPatches | None = None
+    """Which patches the features are; None if there is one vector for each image."""
+
+    def columns(self) -> dict[str, Any]:
+        """Return the columns of the images, as Arrow or plain lists; features without a copy."""
+        columns: dict[str, Any] = {
+            "label": [-1 if label is None else label for label in self.labels],
+            "image_id": list(self.ids),
+        }
+        if self.patches is None:
+            return {**columns, "features": fixed_lists(self.features)}
+        counts, places, grids, pooled = self.patches
+        return {
+            **columns,
+            "features": nested_lists(self.features, counts),
+            "places": nested_lists(places, counts),
+            "grid": fixed_lists(grids),
+            "pooled": fixed_lists(pooled),
+        }
 
 
 class Shard(NamedTuple):
@@ -125,7 +166,8 @@ class ShardWriter:
         self._batches.append(batch)
         waited = time.perf_counter() - self._saved
         count = batch.rows.stop - self._batches[0].rows.start
-        if waited >= self._save_every or count >= _LARGEST:
+        size = sum(one.features.nbytes for one in self._batches if one.patches is not None)
+        if waited >= self._save_every or count >= _LARGEST or size >= _LARGEST_OF_PATCHES:
             self.save()
 
     def save(self) -> None:
@@ -133,28 +175,33 @@ class ShardWriter:
         if not self._batches:
             return
         batches = self._batches
-        columns = {
-            "features": fixed_lists(np.concatenate([batch.features for batch in batches])),
-            "label": [
-                -1 if label is None else label for batch in batches for label in batch.labels
-            ],
-            "image_id": [image_id for batch in batches for image_id in batch.ids],
-        }
         left_out = json.dumps([asdict(one) for batch in batches for one in batch.unreadable])
         schema = self._schema.with_metadata({**self._schema.metadata, _LEFT_OUT: left_out.encode()})
         made = unfinished(self.folder)
         with pa.OSFile(str(made), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
-            stream.write_table(pa.table({name: columns[name] for name in schema.names}, schema))
+            for batch in batches if batches[0].patches is not None else [_together(batches)]:
+                columns = batch.columns()
+                stream.write_table(pa.table({name: columns[name] for name in schema.names}, schema))
         start, stop = batches[0].rows.start, batches[-1].rows.stop
         (self.folder / PARTS).mkdir(exist_ok=True)  # another process may have completed the set
         put(made, self.folder / PARTS / f"{start:010d}-{stop:010d}-{sha256_of(made)[:8]}.arrow")
         self._batches, self._saved = [], time.perf_counter()
 
 
+def _together(batches: Sequence[EncodedRows]) -> EncodedRows:
+    """Return batches of one vector for each image as one."""
+    return EncodedRows(
+        range(batches[0].rows.start, batches[-1].rows.stop),
+        np.concatenate([batch.features for batch in batches]),
+        [label for batch in batches for label in batch.labels],
+        [image_id for batch in batches for image_id in batch.ids],
+    )
+
+
 def features_schema(
     width: int, dtype: str, labelled: bool, classes: list[str] | None, *, patches: bool = False
 ) -> Features:
-    """Return the columns of a set: features or those of patches, label if there is one, image_id."""
+    """Return the columns of a set: features or those of patches, perhaps label, and image_id."""
     columns: dict[str, Any] = {"features": Lists(Value(dtype), length=width)}
     if patches:
         columns = patch_columns(dtype, width)

@@ -23,7 +23,7 @@ WIDTH = 5
 LABELS = torch.tensor([1, 0, 2, -1, 1, 2, 0])
 IDS = [f"image {n}" for n in range(7)]
 GRIDS = [(2, 3), (1, 4), (2, 2), (2, 3), (3, 1), (2, 3), (1, 1)]
-"""Images of different grids; each but the third has all its patches, and the first a class token."""
+"""Each image but the third has all patches of its grid, and the first has a class token too."""
 
 
 def images() -> list[Tensor]:
@@ -173,7 +173,7 @@ def test_every_row_gives_whole_images(size: int, wanted: int) -> None:
     assert torch.cat([batch.rows for batch in batches]).tolist() == [*range(len(features))]
     held = [set(batch.images.tolist()) for batch in batches]
     assert sum(len(one) for one in held) == 7
-    assert all(len(batch.rows) <= size or len(one) == 1 for batch, one in zip(batches, held))
+    assert all(len(b.rows) <= size or len(one) == 1 for b, one in zip(batches, held, strict=True))
 
 
 def test_a_record_is_completed_from_the_patches() -> None:

@@ -54,7 +54,7 @@ from pathlib import Path
 import numpy, torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
-from monoloss_plugin.features.encoders import Encoder
+from monoloss_plugin.features.encoders import Encoder, PatchTokens
 from monoloss_plugin.features import store
 from monoloss_plugin.features.extraction import extract
 
@@ -76,11 +76,15 @@ def run(out, before=lambda: None, save_every=0.0, seconds=0.0, log=None):
             time.sleep(seconds)
             if log is not None:
                 os.write(log, b".")
+            if sys.argv[2] == "patches":
+                return PatchTokens(inputs[:, 0], (2, 4), class_token=inputs[:, 0, 0])
             return torch.flatten(inputs, 1)
         before()
         model = torch.nn.Identity()
         encoder = Encoder(model, lambda image: pil_to_tensor(image) / 255, forward, {}, "L")
         options = {"save_every": save_every, "workers": 0, "progress": False}
+        if sys.argv[2] == "patches":
+            options["keep_patches"] = 6
         extract(images, encoder, root / out, batch_size=10, **options)
         os._exit(0)
     return process
@@ -129,13 +133,14 @@ ended(process)
 """
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory) -> Path:
+@pytest.fixture(scope="module", params=["vectors", "patches"])
+def killed(request, tmp_path_factory) -> Path:
     """A folder of sets whose extraction was killed and started again, and one that was not."""
     if not hasattr(os, "fork"):
         pytest.skip("needs copies of a process")
     root = tmp_path_factory.mktemp("killed")
-    done = subprocess.run([sys.executable, "-c", KILLED, root], capture_output=True, text=True)
+    command = [sys.executable, "-c", KILLED, root, request.param]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return root
 

@@ -15,7 +15,8 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from transformers import dynamic_module_utils
 
-from monoloss_plugin.features.encoders.encoder import Tower
+from monoloss_plugin.features.encoders.encoder import Tower, as_pair
+from monoloss_plugin.features.encoders.from_timm import has_class_token, patch_size_of
 from monoloss_plugin.features.encoders.text import TextEncoder
 
 
@@ -36,12 +37,17 @@ def load(name: str, revision: str | None) -> Tower:
         return embedding if isinstance(embedding, Tensor) else embedding[0]
 
     tokens, prefix_tokens = _tokens_of(visual)
+    trunk = visual.trunk if isinstance(visual, TimmModel) else None
+    patch_size = as_pair(getattr(visual, "patch_size", None))
     return Tower(
         model=visual,
         preprocess=preprocess,
         pooled=pooled,
         tokens=tokens,
         prefix_tokens=prefix_tokens,
+        channels_last=getattr(trunk, "output_fmt", "NCHW") == "NHWC",
+        class_token=trunk is None or has_class_token(trunk),
+        patch_size=patch_size if trunk is None else patch_size_of(trunk),
         record={**of_weights, "preprocessing": open_clip.get_model_preprocess_cfg(model)},
     )
 

@@ -10,7 +10,7 @@ from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
-from monoloss_plugin.features.encoders.encoder import Tower
+from monoloss_plugin.features.encoders.encoder import Tower, as_pair
 from monoloss_plugin.features.encoders.packaged import load_in_order
 
 
@@ -51,6 +51,22 @@ def load(
         tokens=tokens,
         prefix_tokens=getattr(model, "num_prefix_tokens", 0),
         channels_last=getattr(model, "output_fmt", "NCHW") == "NHWC",
+        class_token=has_class_token(model),
+        patch_size=patch_size_of(model),
         mode="L" if data["input_size"][0] == 1 else "RGB",
         record={"preprocessing": data},
     )
+
+
+def has_class_token(model: Any) -> bool:
+    """Say whether the first of a timm model's tokens is a class token, and not a register."""
+    return getattr(model, "cls_token", True) is not None
+
+
+def patch_size_of(model: Any) -> tuple[int, int] | None:
+    """Return height and width in pixels of a timm model's patches; None if it has none."""
+    embed = getattr(model, "patch_embed", None)
+    if embed is not None and hasattr(embed, "feat_ratio"):
+        height, width = embed.feat_ratio(as_scalar=False)
+        return int(height), int(width)
+    return as_pair(getattr(embed, "patch_size", None))

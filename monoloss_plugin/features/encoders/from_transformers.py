@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 from transformers.utils import logging
 
-from monoloss_plugin.features.encoders.encoder import Inputs, Tower
+from monoloss_plugin.features.encoders.encoder import Inputs, Tower, as_pair
 from monoloss_plugin.features.encoders.text import TextEncoder
 
 _TOWERS = {
@@ -81,6 +81,7 @@ def load(name: str, revision: str | None) -> Tower:
         pooled=pooled,
         tokens=tokens,
         prefix_tokens=prefix_tokens,
+        patch_size=as_pair(getattr(model.config, "patch_size", None)),
         record={
             "revision": _commit_of(name, revision),
             "pooling": "class token" if no_pooler else "the model's own",

@@ -105,8 +105,9 @@ def load_encoder(
         revision: a commit, tag or branch, if the name is one of a Hub repository. By default that
             of the short name.
         output: ``"pooled"`` is the library's own image embedding. ``"cls"`` is the class token,
-            and ``"mean"`` the mean over the patches, of the last hidden state or of ``layer``. The
-            default is ``"pooled"``, or ``"mean"`` with a layer.
+            ``"mean"`` the mean over the patches, ``"patches"`` the patches themselves, and
+            ``"cls+patches"`` both, of the last hidden state or of ``layer``. The default is
+            ``"pooled"``, or ``"mean"`` with a layer.
         layer: take the output of this module, such as ``blocks.9``.
         image_size: side of the square that a timm encoder sees of each image; by default its own. A
             smaller one is faster. Convolutional networks take any size.

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from html import escape
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -323,7 +323,9 @@ class _Referee:
             ks = {share: max(1, round(share * found.l0)) for share in _SHARES}
             measures |= {f"r2/{share:g}": r2[k] for share, k in ks.items() if k in r2}
             measures["effective_latents"] = effective_latents(sae, self.features)
-        if "probes" in self.groups and _has_classes(self.features) and _has_classes(self.train):
+        if "probes" in self.groups and all(
+            _has_classes(one.images) for one in (self.features, self.train)
+        ):
             measures |= self._probes(sae)
         if "dictionary" in self.groups and (weight := _dictionary(sae)) is not None:
             measures["redundancy"] = redundancy(weight, alive=found.monoscore.support > 0)
@@ -340,25 +342,19 @@ class _Referee:
             latents = as_rows(sae.encode(batch.features), "sae.encode(features)")
             for name, of in self._embeddings.items():
                 known, embeddings = of(self.features.image_of(batch.rows))
-                update = partial(
-                    metrics[name].update, latents[known.to(device)], embeddings.to(device)
+                groups = None if batch.images is None else batch.images[known].to(device)
+                metrics[name].update(
+                    latents[known.to(device)], embeddings.to(device), groups=groups
                 )
-                if batch.images is None:
-                    update()
-                else:
-                    update(groups=batch.images[known].to(device))
         return {f"adjusted/{name}": of.compute().mean_adjusted for name, of in metrics.items()}
 
     @cached_property
     def _embeddings(self) -> dict[str, _Embed]:
         """For each space, a function: images (B,) to which of them it has (B,), and embeddings."""
+        images = self.features.images
         return {
             **{name: _features_of(*space) for name, space in self.spaces.items()},
-            **(
-                {_OF_LABELS: _labels_of(self.features.images)}
-                if _has_classes(self.features)
-                else {}
-            ),
+            **({_OF_LABELS: _labels_of(images)} if _has_classes(images) else {}),
         }
 
     def _probes(self, sae: SAE) -> dict[str, float]:
@@ -467,7 +463,7 @@ def _dictionary(sae: Any) -> Tensor | None:
 
 
 def _has_classes(features: FeatureSet) -> bool:
-    labels = features.images.labels
+    labels = features.labels
     return labels is not None and len(labels[labels >= 0].unique()) > 1
 
 

@@ -110,11 +110,10 @@ class ImageMeasures:
     @classmethod
     def of(cls, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> ImageMeasures:
         """Return the measures of :meth:`tensors`, with the numbers of each score."""
-        rest = dict(tensors)
-        scores: dict[str, Any] = {
-            name: _result_of(_pop_prefixed(rest, f"{name}_"), numbers[name]) for name in cls.POOLED
-        }
-        return cls(**scores, **rest)
+        found: dict[str, Any] = dict(tensors)
+        for name in cls.POOLED:
+            found[name] = _result_of(_pop_prefixed(found, f"{name}_"), numbers[name])
+        return cls(**found)
 
 
 @dataclass(frozen=True)
@@ -355,7 +354,7 @@ def _numbers_of(result: MonoScoreResult) -> dict[str, Any]:
 
 def _result_of(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> MonoScoreResult:
     known: dict[str, Any] = {name: numbers[name] for name in ("chance", "num_samples")}
-    return MonoScoreResult(**tensors, **known)
+    return MonoScoreResult(**{**tensors, **known})
 
 
 def _pop_prefixed(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from itertools import cycle
 from pathlib import Path
 
 import pytest
+import torch
+from sae_lens import SAE, TopKTrainingSAE, TopKTrainingSAEConfig
 from typer.testing import CliRunner
 
 from monoloss_plugin import cli, load_features, load_pretrained
 from monoloss_plugin.evaluation import Evaluation, evaluate
+from monoloss_plugin.features import FeatureSet
 from monoloss_plugin.hub.repository import bundled_folder
+from tests.adapters.conftest import make_trainer
 
 ON = ["--features", "digits:held_out", "--train", "digits:train"]
 
@@ -56,6 +61,40 @@ def test_another_space_and_a_baseline(tmp_path: Path) -> None:
     (found,) = json.loads(shown.stdout)["runs"]["digits"]
     # The same cosines in another order of dimensions.
     assert found["adjusted/mirrored"] == pytest.approx(found["monoscore_adjusted"], abs=1e-4)
+
+
+def test_patches_are_measured_in_patches_and_images(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for name, num_images in (("train", 40), ("held_out", 30)):
+        labels = torch.arange(num_images) % 3
+        x = torch.randn(num_images, 9, 8, generator=generator)
+        x[:, :6] += 3 * torch.eye(8)[labels][:, None]
+        FeatureSet.from_tensors(x, labels).dataset.save_to_disk(str(tmp_path / name))
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=8, d_sae=16, k=2))
+    batches = FeatureSet.open(tmp_path / "train").tensor().split(120)
+    make_trainer(sae, cycle(batches), steps=3).fit()
+    sae.save_inference_model(str(tmp_path / "sae"))
+    features, out = tmp_path / "held_out", tmp_path / "out"
+    shown = run(
+        f"{tmp_path}/sae", "--features", features, "--train", tmp_path / "train", "--baselines",
+        "--match-l0", "--space", f"itself={features}", "--out", out,
+    )  # fmt: skip
+    assert shown.exit_code == 0, shown.output
+    for said in (
+        "Moran's I",
+        "images by largest patch",
+        "share of an image's patches",
+        "by itself",
+    ):
+        assert said in shown.stdout
+    found = Evaluation.load(next((out / "latents").glob("*sae")))
+    assert found.images.num_images == 30
+    assert found.monoscore.num_samples == 270
+    assert (out / "support.png").read_bytes().startswith(b"\x89PNG")
+    quick = run(f"{tmp_path}/sae", "--features", features, "--quick", "--json")
+    (summary,) = json.loads(quick.stdout)["runs"][f"{tmp_path}/sae"]
+    expected = evaluate(SAE.load_from_disk(tmp_path / "sae"), FeatureSet.open(features))
+    assert summary == pytest.approx(expected.summary())
 
 
 @pytest.mark.parametrize(

@@ -99,9 +99,12 @@ function pressKey(event) {
     else goHome();
     return;
   }
+  if (event.key === "m" && heat && (!isTyping(event.target) || event.target.type === "checkbox")) {
+    turnMaps(!heat.isOn);
+    return;
+  }
   if (isTyping(event.target)) return;
-  if (event.key === "m" && heat) turnMaps(!heat.isOn);
-  else if (event.key === "/") {
+  if (event.key === "/") {
     event.preventDefault();
     goHome();
     document.getElementById("search").focus();

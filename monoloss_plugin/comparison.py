@@ -426,7 +426,7 @@ def _matched(features: FeatureSet, spaces: Any) -> dict[str, tuple[FeatureSet, T
     for name, other in spaces.items():
         require_set(other, f"spaces: {name!r}")
         with _blamed_on(f"spaces: {name!r}"):
-            ours, theirs = rows_in_common(features.images, [other.images])
+            ours, theirs = rows_in_common(features, [other])
         row = torch.full((features.num_images,), -1).index_put_((ours,), theirs)
         matched[name] = other.images, row
     return matched

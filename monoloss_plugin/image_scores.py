@@ -55,7 +55,7 @@ class ImageScores:
         self._seen.update(numbers)
         entries = latents if isinstance(latents, Support) else support_of(latents)
         self.spatial.update(entries, images, batch.places, batch.grids)
-        pooled, compared_by = pool(entries, images), images.means(embeddings)
+        pooled, compared_by = pool(entries, images), images.means(embeddings, "embeddings")
         self.largest.update(pooled.largest, compared_by)
         self.mean.update(pooled.mean, compared_by)
         return EncodedImages(images.numbers, pooled.largest, pooled.mean, compared_by)

@@ -66,9 +66,9 @@ class ImagesOfBatch:
         """Return what all samples of an image have in common: (B, ...) as (I, ...).
 
         Raises:
-            ValueError: two samples of an image differ.
+            ValueError: two samples of an image differ, or there are not B.
         """
-        given = of_samples.to(self.of_sample.device)
+        given = self._checked(of_samples, name)
         first = self.of_sample.new_full((len(self),), len(given)).scatter_reduce_(
             0, self.of_sample, torch.arange(len(given), device=given.device), "amin"
         )
@@ -77,11 +77,23 @@ class ImagesOfBatch:
             raise ValueError(f"{name}: expected the same for all samples of an image")
         return values
 
-    def means(self, of_samples: Tensor) -> Tensor:
-        """Return the mean of each image's rows: (B, d) as (I, d), in the dtype that came."""
+    def means(self, of_samples: Tensor, name: str) -> Tensor:
+        """Return the mean of each image's rows: (B, d) as (I, d), in the dtype that came.
+
+        Raises:
+            ValueError: there are not B rows.
+        """
+        of_samples = self._checked(of_samples, name)
         sums = of_samples.new_zeros((len(self), of_samples.shape[1]), dtype=torch.float64)
         sums.index_add_(0, self.of_sample, of_samples.double())
         return (sums / self.sizes.unsqueeze(1)).to(of_samples.dtype)
+
+    def _checked(self, of_samples: Tensor, name: str) -> Tensor:
+        if len(of_samples) != len(self.of_sample):
+            raise ValueError(
+                f"{name}: expected {len(self.of_sample)} to match images, got {len(of_samples)}"
+            )
+        return of_samples.to(self.of_sample.device)
 
 
 def image_means(batch: Batch, of_samples: Tensor) -> Tensor:
@@ -91,7 +103,7 @@ def image_means(batch: Batch, of_samples: Tensor) -> Tensor:
     """
     if batch.images is None:
         return of_samples
-    return ImagesOfBatch.of(batch.images, of_samples.device).means(of_samples)
+    return ImagesOfBatch.of(batch.images, of_samples.device).means(of_samples, "features")
 
 
 class Pooled(NamedTuple):

@@ -114,8 +114,8 @@ class Scoring:
                 else:
                     self.images = self.images or ImageScores()
                     images = ImagesOfBatch.of(batch.images, given.device)
-                    self.monoscore.update(found, given, groups=images.of_sample)
                     of_images = self.images.add(found, embeddings, images, batch)
+                    self.monoscore.update(found, given, groups=images.of_sample)
                     self._add_labels(
                         of_images.latents,
                         None if labels is None else images.values_of(labels, "labels"),

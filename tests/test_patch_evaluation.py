@@ -15,7 +15,7 @@ from monoloss_plugin.batch import Batch
 from monoloss_plugin.comparison import compare, label_of
 from monoloss_plugin.dictionary import redundancy
 from monoloss_plugin.evaluation import IMAGE_MEASURES, MEASURES, Evaluation, evaluate
-from monoloss_plugin.features import FeatureSet
+from monoloss_plugin.features import FeatureBatches, FeatureSet
 from monoloss_plugin.probing import latents_of, preserved_accuracy, small_budget_probe
 from monoloss_plugin.purity import Purity
 from monoloss_plugin.saes import make_baseline
@@ -276,6 +276,10 @@ def test_batches_that_do_not_fit_together_are_named() -> None:
     for pair in ([first, second._replace(images=None)], [first._replace(images=None), second]):
         with pytest.raises(ValueError, match="images: expected in every batch or in none"):
             evaluate(Dense(), pair, num_classes=3)
+    for name in ("images", "labels", "embeddings", "places", "grids"):
+        short = whole._replace(**{name: getattr(whole, name)[:-1]})
+        with pytest.raises(ValueError, match=f"{name}: expected"):
+            evaluate(Dense(), [short], num_classes=3)
     with pytest.raises(ValueError, match="labels: expected the same for all samples of an image"):
         evaluate(Dense(), [whole._replace(labels=torch.arange(len(X)) % 3)], num_classes=3)
 
@@ -347,6 +351,23 @@ def test_a_patch_set_is_scored_as_its_patches_and_images(batch_size: int) -> Non
     assert not found.images.coherence.isnan().all()
     assert found.summary()["num_images"] == HELD_OUT_IMAGES
     assert found.spaces.scored == HELD_OUT.compared_by
+
+
+def test_batches_of_a_patch_set_are_scored_whole_however_they_shuffle() -> None:
+    sae, expected = sae_of(), evaluate(sae_of(), HELD_OUT)
+    for shuffle in ("all", "images", "none"):
+        found = evaluate(sae, FeatureBatches(HELD_OUT, batch_size=40, shuffle=shuffle))
+        assert found.summary() == pytest.approx(expected.summary(), rel=1e-5)
+        assert found.spaces == expected.spaces
+    other = torch.randn(HELD_OUT_IMAGES, 3, generator=torch.Generator().manual_seed(7))
+    ids = HELD_OUT.images.ids_of(torch.arange(HELD_OUT_IMAGES))
+    space = FeatureSet.from_tensors(other, ids=ids, record={"encoder": {"name": "another"}})
+    found = evaluate(sae, FeatureBatches(HELD_OUT, embeddings=space, batch_size=40))
+    torch.testing.assert_close(found.monoscore.scores, expected.monoscore.scores)
+    assert found.images.mean.chance == pytest.approx(
+        scores_of(other.double(), other, ~torch.eye(HELD_OUT_IMAGES, dtype=torch.bool))[2], abs=1e-6
+    )
+    assert found.spaces.scored == "features of mine (patches) and features of another (images)"
 
 
 def test_saes_are_compared_on_patches() -> None:

@@ -186,6 +186,11 @@ def test_batches_and_parts_give_what_one_pass_gives(data) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=0, equal_nan=True)
 
 
+def test_a_state_of_something_else_is_named() -> None:
+    with pytest.raises(ValueError, match="state: expected 4 sums, got 3"):
+        Spatial().load_state_dict({"sums": torch.zeros(3, 5)})
+
+
 def test_images_without_all_places_have_an_extent_and_no_moran(data) -> None:
     kept = (data.places != 0).nonzero().squeeze(1)
     metric = Spatial()

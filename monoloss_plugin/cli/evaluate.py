@@ -70,7 +70,8 @@ def evaluate(
     """Measure SAEs on held-out features, side by side.
 
     Prints R², MonoScore with its chance level, class purity, L0 and dead latents; and unless you
-    say --quick, robustness to k, linear probes, redundancy, and stability over seeds.
+    say --quick, robustness to k, linear probes, redundancy, and stability over seeds. If the
+    features are of patches, it also prints the scores of whole images, coherence and extent.
     """
     spaces = [name.partition("=")[::2] for name in space or []]
     if bad := [name for name, place in spaces if not name or not place]:

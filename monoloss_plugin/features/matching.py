@@ -1,4 +1,4 @@
-"""Which rows of several feature sets are of the same images."""
+"""Which images of several feature sets are the same."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def rows_in_common(first: FeatureSet, others: Sequence[FeatureSet]) -> list[Tens
     """Match feature sets by the ids of their images; row by row, with a warning, without ids.
 
     Returns:
-        For each set, the rows (n,) of the images that every set has, in the order of ``first``.
+        For each set, the rows (n,) of the images that every set has, in the order of ``first``. Of
+        a patch set, they are rows of its ``images``.
 
     Raises:
         ValueError: the sets are of different sources or splits, have no image in common, or have
@@ -27,9 +28,9 @@ def rows_in_common(first: FeatureSet, others: Sequence[FeatureSet]) -> list[Tens
     """
     for other in others:
         _require_same_source(first.record.source, other.record.source)
-    sets = [first, *others]
+    sets = [one.images for one in (first, *others)]
     ids = [one.ids for one in sets if one.ids is not None]
-    in_order = [torch.arange(len(first))] * len(sets)
+    in_order = [torch.arange(first.num_images)] * len(sets)
     if len(ids) < len(sets) and others:
         if len({len(one) for one in sets}) > 1:
             sizes = ", ".join(str(len(one)) for one in sets)

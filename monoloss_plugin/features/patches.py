@@ -11,6 +11,7 @@ A patch set has one row for each image, with the columns::
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -71,7 +72,7 @@ class Patches:
 
     def image_of(self, rows: Tensor) -> Tensor:
         """Return the image (B,) of each of some rows (B,), as int64."""
-        return torch.searchsorted(self.starts, rows, right=True) - 1
+        return image_of(self.starts, rows)
 
     def rows_of(self, images: Tensor) -> Tensor:
         """Return the rows (n,) of some images (B,), image after image."""
@@ -97,11 +98,35 @@ class Patches:
         return True
 
 
+def image_of(starts: Tensor, rows: Tensor) -> Tensor:
+    """Return the image (B,) of each row (B,), if images begin at ``starts`` (N + 1,)."""
+    return torch.searchsorted(starts, rows, right=True) - 1
+
+
+def cumulative(counts: Tensor) -> Tensor:
+    """Return where each of N images begins, by how many rows it has, and where the last ends."""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
 def spans(starts: Tensor, stops: Tensor) -> Tensor:
     """Return the numbers from each start (B,) to its stop (B,), one after another."""
     counts = stops - starts
     before = counts.cumsum(0) - counts
     return torch.arange(int(counts.sum())) + (starts - before).repeat_interleave(counts)
+
+
+def whole_images(starts: Tensor, batch_size: int) -> Iterator[slice]:
+    """Yield slices of consecutive images with at most so many patches together, or one image.
+
+    Args:
+        starts: (N + 1,) the first row of each image; the last is the number of rows.
+        batch_size: rows of a batch.
+    """
+    image = 0
+    while image < len(starts) - 1:
+        last = int(torch.searchsorted(starts, starts[image] + batch_size, right=True)) - 1
+        first, image = image, max(last, image + 1)
+        yield slice(first, image)
 
 
 def grid_of(num_patches: int, grid: Any = None) -> tuple[int, int]:
@@ -209,14 +234,14 @@ class StoredPatches:
         self._first = first
         if not bool((counts > 0).all()):
             raise ValueError("features: expected at least one patch of each image")
-        self.starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        self.starts = cumulative(counts)
         """(N + 1,) as :attr:`Patches.starts`."""
 
     def find(self, rows: Tensor) -> Tensor:
         """Return which of the vectors some rows (B,) are."""
         if self._images is None:
             return rows
-        image = torch.searchsorted(self.starts, rows, right=True) - 1
+        image = image_of(self.starts, rows)
         return self._first[image] + rows - self.starts[image]
 
     def read(self) -> Patches:

@@ -62,6 +62,16 @@ class FeatureRecord:
         encoder = {**self.encoder, "output": "mean"} if self.encoder else {}
         return replace(self, encoder=encoder, patches={})
 
+    def describe_patches(self) -> str:
+        """Say which patches each image of a patch set has; an empty text for another set."""
+        if not self.patches:
+            return ""
+        grid, kept = self.patches.get("grid"), self.patches.get("kept")
+        said = [f"a grid of {grid[0]} x {grid[1]}" if grid else "grids of several sizes"]
+        said += [f"{kept} patches kept of each image"] if kept else []
+        said += ["with the class token"] if self.patches.get("class_token") else []
+        return ", ".join(said)
+
     @classmethod
     def from_json(cls, text: str) -> FeatureRecord:
         """Make a record from JSON; an empty record if the text is not a JSON object."""

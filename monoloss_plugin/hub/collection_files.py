@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from monoloss_plugin._checks import visible
 from monoloss_plugin._places import require_folder
+from monoloss_plugin.features.patches import PATCH_COLUMNS
 from monoloss_plugin.hub.features import COLUMNS, Split, read_records, splits_in
 from monoloss_plugin.hub.illustrations import (
     CURVES,
@@ -163,7 +164,8 @@ def _check_split(
                 columns, found = file.schema_arrow.names, found + file.metadata.num_rows
         except (OSError, ValueError) as error:
             raise ValueError(f"{name}: not a Parquet file: {error}") from error
-        if "features" not in columns or set(columns) - set(COLUMNS):
+        of_patches = PATCH_COLUMNS if set(PATCH_COLUMNS) <= set(columns) else ()
+        if "features" not in columns or set(columns) - {*COLUMNS, *of_patches}:
             raise ValueError(
                 f"{name}: expected the columns {', '.join(COLUMNS)}, or only the first, got "
                 f"{visible(', '.join(columns))}"

@@ -17,6 +17,7 @@ from datasets.exceptions import DatasetGenerationError
 from monoloss_plugin._checks import require_text, visible
 from monoloss_plugin._places import as_path, kind_of
 from monoloss_plugin.features import FeatureRecord, FeatureSet
+from monoloss_plugin.features.patches import PATCH_COLUMNS
 from monoloss_plugin.hub import names
 from monoloss_plugin.hub.cards import escape, hub_id, merge_card, parse_card, settings_table, table
 from monoloss_plugin.hub.repository import (
@@ -46,18 +47,26 @@ _DATA_FILES = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".txt", ".zip", 
 _TAGS = ["image-features", "embeddings", "sparse-autoencoder", "monoloss"]
 
 _ABOUT = """\
-Features of images from a frozen encoder, one vector per image, for training and measuring sparse
+Features of images from a frozen encoder, one vector per {sample}, for training and measuring sparse
 autoencoders. Published with monoloss_plugin; any reader of Parquet can read them.
 
 ## Splits"""
 
 _SAES = "SAEs that take these features:"
 
-_COLUMNS_AND_LICENCE = """\
+_COLUMNS = """\
 ## Columns
 
 `features`: the vectors, not normalised. `label`: if the images have labels. `image_id`.
+"""
 
+_OF_PATCHES = """
+Where a row has patches, its `features` are a list of vectors. `places`: where each patch lies in
+the image's grid, row after row; -1 for a class token. `grid`: its height and width. `pooled`: the
+mean over all the image's patches, without the class token.
+"""
+
+_LICENCE = """
 ## Licence
 
 The images and the encoder have licences of their own. The licence in this card's metadata, if there
@@ -318,7 +327,8 @@ def plan_features(
 
 def write_features(features: FeatureSet, root: Path, split: Split) -> None:
     """Write a split's Parquet files and record below ``root``. Same features give same files."""
-    columns = [name for name in COLUMNS if name in features.dataset.column_names]
+    known = COLUMNS if features.patches is None else (*COLUMNS, *PATCH_COLUMNS)
+    columns = [name for name in known if name in features.dataset.column_names]
     rows = features.dataset.select_columns(columns)
     size = len(features) * features.width * features.dtype.itemsize
     count = max(1, -(-size // _SHARD))
@@ -328,7 +338,7 @@ def write_features(features: FeatureSet, root: Path, split: Split) -> None:
         part.to_parquet(str(root / split.shard_path(number, count)))
     record = {
         **features.record.to_dict(),
-        "rows": len(features),
+        "rows": features.num_images,
         "width": features.width,
         "dtype": str(features.dtype).removeprefix("torch."),
         "columns": {name: str(rows.features[name]) for name in columns},
@@ -393,7 +403,7 @@ def _card(
     for split in splits:
         record = records[split]
         named = (origin.get("name", "not said") for origin in (record.encoder, record.source))
-        cells = (f"{record.rows or '?'} x {record.width or '?'}", record.dtype or "", *named)
+        cells = (_size_of(record), record.dtype or "", *named)
         rows.append([f"`{split.config}`", f"`{split.split}`", *map(escape, cells)])
     configs: dict[str, list[Split]] = {}
     for split in splits:
@@ -401,12 +411,14 @@ def _card(
     linked = [line for line in existing.splitlines() if line.startswith(_SAES)]
     if saes:
         linked = [f"{_SAES} [`{saes}`]({page_of(saes, 'model')})."]
+    samples = sorted({"patch" if record.patches else "image" for record in records.values()})
+    columns = _COLUMNS + (_OF_PATCHES if "patch" in samples else "")
     parts = [
-        _ABOUT,
+        _ABOUT.format(sample=" or ".join(samples)),
         table(("configuration", "split", "size", "type", "encoder", "images"), rows),
         *linked,
         *(_encoder(config, records[of_config[0]]) for config, of_config in configs.items()),
-        _COLUMNS_AND_LICENCE,
+        columns + _LICENCE,
         _LOAD.format(repo_id=repo_id, split=splits[0].split, config=splits[0].config),
     ]
     ours = {
@@ -429,8 +441,20 @@ def _card(
     return merge_card(existing, repo_id, parts, ours)
 
 
+def _size_of(record: FeatureRecord) -> str:
+    """Say how many images a split has, how many patches each has, and the width of a vector."""
+    sizes: list[Any] = [record.rows, record.width]
+    if record.patches:
+        grid, kept = record.patches.get("grid"), record.patches.get("kept")
+        count = kept or (grid and grid[0] * grid[1])
+        sizes.insert(1, count and count + bool(record.patches.get("class_token")))
+    return " x ".join(str(size or "?") for size in sizes)
+
+
 def _encoder(config: str, record: FeatureRecord) -> str:
     parts = [f"## Encoder of `{config}`", settings_table(record.encoder)]
+    if record.patches:
+        parts.append(f"Patches of each image: {record.describe_patches()}.")
     preprocessing = record.encoder.get("preprocessing")
     if isinstance(preprocessing, Mapping) and preprocessing:
         steps = {name: str(step) for name, step in preprocessing.items() if step is not None}

@@ -181,4 +181,4 @@ def _measurements(record: SAERecord) -> str:
 def _number(value: float | None, measure: str) -> str:
     if value is None:
         return ""
-    return f"{value:.0f}" if measure == "dead_latents" else f"{value:.3f}"
+    return f"{value:.0f}" if measure in ("dead_latents", "num_images") else f"{value:.3f}"

@@ -185,14 +185,20 @@ def _parts(
     if held_out is not None:
         judge = Rows.for_sae(sae, held_out, normalize)
         return torch.arange(len(rows)), (judge, torch.arange(len(judge)))
-    count = len(rows) // _HELD_OUT
+    patches = getattr(rows.features, "patches", None)
+    number = len(rows) if patches is None else patches.num_images
+    count = number // _HELD_OUT
     if count < 2:
+        of = "samples" if patches is None else "images"
         raise ValueError(
-            f"features: expected at least {2 * _HELD_OUT} samples to hold a tenth out, or "
-            f"held_out, got {len(rows)}"
+            f"features: expected at least {2 * _HELD_OUT} {of} to hold a tenth out, or held_out, "
+            f"got {number}"
         )
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-    return order[count:].sort().values, (rows, order[:count].sort().values)
+    order = torch.randperm(number, generator=torch.Generator().manual_seed(0))
+    fitted, judged = order[count:].sort().values, order[:count].sort().values
+    if patches is not None:  # patches of one image are not held out from one another
+        fitted, judged = patches.rows_of(fitted), patches.rows_of(judged)
+    return fitted, (rows, judged)
 
 
 def _r2(sae: Any, rows: Rows, numbers: Tensor, advance: Callable[[int], Any]) -> float:

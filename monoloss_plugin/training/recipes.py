@@ -17,7 +17,7 @@ from monoloss_plugin._checks import (
     require_flag,
     require_number,
 )
-from monoloss_plugin.losses import LamUnits, LossTerm, MonoLoss, OffSupportL1
+from monoloss_plugin.losses import LamUnits, LossTerm, MonoLoss, OffSupportL1, PatchSimilarity
 from monoloss_plugin.training.paper import paper_lam
 
 if TYPE_CHECKING:
@@ -116,19 +116,35 @@ class Recipe:
             raise ValueError("lam: this recipe has no loss term")
         return replace(self, terms=tuple(replace(term, lam=lam) for term in self.terms))
 
-    def fitted_to(self, num_rows: int, width: int) -> Recipe:
+    def comparing(self, patches: PatchSimilarity) -> Recipe:
+        """Return the recipe with its MonoLoss comparing patches in another way.
+
+        Raises:
+            ValueError: it has no MonoLoss, or this is not one of MonoLoss's ways.
+        """
+        if not any(isinstance(term, MonoLoss) for term in self.terms):
+            raise ValueError("patches: this recipe has no MonoLoss, which would compare patches")
+        terms = (
+            replace(term, patches=patches) if isinstance(term, MonoLoss) else term
+            for term in self.terms
+        )
+        return replace(self, terms=tuple(terms))
+
+    def fitted_to(self, num_rows: int, width: int, num_images: int | None = None) -> Recipe:
         """Return the recipe with a number in place of each None.
 
         ========== ====================================================================
         latents    a power of two: at most 8,192, 16 times the width, a quarter of the rows
         k          a 32nd of the latents, but at least 8 and at most 64
         batch_size a power of two: a 16th of the rows, but at least 256 and at most 2,048
-        epochs     50 as in the MonoLoss paper, or more, for 1,500 steps
+        epochs     50 as in the MonoLoss paper, or more, for 1,500 steps; for P patches of
+                   each image 50 / P, or more, for 1,500 steps
         ========== ====================================================================
 
         Args:
             num_rows: N, the number of training rows.
             width: d.
+            num_images: of how many images the rows are, if they are patches.
 
         Raises:
             ValueError: ``batch_size`` is above the number of rows.
@@ -145,7 +161,8 @@ class Recipe:
         k = self.k
         if k is None and self.architecture in WITH_K:
             k = min(num_latents, min(64, max(8, num_latents // 32)))
-        epochs = self.epochs or max(50, -(-_STEPS // max(1, num_rows // batch_size)))
+        least = -(-_STEPS // max(1, num_rows // batch_size))
+        epochs = self.epochs or max(50 * (num_images or num_rows) // num_rows, least)
         return replace(self, num_latents=num_latents, k=k, batch_size=batch_size, epochs=epochs)
 
 
@@ -160,6 +177,7 @@ def get_recipe(
     *,
     architecture: Architecture | None = None,
     lam: float | None = None,
+    patches: PatchSimilarity | None = None,
     **changes: Any,
 ) -> Recipe:
     """Return one of :data:`RECIPES` for some features.
@@ -169,17 +187,23 @@ def get_recipe(
         features: what to train on. "monoloss-paper" reads the encoder and the width.
         architecture: by default "batchtopk", and "topk" for "hard-budget".
         lam: another weight of the loss term, in the term's own units.
+        patches: what MonoLoss compares patches by, if the features are those of patches: "image"
+            (the default), "own" or "active" (see :class:`~monoloss_plugin.MonoLoss`).
         changes: other fields of :class:`Recipe`, such as ``k=32``.
 
     Raises:
         TypeError: a field that :class:`Recipe` does not have.
-        ValueError: an unknown name, an architecture that the recipe does not have, or ``lam`` for
-            "plain".
+        ValueError: an unknown name, an architecture that the recipe does not have, ``lam`` for
+            "plain", or ``patches`` for features of whole images.
     """
     require_choice(name, "recipe", tuple(RECIPES))
     recipe = RECIPES[name](features, architecture)
     if lam is not None:
         recipe = recipe.with_lam(lam)
+    if patches is not None:
+        if features.patches is None:
+            raise ValueError("patches: these are features of whole images")
+        recipe = recipe.comparing(patches)
     unknown = set(changes) - {one.name for one in fields(Recipe)}
     if unknown:
         raise TypeError(f"recipe: no such field: {', '.join(sorted(unknown))}")

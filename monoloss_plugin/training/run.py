@@ -98,7 +98,7 @@ def train(
     require_free(folder)
     if held_out is None:
         features, held_out = split(features, recipe.seed)
-    recipe = recipe.fitted_to(len(features), features.width)
+    recipe = recipe.fitted_to(len(features), features.width, features.num_images)
     found = device_or_gpu(device)
     batches = batches_for(features, recipe, found)
     trainer = make_trainer(batches, recipe, logger=logger)

@@ -159,7 +159,7 @@ def sweep(
             raise ValueError(f"{name}: expected a finite number above 0, got {number}")
     if held_out is None:
         features, held_out = split(features, recipe.seed)
-    recipe = recipe.fitted_to(len(features), features.width)
+    recipe = recipe.fitted_to(len(features), features.width, features.num_images)
     if not recipe.terms:
         raise ValueError("recipe: expected one with a loss term, whose weight is to be chosen")
     weights = (

@@ -67,12 +67,14 @@ def make_trainer(
         group["eps"] = recipe.adam_epsilon
     if recipe.unit_norm_decoder:
         unit_norm_decoder(trainer)
+    embeddings = None if features.patches is None else batches.samples_of
     for term in recipe.terms:
         add_loss(
             trainer,
             term,
             start=round(recipe.start * steps),
             warm_up_steps=int(recipe.warm_up * steps),
+            embeddings=embeddings,
         )
     return trainer
 

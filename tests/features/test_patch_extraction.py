@@ -349,5 +349,5 @@ def test_the_commands_store_and_show_patches(vit, few, tmp_path) -> None:
     count = FeatureSet.open(out).num_images
     assert f"{5 * count} x 32, torch.float16" in shown
     assert str(count) in shown
-    assert "a grid of 4 x 4, 4 kept of each image, with the class token" in shown
+    assert "a grid of 4 x 4, 4 patches kept of each image, with the class token" in shown
     assert "all is well" in run.invoke(cli.app, ["features", "verify", out]).output

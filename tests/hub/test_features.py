@@ -138,6 +138,64 @@ def test_the_card(digits, tmp_path, hub) -> None:
         assert found == 1198
 
 
+def of_patches(rows: int = 12, **record) -> FeatureSet:
+    x = torch.randn(rows, 6, 4, generator=torch.Generator().manual_seed(0)).half()
+    names = [f"{n}.png" for n in range(rows)]
+    labels = ["cat", "dog"] * (rows // 2)
+    return FeatureSet.from_tensors(x, labels, names, grid=(2, 3), record=record)
+
+
+@pytest.mark.parametrize("size", [1 << 30, 200])
+def test_patches_come_back_with_their_places_and_means(size, tmp_path, hub, monkeypatch) -> None:
+    features = of_patches(encoder={"name": "vit", "output": "patches"})
+    with monkeypatch.context() as smaller:
+        smaller.setattr(hub_features, "_SHARD", size)
+        done = publish_features(features, REPO)
+    parquet = [file for file in done.files if file.path.endswith(".parquet")]
+    assert len(parquet) == (1 if size > 200 else 3)
+    loaded = load_features(REPO, cache_dir=tmp_path / "a")
+    assert_equal(loaded, features)
+    assert_equal(loaded.images, features.images)
+    assert torch.equal(loaded.patches.places, features.patches.places)
+    assert torch.equal(loaded.patches.grids, features.patches.grids)
+    assert loaded.patches.are_whole
+    assert loaded.record.patches == {"grid": [2, 3], "kept": None, "class_token": False}
+    assert (loaded.record.rows, loaded.num_images) == (12, 12)
+    plain = datasets.load_dataset(REPO, split="train", cache_dir=str(tmp_path / "b"))
+    assert plain.features == features.dataset.features
+    assert plain[5]["features"] == features.tensor().view(12, 6, 4)[5].tolist()
+    assert_equal(FeatureSet(plain), features)
+    some = features.select(torch.tensor([7, 2]))
+    publish_features(some, REPO, split="some")
+    assert_equal(load_features(REPO, "some", cache_dir=tmp_path / "a"), some)
+
+
+def test_the_card_of_patches(tmp_path, hub) -> None:
+    publish_features(of_patches(encoder={"name": "vit"}), REPO, config="patches")
+    card = DatasetCard(hub.files(REPO, "dataset")["README.md"].decode())
+    assert "one vector per patch" in card.text
+    assert "| `patches` | `train` | 12 x 6 x 4 | float16 | vit |" in card.text
+    assert "Patches of each image: a grid of 2 x 3." in card.text
+    assert "`places`: where each patch lies" in card.text
+    publish_features(made(), REPO)
+    card = DatasetCard(hub.files(REPO, "dataset")["README.md"].decode())
+    assert "one vector per image or patch" in card.text
+    for snippet in re.findall(r"```python\n(.*?)```", card.text, re.DOTALL):
+        exec(snippet, {})
+    publish_features(of_patches(), "alice/other", split="x")
+    with pytest.raises(ValueError, match="their columns are not those of x"):
+        publish_features(made(), "alice/other", split="y")
+
+
+def test_other_columns_are_not_published(hub, tmp_path) -> None:
+    """Even if they have the name of a column of patches."""
+    features = made()
+    more = FeatureSet(features.dataset.add_column("grid", [[1, 2]] * len(features)), {})
+    publish_features(more, REPO)
+    loaded = load_features(REPO, cache_dir=tmp_path)
+    assert loaded.dataset.column_names == ["features", "image_id"]
+
+
 def test_large_sets_are_several_files(tmp_path, monkeypatch, hub) -> None:
     monkeypatch.setattr(hub_features, "_SHARD", 60 * 4 * 2 // 3 + 1)
     features = made(label=[n % 2 for n in range(60)])

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _HEADING, _CELL, _LABEL = 0.36, 0.62, 0.95
 """Inches of a figure: the height of a title, an image with its margin, the names of the bands."""
+_SCALE = 0.16
+"""Inches: the height of a second line of the title, with the scale of the heat maps."""
 
 
 class ShownImage(NamedTuple):
@@ -51,7 +53,8 @@ class ShownImage(NamedTuple):
 def size_of(thumbnail: bytes) -> tuple[int, int]:
     """Return the width and height of a thumbnail."""
     with Image.open(io.BytesIO(thumbnail)) as image:
-        return image.size
+        size: tuple[int, int] = image.size
+        return size
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,8 @@ class LatentGrid:
         require_at_least(1, len(self.latents), "latents")
         bands = max(len(one.bands) for one in self.latents)
         wide = max((len(of) for one in self.latents for of in one.bands.values()), default=0)
-        rows, height = -(-len(self.latents) // columns), _HEADING + _CELL * bands
+        of_title = _HEADING + _SCALE * self.has_maps
+        rows, height = -(-len(self.latents) // columns), of_title + _CELL * bands
         top = _HEADING if title or self.has_maps else 0.0
         width = columns * (_LABEL + _CELL * max(1, wide))
         figure = Figure(figsize=(width, top + rows * height), facecolor="none")
@@ -128,23 +132,23 @@ class LatentGrid:
             if latent.largest is not None:
                 words += f"\nheat maps: from 0 to {latent.largest:.3g}"
             panel.suptitle(words, fontsize=8, y=1 - 0.12 / height, va="top", color=TEXT)
-            _draw_bands(panel, latent, bands, max(1, wide), self.pixelated)
+            _draw_bands(panel, latent, bands, max(1, wide), of_title, self.pixelated)
         for panel in (heading, body, *panels.flat):
             panel.set_facecolor("none")
         return figure
 
 
 def _draw_bands(
-    panel: SubFigure, latent: ShownLatent, bands: int, wide: int, pixelated: bool
+    panel: SubFigure, latent: ShownLatent, bands: int, wide: int, of_title: float, pixelated: bool
 ) -> None:
     from monoloss_plugin.figures.dressing import TEXT
 
     grid = panel.subplots(bands, wide, squeeze=False)
-    inches = _LABEL + _CELL * wide, _HEADING + _CELL * bands
+    inches = _LABEL + _CELL * wide, of_title + _CELL * bands
     panel.subplots_adjust(
         left=_LABEL / inches[0],
         right=1 - 0.08 / inches[0],
-        top=1 - _HEADING / inches[1],
+        top=1 - of_title / inches[1],
         bottom=0.04 / inches[1],
         wspace=0.06,
         hspace=0.06,

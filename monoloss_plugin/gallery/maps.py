@@ -186,7 +186,7 @@ def _on_grid(values: Tensor, place: Tensor, grid: tuple[int, ...], other: float)
     height, width = grid
     found = values.new_full((height * width, *values.shape[1:]), other)
     found[place] = values
-    return found.unflatten(0, (height, width))
+    return found.view(height, width, *values.shape[1:])
 
 
 def _numbers(given: Any, name: str) -> Tensor:

@@ -20,6 +20,8 @@ class EncodedImages(NamedTuple):
     """(I,) int64 on the CPU: the images' numbers."""
     latents: Support
     """(I, M), on the SAE's device: the largest activation of an image's samples; not negative."""
+    mean: Support
+    """(I, M), on the SAE's device: the mean of an image's samples; not negative."""
     embeddings: Tensor
     """(I, d), on the SAE's device: what the images are compared by."""
 
@@ -56,7 +58,7 @@ class ImageScores:
         pooled, compared_by = pool(entries, images), images.means(embeddings, "embeddings")
         self.largest.update(pooled.largest, compared_by)
         self.mean.update(pooled.mean, compared_by)
-        return EncodedImages(images.numbers, pooled.largest, compared_by)
+        return EncodedImages(images.numbers, pooled.largest, pooled.mean, compared_by)
 
     def measures(self) -> ImageMeasures:
         """Return the measures of every image that was added, on the CPU."""

@@ -11,6 +11,7 @@ from monoloss_plugin._later import later
 
 if TYPE_CHECKING:
     from monoloss_plugin.gallery.grid import LatentGrid
+    from monoloss_plugin.gallery.maps import heat_maps
     from monoloss_plugin.gallery.names import LatentNames, name_latents, names_from_means
     from monoloss_plugin.gallery.pictures import Pictures, open_pictures
     from monoloss_plugin.gallery.samples import ActivatingSamples, activating_samples
@@ -23,6 +24,7 @@ __all__ = [
     "LatentNames",
     "Pictures",
     "activating_samples",
+    "heat_maps",
     "name_latents",
     "names_from_means",
     "open_pictures",
@@ -39,6 +41,7 @@ __getattr__, __dir__ = later(
         "LatentNames": "names",
         "Pictures": "pictures",
         "activating_samples": "samples",
+        "heat_maps": "maps",
         "name_latents": "names",
         "names_from_means": "names",
         "open_pictures": "pictures",

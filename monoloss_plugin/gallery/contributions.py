@@ -34,7 +34,8 @@ class RowLatents(NamedTuple):
 
     Of the reconstruction r without the decoder's bias, a latent that adds c has the share
     c·r / r·r. The shares of all active latents add up to 1, and some may be negative. NaN if the
-    SAE's decoder directions cannot be known.
+    SAE's decoder directions cannot be known. Of an image with patches, these are the shares of the
+    mean of the patches' reconstructions.
     """
 
 

@@ -104,11 +104,13 @@ def open_pictures(images: Any = None, features: FeatureSet | None = None) -> Pic
             - an array or a tensor (N, H, W), (N, H, W, C) or (N, C, H, W) of the same;
             - None: the images that the record of the features tells of. A folder is looked for in
               the current folder, beside the features and above them.
-        features: the features of the images. Without them, every image is taken, in order.
+        features: the features of the images, or of their patches. Without them, every image is
+            taken, in order.
 
     Returns:
-        A picture for each row of the features. Where a source lacks a few of the images, a warning
-        says so, and reading such a picture raises FileNotFoundError.
+        A picture for each row of the features, or for each image of a patch set. Where a source
+        lacks a few of the images, a warning says so, and reading such a picture raises
+        FileNotFoundError.
 
     Raises:
         TypeError: images of another kind.
@@ -126,6 +128,7 @@ def open_pictures(images: Any = None, features: FeatureSet | None = None) -> Pic
     """
     if features is not None:
         require_set(features, "features")
+        features = features.images
     if images is None:
         return _from_record(features)
     if is_array(images) and images.ndim not in (3, 4):

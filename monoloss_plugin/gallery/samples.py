@@ -41,7 +41,10 @@ _ELEMENTS = 1 << 21
 
 @dataclass(frozen=True, repr=False)
 class ActivatingSamples:
-    """What :func:`activating_samples` found, on the CPU."""
+    """What :func:`activating_samples` found, on the CPU.
+
+    If samples are patches, it is of images: an image's activation is the largest of its patches.
+    """
 
     evaluation: Evaluation
     """Every measure, from the same pass."""
@@ -78,6 +81,8 @@ class ActivatingSamples:
     """The view from a sample."""
     unit_norm: bool
     """Whether the features were scaled to unit norm."""
+    sae: SAE | None = None
+    """The SAE, which heat maps need; None unless samples are patches."""
 
     def __repr__(self) -> str:
         return f"ActivatingSamples({self.evaluation!r})"
@@ -111,7 +116,8 @@ def activating_samples(
     Args:
         sae: as ``evaluate`` takes it.
         features: as ``evaluate`` takes them. Row numbers are those of a feature set, or of the
-            batches; or they count the samples as they come.
+            batches; or they count the samples as they come. Of a patch set, or of batches of
+            patches, they are numbers of images, the rows of ``features.images``.
         count: samples of each latent in each band, if there are so many.
         normalize: as in ``evaluate``.
         batch_size: as in ``evaluate``.
@@ -134,7 +140,8 @@ def activating_samples(
         kept.add(encoded)
     evaluation = scoring.evaluation()
     assert kept is not None  # evaluation() needs a sample
-    means = scoring.monoscore.mean_embeddings()
+    score = scoring.monoscore if scoring.images is None else scoring.images.largest
+    means = score.mean_embeddings()
     top, bottom = kept.exact_bands()
     histogram, first_bin = kept.histogram()
     return ActivatingSamples(
@@ -147,11 +154,12 @@ def activating_samples(
         first_bin=first_bin,
         class_counts=None if scoring.purity is None else scoring.purity.class_counts().cpu(),
         mean_embeddings=means.cpu(),
-        mean_embedding=scoring.monoscore.mean_embedding().cpu(),
+        mean_embedding=score.mean_embedding().cpu(),
         directions=kept.directions(),
         signatures=kept.signatures.compute(),
         of_rows=joined(kept.rows),
         unit_norm=scoring.scaled,
+        sae=None if scoring.images is None else sae,
     )
 
 
@@ -195,10 +203,11 @@ class _Kept:
         self.rows: list[RowLatents] = []
 
     def add(self, encoded: Encoded) -> None:
-        """Add a batch."""
-        rows = encoded.rows.to(self.device)
+        """Add a batch: of patches, its images."""
+        of = encoded if encoded.images is None else encoded.images
+        rows = (encoded.rows if encoded.images is None else encoded.images.numbers).to(self.device)
         packed = []
-        for part, within, activations in _positive(encoded.latents):
+        for part, within, activations in _positive(of.latents):
             entries = within._replace(rows=rows[part][within.rows])
             self.top.add(entries, entries.values)
             self.bottom.add(entries, -entries.values)
@@ -207,8 +216,12 @@ class _Kept:
             places = entries.latents * _NUM_BINS + _bins_of(entries.values)
             self.bins.index_add_(0, places, torch.ones_like(places, dtype=torch.int32))
             self.signatures.add(rows[part], activations)
-            self.rows.append(self.contributions.of(within, rows[part], activations))
-        self.candidates.add(rows, encoded.embeddings, torch.cat(packed))
+            if encoded.images is None:
+                self.rows.append(self.contributions.of(within, rows[part], activations))
+        if encoded.images is not None:
+            for part, within, activations in _positive(encoded.images.mean):
+                self.rows.append(self.contributions.of(within, rows[part], activations))
+        self.candidates.add(rows, of.embeddings, torch.cat(packed))
 
     def exact_bands(self) -> tuple[Band, Band]:
         """Return the top and the bottom band, each with the strongest first."""

@@ -57,7 +57,9 @@ def find_pictures(images: Any, features: FeatureSet | None) -> Pictures:
     return images if isinstance(images, Pictures) else open_pictures(images, features)
 
 
-def draw_latents(path: Path, samples: ActivatingSamples, pictures: Pictures) -> dict[str, Any]:
+def draw_latents(
+    path: Path, samples: ActivatingSamples, pictures: Pictures, features: FeatureSet | None = None
+) -> dict[str, Any]:
     """Draw six latents with the images that activate them most.
 
     They are spread over the ranking by MonoScore above chance, so that a reader does not see only
@@ -67,6 +69,7 @@ def draw_latents(path: Path, samples: ActivatingSamples, pictures: Pictures) -> 
         path: the PNG file to write. It has less than 200 kB.
         samples: what was found of the SAE.
         pictures: the images, one for each sample.
+        features: with a patch set, heat maps lie over the images.
 
     Returns:
         What :attr:`~monoloss_plugin.hub.record.SAERecord.latents_shown` holds.
@@ -78,9 +81,9 @@ def draw_latents(path: Path, samples: ActivatingSamples, pictures: Pictures) -> 
     from monoloss_plugin.gallery.show import best_latents, latent_grid
 
     evaluation = samples.evaluation
-    if evaluation.monoscore.num_samples != len(pictures):
+    if evaluation.tested.num_samples != len(pictures):
         raise ValueError(
-            f"images: expected {evaluation.monoscore.num_samples}, one for each sample that was "
+            f"images: expected {evaluation.tested.num_samples}, one for each sample that was "
             f"measured, got {len(pictures)}"
         )
     ranking = best_latents(evaluation, evaluation.num_latents)
@@ -89,7 +92,7 @@ def draw_latents(path: Path, samples: ActivatingSamples, pictures: Pictures) -> 
     number = min(_LATENTS, len(ranking))
     places = torch.linspace(0, len(ranking) - 1, number).round().int().tolist()
     latents = [ranking[place] for place in places]
-    grid = latent_grid(samples, pictures, latents, bands=("top",), count=IMAGES)
+    grid = latent_grid(samples, pictures, latents, bands=("top",), count=IMAGES, features=features)
     figure = grid.figure(columns=2)
     for dpi in _DPI:
         save_figure(figure, path, dpi=dpi)

@@ -181,7 +181,7 @@ def _illustrate(
             assert content.features is not None  # publish_sae needs them to open the images
             unit_norm = record.inputs == "unit norm"
             samples = activating_samples(sae, content.features, count=IMAGES, normalize=unit_norm)
-        shown = draw_latents(folder / LATENTS, samples, content.pictures)
+        shown = draw_latents(folder / LATENTS, samples, content.pictures, content.features)
     elif record.latents_shown and source and (source / LATENTS).is_file():
         shown = record.latents_shown
         copy_picture(source / LATENTS, folder / LATENTS)

@@ -20,8 +20,10 @@ from monoloss_plugin.gallery.names import encode_texts
 from monoloss_plugin.gallery.near_misses import CANDIDATES
 from monoloss_plugin.gallery.pictures import open_pictures
 from monoloss_plugin.gallery.samples import ActivatingSamples, KeepingScore
+from monoloss_plugin.gallery.show import UNKNOWN_PART
 from monoloss_plugin.report.choice import Shown, choose_images
 from monoloss_plugin.report.latents import latent_table
+from monoloss_plugin.report.maps import Grids, LatentMaps, grids_of, latent_maps
 from monoloss_plugin.report.page import LatentTable, Page, write_page
 from monoloss_plugin.saes.baselines import QUICK
 
@@ -29,6 +31,14 @@ _NOTES = (
     "R² is the mean over the dimensions of the features, each of which counts the same.",
     "A latent is defined if at least two images activate it. MonoScore above chance is 0 where "
     "activations are shuffled, and 1 where all images of a latent are alike.",
+)
+_NOTES_ON_PATCHES = (
+    "R² is the mean over the dimensions of the features, each of which counts the same.",
+    "Samples are patches: MonoScore compares those of different images, and a latent is defined if "
+    "at least two patches activate it. Above chance is 0 where activations are shuffled, and 1 "
+    "where all patches of a latent are alike.",
+    "An image activates a latent if one of its patches does; its activation is the largest of "
+    "them. What is significant is tested on images, with the mean of their patches.",
 )
 _RARE, _CORRELATED = 8, 0.5
 """Rare latents correlate by chance; above this correlation, two latents count as one finding."""
@@ -54,7 +64,8 @@ def write_report(
 
     Args:
         saes: SAEs by name.
-        features: held-out features, with the ids of their images.
+        features: held-out features, with the ids of their images. Of patches, the page has heat
+            maps, and the latents at each place of an image.
         out: the file to write, such as ``report.html``. A file of that name is replaced.
         images: the images of the features, as
             :func:`~monoloss_plugin.gallery.pictures.open_pictures` takes them; by default those
@@ -99,28 +110,44 @@ def write_report(
         progress=progress,
     )
     samples = {name: score.samples_of(sae) for name, sae in saes.items()}
-    shown = choose_images(list(samples.values()), pictures, progress=progress)
+    shown = choose_images(list(samples.values()), pictures, features, progress=progress)
+    grids = None
+    if shown.plan is not None:
+        grids = grids_of(features, shown.rows, shown.thumbnails, shown.num_seen)
     tables = [
-        latent_table(name, of, named, shown, list(samples.values())) for name, of in samples.items()
+        latent_table(
+            *(name, of, named, shown, list(samples.values())),
+            maps=_maps_of(of, features, shown, progress),
+        )
+        for name, of in samples.items()
     ]
     page = Page(
         title=" and ".join(saes) if len(saes) < 3 else f"{len(saes)} SAEs",
-        about=_about(samples, tables, features, shown),
+        about=_about(samples, tables, features, shown, grids),
         **_table(comparison),
-        notes=[*_NOTES, *comparison.notes],
+        notes=[*(_NOTES if grids is None else _NOTES_ON_PATCHES), *comparison.notes],
         classes=features.classes or [],
-        num_rows=len(features),
+        num_rows=features.num_images,
         saes=tables,
         image_ids=[pictures.name(row) for row in shown.rows.tolist()],
         image_labels=(
             torch.full_like(shown.rows, -1)
-            if features.labels is None
-            else features.labels[shown.rows]
+            if features.images.labels is None
+            else features.images.labels[shown.rows]
         ),
         thumbnails=shown.thumbnails,
         pixelated=shown.pixelated,
+        grids=grids,
     )
     return write_page(page, place)
+
+
+def _maps_of(
+    found: ActivatingSamples, features: FeatureSet, shown: Shown, progress: bool
+) -> LatentMaps | None:
+    if shown.plan is None:
+        return None
+    return latent_maps(found, features, shown.plan, shown.rows, shown.num_seen, progress=progress)
 
 
 def _require_writable(place: Path) -> None:
@@ -138,6 +165,7 @@ def _about(
     tables: Sequence[LatentTable],
     features: FeatureSet,
     shown: Shown,
+    grids: Grids | None,
 ) -> list[tuple[str, str]]:
     """Return what the page says about where its content comes from."""
     record, source = features.record, features.record.source
@@ -150,7 +178,8 @@ def _about(
             f"{name}: {found.evaluation.num_latents:,} latents, L0 {found.evaluation.l0:.1f}"
             for name, found in samples.items()
         ),
-        "Images": f"{len(features):,} of {of}{split}",
+        "Images": f"{features.num_images:,} of {of}{split}",
+        "Patches": "" if grids is None else f"{len(features):,}",
         "Encoder": str(record.encoder.get("name") or "not known"),
         "Features": "; ".join(
             f"{name}: {'scaled to unit norm' if found.unit_norm else 'as they are'}"
@@ -164,13 +193,24 @@ def _about(
         if shown.left_out
         else "",
         "Not readable": f"{unread:,} images" if unread else "",
+        "Heat maps": "" if grids is None else _heat_maps(shown, grids),
         "Middle": "from a random sample of 64 activations of each latent",
         "Near misses": "from a random sample of 16,384 images"
-        if len(features) > CANDIDATES
+        if features.num_images > CANDIDATES
         else "",
         "Made by": f"monoloss_plugin {__version__}",
     }
     return [(label, text) for label, text in said.items() if text]
+
+
+def _heat_maps(shown: Shown, grids: Grids) -> str:
+    """Return which heat maps there are, and where they lie."""
+    assert shown.plan is not None
+    counts = shown.plan.counts
+    maps = ", ".join(f"{count} images of the {name} band" for name, count in counts.items())
+    said = f"of each latent on {maps}" if counts else "none, since the file has no room"
+    said += f"; the strongest latents of each place of {shown.num_seen:,} images"
+    return said if grids.parts_known else f"{said}. {UNKNOWN_PART}"
 
 
 def _active_together(table: LatentTable) -> str:

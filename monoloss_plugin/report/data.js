@@ -35,12 +35,12 @@ function unpack({ dtype, shape, start = 0, data }) {
   return { values: shifted, row: (i) => shifted.subarray(i * width, (i + 1) * width) };
 }
 
-/** Decode numbers of images or latents, and the value of each. Row i: [{of, value}, ...]. */
+/** Decode numbers of images or latents, and the value of each. Row i: [{of, value, rank}, ...]. */
 function unpackChosen([chosen, values]) {
   const [of, value] = [unpack(chosen), unpack(values)];
   return (i) => {
     const its = value.row(i);
-    const pairs = Array.from(of.row(i), (number, k) => ({ of: number, value: its[k] }));
+    const pairs = Array.from(of.row(i), (number, k) => ({ of: number, value: its[k], rank: k }));
     return pairs.filter((pair) => pair.of >= 0);
   };
 }

@@ -6,19 +6,28 @@ function inAll(active) {
   return Number.isNaN(sum) || !active.length ? "" : `; these ${active.length} together ${percent(sum)}`;
 }
 
-function imageLatents(sae, image) {
-  const active = sae.ofImage(image);
-  const largest = Math.max(...active.map(({ value }) => Math.abs(value)), 1e-12);
-  const rows = active.map(({ of, value }) =>
-    el(
+/** Rows of latents, such as {of}. `valueOf` gives the bar and the text of each: {share, text}. */
+function latentRows(sae, found, valueOf, prepare = () => {}) {
+  const rows = found.map((entry) => {
+    const { share, text } = valueOf(entry);
+    const row = el(
       "li",
       {},
-      el("p", {}, latentLink(sae, of), ` ${meaning(sae, of)}`),
-      bar(value / largest, percent(value)),
-      el("span", {}, percent(value)),
-      strip(sae, of, 5),
-    ),
-  );
+      el("p", {}, latentLink(sae, entry.of), ` ${meaning(sae, entry.of)}`),
+      bar(share, text),
+      el("span", {}, text),
+      strip(sae, entry.of, 5),
+    );
+    prepare(row, sae, entry.of);
+    return row;
+  });
+  return rows.length ? el("ul", { class: "bars wide" }, ...rows) : el("p", { class: "empty" }, "None.");
+}
+
+function imageLatents(sae, image, prepare) {
+  const active = sae.ofImage(image);
+  const largest = Math.max(...active.map(({ value }) => Math.abs(value)), 1e-12);
+  const valueOf = ({ value }) => ({ share: value / largest, text: percent(value) });
   return el(
     "section",
     {},
@@ -28,11 +37,12 @@ function imageLatents(sae, image) {
       saes.length > 1 ? sae.name : "Latents",
       el("small", {}, "what it activates, and the share of the reconstruction", inAll(active)),
     ),
-    rows.length ? el("ul", { class: "bars wide" }, ...rows) : el("p", { class: "empty" }, "None."),
+    latentRows(sae, active, valueOf, prepare),
   );
 }
 
 function renderImage(section, image) {
+  const places = heat && lengths[image] ? placesView(image) : null;
   const large = picture(image);
   large.classList.add("large");
   section.replaceChildren(
@@ -47,8 +57,13 @@ function renderImage(section, image) {
     el(
       "div",
       { class: "image-view" },
-      large,
-      el("div", { class: "columns" }, ...saes.map((sae) => imageLatents(sae, image))),
+      places?.element ?? large,
+      el(
+        "div",
+        { class: "columns" },
+        ...(places ? [places.list] : []),
+        ...saes.map((sae) => imageLatents(sae, image, places?.show)),
+      ),
     ),
   );
 }

@@ -29,10 +29,12 @@ function bandSection(sae, latent, name) {
   const isCosine = name === "near misses";
   const word = isCosine ? "cosine" : "activation";
   const largest = sae.columns.largest?.[latent] || sae.band("top", latent)[0]?.value || 1;
-  const cells = sae.band(name, latent).map(({ of, value }) => {
+  const cells = sae.band(name, latent).map((entry) => {
+    const { of, value } = entry;
     const text = `${word} ${number(value)}`;
     const shown = bar(isCosine ? value : value / largest, text);
-    return el("li", {}, thumbnail(of, text), shown, el("span", { class: "muted" }, number(value)));
+    const link = withMap(thumbnail(of, text), sae, name, latent, entry, text);
+    return el("li", {}, link, shown, el("span", { class: "muted" }, number(value)));
   });
   const images = cells.length
     ? el("ol", { class: "band" }, ...cells)
@@ -159,6 +161,7 @@ function renderLatent(section, sae, latent) {
     el("h2", { tabindex: -1 }, `Latent ${latent}`, saes.length > 1 ? el("small", {}, sae.name) : ""),
     el("p", { class: "words" }, words, also && el("small", { class: "muted" }, ` ${also}`)),
     numbers(sae, latent),
+    mapLegend(sae, latent) ?? "",
     el("div", { class: "bands" }, ...sae.bandNames.map((name) => bandSection(sae, latent, name))),
     el(
       "div",

@@ -12,6 +12,7 @@ from monoloss_plugin.gallery.contributions import RowLatents
 from monoloss_plugin.gallery.names import LatentNames, names_from_means
 from monoloss_plugin.gallery.samples import ActivatingSamples
 from monoloss_plugin.report.choice import Shown
+from monoloss_plugin.report.maps import LatentMaps
 from monoloss_plugin.report.page import LatentTable
 from monoloss_plugin.results import Evaluation
 
@@ -25,6 +26,7 @@ def latent_table(
     named: tuple[list[str], Tensor] | None,
     shown: Shown,
     others: Sequence[ActivatingSamples],
+    maps: LatentMaps | None = None,
 ) -> LatentTable:
     """Return the latents of an SAE as the page shows them.
 
@@ -34,6 +36,7 @@ def latent_table(
         named: texts to name the latents by, and their embeddings.
         shown: the images of the page.
         others: what was found of every SAE of the page, this one too.
+        maps: its heat maps; None if the samples are no patches.
     """
     evaluation = found.evaluation
     return LatentTable(
@@ -51,21 +54,31 @@ def latent_table(
         together=_nearest(found, found.signatures),
         matches=[None if one is found else _match(found, one) for one in others],
         of_images=_of_images(found.of_rows, shown.rows),
+        maps=maps,
     )
 
 
 def _columns(evaluation: Evaluation) -> dict[str, Tensor]:
     """Return what is known of every latent, (M,) by name; NaN where it is undefined."""
-    of, purity = evaluation.monoscore, evaluation.purity
+    of, purity, images = evaluation.monoscore, evaluation.purity, evaluation.images
+    tested, support, frequency = evaluation.tested, of.support, evaluation.frequency
+    if images is not None:
+        support = images.largest.support
+        frequency = support.double() / images.num_images
     columns = {
         "score": of.scores.masked_fill(~of.defined, torch.nan),
         "adjusted": of.adjusted.masked_fill(~of.defined, torch.nan),
-        "p": of.p_values,
-        "significant": of.significant(),
-        "support": of.support,
-        "frequency": evaluation.frequency,
+        "p": tested.p_values,
+        "significant": tested.significant(),
+        "support": support,
+        "frequency": frequency,
         "largest": of.largest,
     }
+    if images is not None:
+        for name, one in (("max", images.largest), ("mean", images.mean)):
+            adjusted = one.adjusted.masked_fill(~one.defined, torch.nan)
+            columns[f"images_{name}_adjusted"] = adjusted
+        columns |= {"coherence": images.coherence, "extent": images.extent}
     if purity is not None:
         columns |= {
             "purity": purity.binary,

@@ -99,6 +99,10 @@ function pressKey(event) {
     else goHome();
     return;
   }
+  if (event.key === "m" && heat && (!isTyping(event.target) || event.target.type === "checkbox")) {
+    turnMaps(!heat.isOn);
+    return;
+  }
   if (isTyping(event.target)) return;
   if (event.key === "/") {
     event.preventDefault();

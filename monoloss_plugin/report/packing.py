@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 IMAGES_PER_PACK = 1000
+BASE64 = 4 / 3
+"""Characters of a text for each byte that it holds."""
 
 _UNSIGNED = {2**8: "uint8", 2**16: "uint16", 2**32: "uint32"}
 _NUMPY = {"uint8": "<u1", "uint16": "<u2", "uint32": "<u4", "float16": "<f2", "float32": "<f4"}

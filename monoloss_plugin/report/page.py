@@ -16,6 +16,7 @@ from monoloss_plugin import __version__
 from monoloss_plugin._checks import visible
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin._places import as_path, kind_of
+from monoloss_plugin.report.maps import Grids, LatentMaps
 from monoloss_plugin.report.packing import (
     IMAGES_PER_PACK,
     image_packs,
@@ -37,9 +38,11 @@ SCRIPTS = (
     "parts.js",
     "thumbnails.js",
     "charts.js",
+    "maps.js",
     "order.js",
     "table.js",
     "latent.js",
+    "places.js",
     "image.js",
     "pairs.js",
     "main.js",
@@ -79,6 +82,8 @@ class LatentTable:
     of_images: tuple[Tensor, Tensor]
     """(I, 12) latents that each image activates, strongest first, -1 for none, and (I, 12) their
     shares of the reconstruction, which may be negative."""
+    maps: LatentMaps | None = None
+    """Heat maps; None if the samples are no patches."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,8 @@ class Page:
     """I files, WebP, PNG or JPEG; empty where an image could not be read."""
     pixelated: bool
     """Whether the images are of a few pixels, to be shown as such."""
+    grids: Grids | None = None
+    """The grids of the images' patches; None if the samples are no patches."""
 
     def __post_init__(self) -> None:
         """Check that the parts are of the same images and SAEs."""
@@ -206,6 +213,7 @@ def _data(page: Page) -> dict[str, Any]:
         "imagesPerPack": IMAGES_PER_PACK,
         "imageLengths": pack_integers(packed_lengths(page.thumbnails)),
         "saes": [_latents(sae) for sae in page.saes],
+        **({} if page.grids is None else {"maps": page.grids.packed()}),
     }
 
 
@@ -224,6 +232,7 @@ def _latents(sae: LatentTable) -> dict[str, Any]:
         "together": _chosen(sae.together),
         "matches": [match and _chosen(match) for match in sae.matches],
         "ofImages": _chosen(sae.of_images),
+        **({} if sae.maps is None else sae.maps.packed()),
     }
 
 

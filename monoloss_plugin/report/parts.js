@@ -36,6 +36,19 @@ const COLUMNS = {
     label: "Purity above chance",
     help: "Purity, with 0 for what a latent without meaning would have, and 1 for one class.",
   },
+  images_max_adjusted: {
+    label: "Images above chance, largest",
+    help: "MonoScore above chance of images, whose activation is the largest of their patches.",
+  },
+  images_mean_adjusted: {
+    label: "Images above chance, mean",
+    help: "MonoScore above chance of images, whose activation is the mean of their patches.",
+  },
+  coherence: {
+    label: "Coherence",
+    help: "Moran’s I of its heat maps: near 1 if active patches lie together, 0 if anywhere.",
+  },
+  extent: { label: "Extent", help: "Share of an image’s patches that are active.", share: true },
   class: { label: "Class", help: "The most common class of its images." },
   names: { label: "Names", help: "The texts that are most similar to what the latent responds to." },
 };

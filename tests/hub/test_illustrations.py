@@ -19,7 +19,9 @@ from typer.testing import CliRunner
 from monoloss_plugin import cli, load_features, load_pretrained, publish_sae
 from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.features import FeatureSet
+from monoloss_plugin.gallery.pictures import open_pictures
 from monoloss_plugin.gallery.samples import activating_samples
+from monoloss_plugin.hub.illustrations import IMAGES, draw_latents
 from monoloss_plugin.hub.repository import bundled_folder
 from monoloss_plugin.report.page import write_page
 from tests.hub.server import Fault
@@ -104,6 +106,25 @@ def test_six_latents_from_the_best_to_the_last_with_their_images(held_out, tmp_p
     }
     (tmp_path / "latents.png").write_bytes(hub.files(REPO)["one/latents.png"])
     assert rows_in(tmp_path / "latents.png") == expected
+
+
+def test_latents_of_patches_are_drawn_with_their_maps(tmp_path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = FeatureSet.from_tensors(torch.randn(30, 9, 12, generator=generator))
+
+    class Relu:
+        encode = decode = staticmethod(torch.relu)
+
+    samples = activating_samples(Relu(), features, count=IMAGES, normalize=False)
+    pictures = open_pictures(coloured(30), features)
+    shown = draw_latents(tmp_path / "maps.png", samples, pictures, features)
+    assert draw_latents(tmp_path / "plain.png", samples, pictures) == shown
+    dark, plain = (np.array(Image.open(tmp_path / f"{of}.png")) for of in ("maps", "plain"))
+    assert rows_in(tmp_path / "plain.png")
+    assert not rows_in(tmp_path / "maps.png")  # a map lies over each of the images
+    assert dark.shape[0] > plain.shape[0]  # with the scale of the colours
+    with pytest.raises(ValueError, match=r"images: expected 30, .*, got 29"):
+        draw_latents(tmp_path / "few.png", samples, open_pictures(coloured(29)))
 
 
 def test_the_card_shows_the_picture_under_the_curves_and_says_what_is_seen(

@@ -79,7 +79,7 @@ class Samples:
             features.num_rows,
             num_classes or features.num_classes,
             scaling,
-            features.compared_by,
+            getattr(features, "images", features).compared_by,
             held.classes,
             held.compared_by,
         )

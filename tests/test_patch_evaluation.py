@@ -350,7 +350,9 @@ def test_a_patch_set_is_scored_as_its_patches_and_images(batch_size: int) -> Non
     torch.testing.assert_close(found.purity, Purity(*purity), rtol=1e-6, atol=1e-9, equal_nan=True)
     assert not found.images.coherence.isnan().all()
     assert found.summary()["num_images"] == HELD_OUT_IMAGES
-    assert found.spaces.scored == HELD_OUT.compared_by
+    of = HELD_OUT.compared_by
+    means = f"{of}, the mean over the patches of each image"
+    assert found.spaces.scored == f"{of} (patches) and {means} (images)"
 
 
 def test_batches_of_a_patch_set_are_scored_whole_however_they_shuffle() -> None:

@@ -195,9 +195,7 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
     @property
     def compared_by(self) -> str:
         """What samples are compared by, in words: the embeddings, or else the features."""
-        if self._common is not None and not self._others:
-            return f"{self.features.compared_by}, the mean over the patches of each image"
-        return " and ".join(one.compared_by for one in self._others or [self.features])
+        return " and ".join(one.images.compared_by for one in self._others or [self.features])
 
     def embeddings_of(self, features: Tensor) -> Tensor:
         """Return the embeddings of a batch that :meth:`tensors` gave.

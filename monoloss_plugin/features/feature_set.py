@@ -89,11 +89,13 @@ class FeatureSet(torch.utils.data.Dataset[Batch]):
         self.record = FeatureRecord.of(record)
         self._of_patches: StoredPatches | None = None
         self._images: FeatureSet | None = None
+        self._are_means = False
         if has_patches(dataset):
             self._of_patches = StoredPatches(dataset)
             vectors = self._of_patches.vectors
             self.num_rows = int(self._of_patches.starts[-1])
             self._images = FeatureSet(_pooled(dataset), self.record.of_pooled())
+            self._images._are_means = True
             self.classes, self.ids = self._images.classes, self._images.ids
             self._image_labels = self._images.labels
         else:
@@ -260,7 +262,9 @@ class FeatureSet(torch.utils.data.Dataset[Batch]):
     @property
     def compared_by(self) -> str:
         """What samples of this set are compared by, in words: features of its encoder."""
-        return f"features of {self.record.encoder.get('name') or 'an encoder without a name'}"
+        name = self.record.encoder.get("name") or "an encoder without a name"
+        means = ", the mean over the patches of each image" if self._are_means else ""
+        return f"features of {name}{means}"
 
     def take(self, numbers: Tensor) -> Tensor:
         """Return a copy of some rows.

@@ -130,14 +130,13 @@ def view_patches(
         )
     maps: dict[int, Tensor] = {}
     strongest: dict[int, StrongestLatents] = {}
-    pairs = of.argsort(stable=True)
-    asked = set(wanted.tolist())
+    its_pairs = dict(zip(of.unique().tolist(), _by_image(of), strict=True))
+    none, asked = torch.zeros(0, dtype=torch.int64), set(wanted.tolist())
     scaled = scaling_for(sae, Samples.of(features, None, None, None, batch_size), normalize)
     with progress_bar("Drawing heat maps", len(every), progress and bool(len(every))) as advance:
         for image, place, activations in _encoded(sae, features, every, scaled, batch_size):
             grid = tuple(features.patches.grids[image].tolist())
-            first, last = torch.searchsorted(of[pairs], torch.tensor([image, image + 1])).tolist()
-            its = pairs[first:last]
+            its = its_pairs.get(image, none)
             _require_latents(columns[its], activations.shape[1])
             chosen = activations[:, columns[its].to(activations.device)].float().cpu()
             drawn = _on_grid(chosen, place, grid, torch.nan).movedim(-1, 0).contiguous()
@@ -179,6 +178,12 @@ def _encoded(
         ):
             kept = (place >= 0).nonzero().squeeze(1)
             yield image, place[kept], activations[kept.to(activations.device)]
+
+
+def _by_image(images: Tensor) -> tuple[Tensor, ...]:
+    """Return the numbers of the pairs of each image, in the order of the images (P,)."""
+    counts = images.unique(return_counts=True)[1].tolist()
+    return images.argsort(stable=True).split(counts) if counts else ()
 
 
 def _on_grid(values: Tensor, place: Tensor, grid: tuple[int, ...], other: float) -> Tensor:

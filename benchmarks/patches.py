@@ -88,7 +88,8 @@ def mosaics(source: Source, count: int, seed: int = 0) -> Dataset:
     """Return mosaics of two by two photographs of four classes; ids have their row numbers."""
     labels = torch.tensor([source[row].label for row in range(source.num_images or 0)])
     generator = torch.Generator().manual_seed(seed)
-    ids, pictures = [], []
+    ids: list[str] = []
+    pictures = []
     while len(ids) < count:
         rows = torch.randint(len(labels), (4,), generator=generator).tolist()
         if len(set(labels[rows].tolist())) < 4:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import repeat
 from typing import Any, Literal
 
@@ -49,6 +50,36 @@ def loss(setting: Setting) -> Found:
     }
     seconds = alternate(ways, setting.rounds(7, 25), setting.device)
     return _report(seconds, baseline="paper's way", target="12 times faster (18 is the aim)")
+
+
+def patches(setting: Setting) -> Found:
+    """MonoLoss and MonoScore without the pairs within an image, against those with all pairs."""
+    shape = setting.shape
+    x = features(shape.batch, shape, setting.device)
+    a = activations(x, shape)
+    of_many = torch.randint(10_000, (shape.batch,), generator=torch.Generator().manual_seed(0))
+    groups = {
+        "all pairs": None,
+        "patches of 10,000 images": of_many,
+        "of whole images": torch.arange(shape.batch) // 196,
+    }
+
+    def train(images: Tensor | None) -> None:
+        latents = a.detach().requires_grad_()
+        functional.monoloss(latents, x, gradient_at="active", groups=images).backward()
+
+    def measure(images: Tensor | None) -> None:
+        MonoScore().update(a, x, images)
+
+    found: Found = {"says": ""}
+    for what, way in (("MonoLoss", train), ("MonoScore", measure)):
+        ways = {name: partial(way, images) for name, images in groups.items()}
+        seconds = alternate(ways, setting.rounds(7, 25), setting.device)
+        slower = {name: ratio(runs, seconds["all pairs"]) for name, runs in seconds.items()}
+        found[what] = {name: {**summarise(seconds[name]), **slower[name]} for name in groups}
+        said = (f"{name} {of['median']:.2f} times as long" for name, of in slower.items())
+        found["says"] += f"{what}: {'; '.join(said)}. "
+    return found
 
 
 def step(setting: Setting) -> Found:
@@ -247,7 +278,8 @@ def waiting(setting: Setting) -> Found:
 
 
 CASES: dict[str, Callable[[Setting], Found]] = {
-    case.__name__: case for case in (agreement, loss, step, memory, score, evaluation, waiting)
+    case.__name__: case
+    for case in (agreement, loss, patches, step, memory, score, evaluation, waiting)
 }
 
 

@@ -45,6 +45,7 @@ from monoloss_plugin.training import Recipe, get_recipe
 
 LAM = 0.8
 """In the units "nmse": the recommended recipe's."""
+WEAKER = 0.2
 MEASURES = {
     "r2": "R²",
     "monoscore_adjusted": "patches, above chance",
@@ -65,8 +66,8 @@ _FEWEST = 5
 def recipes(sizes: Recipe) -> dict[str, Recipe]:
     """Return the recipes to compare by name, all of one size and with one optimizer."""
 
-    def losses(**options: Any) -> tuple[MonoLoss, ...]:
-        return (MonoLoss(lam=LAM, lam_units="nmse", **options),)
+    def losses(lam: float = LAM, **options: Any) -> tuple[MonoLoss, ...]:
+        return (MonoLoss(lam=lam, lam_units="nmse", **options),)
 
     start = replace(sizes, from_data=True, refit=True)
     shuffled = (ShuffledMonoLoss(lam=LAM, lam_units="nmse"),)
@@ -80,6 +81,7 @@ def recipes(sizes: Recipe) -> dict[str, Recipe]:
         ),
         "shuffled MonoLoss": replace(sizes, terms=shuffled),
         "recommended": replace(start, terms=losses()),
+        f"recommended, lam {WEAKER}": replace(start, terms=losses(WEAKER)),
         "recommended without MonoLoss": start,
     }
 
@@ -88,7 +90,8 @@ def mosaics(source: Source, count: int, seed: int = 0) -> Dataset:
     """Return mosaics of two by two photographs of four classes; ids have their row numbers."""
     labels = torch.tensor([source[row].label for row in range(source.num_images or 0)])
     generator = torch.Generator().manual_seed(seed)
-    ids, pictures = [], []
+    ids: list[str] = []
+    pictures = []
     while len(ids) < count:
         rows = torch.randint(len(labels), (4,), generator=generator).tolist()
         if len(set(labels[rows].tolist())) < 4:

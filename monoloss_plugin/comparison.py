@@ -26,7 +26,6 @@ from monoloss_plugin.features import FeatureSet
 from monoloss_plugin.features.feature_set import require_set
 from monoloss_plugin.features.matching import rows_in_common
 from monoloss_plugin.metrics import MonoScore
-from monoloss_plugin.patches import image_means
 from monoloss_plugin.probing import latents_of, preserved_accuracy, small_budget_probe
 from monoloss_plugin.results import IMAGE_MEASURES, MEASURES, Evaluation
 from monoloss_plugin.saes.baselines import BASELINES, make_baseline
@@ -37,6 +36,7 @@ from monoloss_plugin.saes.selection import (
     l0_and_width,
     with_l0,
 )
+from monoloss_plugin.spatial import image_means
 
 try:
     import pandas as pd

@@ -78,9 +78,31 @@ class Segments(NamedTuple):
         zeros = of_entries.new_zeros(len(self.counts))
         return zeros.index_add(0, self.of_entries, of_entries)
 
+    def shared(self) -> tuple[Tensor, Tensor]:
+        """Return which entries (E',) are in segments of several, and where each of these starts.
 
-def within_entries(support: Support, a: Tensor, h: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Return A and Z of sparse latents, for each entry.
+        Patches of many images, well shuffled, have few.
+        """
+        shared = self.counts > 1
+        entries = shared.index_select(0, self.of_entries).nonzero().squeeze(1)
+        return entries, F.pad(self.counts[shared].cumsum(0), (1, 0))
+
+    def shared_sums(self, a: Tensor, rows: Tensor, h: Tensor) -> Tensor:
+        """Return Σ ã h of each segment of several entries (S', d).
+
+        Args:
+            a: (E,), in the order of segments.
+            rows: (E,), the sample of each entry, in the same order.
+            h: (N, d)
+        """
+        entries, offsets = self.shared()
+        if not len(entries):
+            return h[:0]
+        return bags(rows.index_select(0, entries), offsets, a.index_select(0, entries), h)
+
+
+def within_sums(support: Support, a: Tensor, h: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Return v = Σ ã A and t = Σ ã Z of sparse latents, each (M,).
 
     Args:
         support: the entries of latents (N, M).
@@ -88,19 +110,32 @@ def within_entries(support: Support, a: Tensor, h: Tensor, groups: Tensor) -> tu
         h: (N, d) unit embeddings.
         groups: (N,), below N.
     """
-    order, segment, counts, _ = segments = Segments.of(support, groups)
-    a, rows = a.index_select(0, order), support.rows.index_select(0, order)
-    weight = segments.sums(a).index_select(0, segment)
+    segments = Segments.of(support, groups)
+    a, rows = a.index_select(0, segments.order), support.rows.index_select(0, segments.order)
+    weight = segments.sums(a)
+    similarity = segments.sums(a.square() * h.square().sum(1).index_select(0, rows))
+    sums = segments.shared_sums(a, rows, h)
+    similarity[segments.counts > 1] = sums.square().sum(1)  # Σ ã Z of a segment is ||Σ ã h||²
+
+    def of_latents(of_segments: Tensor) -> Tensor:
+        zeros = a.new_zeros(support.num_latents, dtype=torch.float64)
+        return zeros.index_add_(0, segments.columns, of_segments.double()).to(a.dtype)
+
+    return of_latents(weight.square()), of_latents(similarity)
+
+
+def within_entries(support: Support, a: Tensor, h: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Return A and Z of sparse latents, for each entry; arguments as :func:`within_sums`."""
+    segments = Segments.of(support, groups)
+    a, rows = a.index_select(0, segments.order), support.rows.index_select(0, segments.order)
+    weight = segments.sums(a).index_select(0, segments.of_entries)
     similarity = a * h.square().sum(1).index_select(0, rows)
-    # Where one sample of a group activates the latent, that is all. Patches of many images, well
-    # shuffled, have few others.
-    shared = (counts.index_select(0, segment) > 1).nonzero().squeeze(1)
+    shared, offsets = segments.shared()
     if len(shared):
-        offsets = F.pad(counts[counts > 1].cumsum(0), (1, 0))
-        rows = rows.index_select(0, shared)
-        sums = bags(rows, offsets, a.index_select(0, shared), h)
-        similarity.index_copy_(0, shared, products_at(rows, offsets, sums, h))
-    in_order = torch.empty_like(a)
+        sums = segments.shared_sums(a, rows, h)
+        products = products_at(rows.index_select(0, shared), offsets, sums, h)
+        similarity.index_copy_(0, shared, products)
+    in_order, order = torch.empty_like(a), segments.order
     return in_order.index_copy(0, order, weight), in_order.index_copy(0, order, similarity)
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from monoloss_plugin.batch import Batch
 from monoloss_plugin.kernels.support import Support, support_of
 from monoloss_plugin.metrics import MonoScore
-from monoloss_plugin.patches import ImagesOfBatch, Spatial, pool
 from monoloss_plugin.results import ImageMeasures
+from monoloss_plugin.spatial import ImagesOfBatch, Spatial, pool
 
 
 class EncodedImages(NamedTuple):

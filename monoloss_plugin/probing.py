@@ -22,7 +22,7 @@ from monoloss_plugin._checks import (
 from monoloss_plugin._optional import missing_extra
 from monoloss_plugin._sae import SAE
 from monoloss_plugin.batch import Batch
-from monoloss_plugin.patches import ImagesOfBatch, pool
+from monoloss_plugin.spatial import ImagesOfBatch, pool
 
 try:
     import numpy as np

@@ -18,9 +18,9 @@ from monoloss_plugin.embeddings import unit_rows
 from monoloss_plugin.image_scores import EncodedImages, ImageScores
 from monoloss_plugin.kernels.support import Support, is_sparse, support_of
 from monoloss_plugin.metrics import R2, ClassPurity, MonoScore
-from monoloss_plugin.patches import ImagesOfBatch
 from monoloss_plugin.purity import Purity
 from monoloss_plugin.results import Evaluation, Spaces
+from monoloss_plugin.spatial import ImagesOfBatch
 
 if TYPE_CHECKING:
     from monoloss_plugin.features import FeatureSet

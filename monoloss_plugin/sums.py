@@ -39,7 +39,7 @@ from torch import Tensor
 
 from monoloss_plugin._checks import looks_are_free, may_hold_any
 from monoloss_plugin.embeddings import unit_rows
-from monoloss_plugin.groups import similarities_within, summed_within, within_entries
+from monoloss_plugin.groups import similarities_within, summed_within, within_sums
 from monoloss_plugin.kernels.support import SUMMED_AT_ONCE, Support
 
 CONSTANT_BELOW = torch.finfo(torch.float32).tiny
@@ -282,9 +282,9 @@ def sparse_sums(
         squares, r = a.square(), u.clone()
         v, t, p = (support.sums(entries) for entries in (squares, squares * q, a * q))
     else:
-        weight, similarity = within_entries(support, a, unit.h.to(a.dtype), unit.groups)
+        v, t = within_sums(support, a, unit.h.to(a.dtype), unit.groups)
         s = unit.s.to(a.dtype).index_select(0, support.rows)
-        v, t, p, r = map(support.sums, (a * weight, a * similarity, a * q, a * s))
+        p, r = support.sums(a * q), support.sums(a * s)
     sums = Sums(u, v, t, p, r, w)
     if may_hold_any(drop):
         sums.raise_by_(drop, unit.sums)

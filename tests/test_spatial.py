@@ -12,7 +12,7 @@ from scipy.ndimage import convolve
 from torch import Tensor
 
 from monoloss_plugin.kernels.support import Support, support_of
-from monoloss_plugin.patches import ImagesOfBatch, Spatial, maps_of, pool
+from monoloss_plugin.spatial import ImagesOfBatch, Spatial, maps_of, pool
 
 ROOK = [[0, 1, 0], [1, 0, 1], [0, 1, 0]]
 LATENTS = 7

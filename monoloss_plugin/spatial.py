@@ -317,7 +317,7 @@ class Spatial(StreamingMetric[SpatialSums]):
         >>> metric.compute().extent
         tensor([0.5000], dtype=torch.float64)
 
-    Source: Moran 1950; see :mod:`monoloss_plugin.patches`.
+    Source: Moran 1950; see :mod:`monoloss_plugin.spatial`.
     """
 
     REDUCED_BY: ClassVar = {"sums": "sum"}

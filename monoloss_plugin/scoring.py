@@ -128,6 +128,11 @@ class Scoring:
                 advance(len(given))
         self._say_if_scaled = self._say_if_scaled and self.scaled and not were_scaled
 
+    @property
+    def of_images(self) -> MonoScore:
+        """MonoScore of images: of those of patches, by their largest activation, or of samples."""
+        return self.monoscore if self.images is None else self.images.largest
+
     def evaluation(self) -> Evaluation:
         """Return the measures of everything that was read, on the CPU.
 

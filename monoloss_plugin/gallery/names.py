@@ -110,7 +110,9 @@ def name_latents(
         sae: anything with ``encode`` and ``decode``, such as a SAELens SAE; or what
             :func:`~monoloss_plugin.gallery.activating_samples` found of it, which saves the pass.
         features: as :func:`~monoloss_plugin.evaluation.evaluate` takes them. If batches bring
-            embeddings, these are compared with the texts.
+            embeddings, these are compared with the texts. If samples are patches, their images are:
+            by pooled features of the text's encoder, as in ``FeatureBatches(patches,
+            embeddings=pooled)``.
         texts: what the names are chosen from. A text that is given twice counts once. CLIP likes
             whole phrases such as "a photo of a dog".
         encoder: what encodes the texts: a name that
@@ -148,7 +150,7 @@ def name_latents(
     for _ in scoring.batches("Naming", progress):
         pass
     scoring.evaluation()  # to warn if the features are on another scale than the SAE takes
-    means, mean = scoring.monoscore.mean_embeddings(), scoring.monoscore.mean_embedding()
+    means, mean = scoring.of_images.mean_embeddings(), scoring.of_images.mean_embedding()
     return names_from_means(means, mean, *named, count)
 
 

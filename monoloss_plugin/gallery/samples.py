@@ -140,8 +140,7 @@ def activating_samples(
         kept.add(encoded)
     evaluation = scoring.evaluation()
     assert kept is not None  # evaluation() needs a sample
-    score = scoring.monoscore if scoring.images is None else scoring.images.largest
-    means = score.mean_embeddings()
+    means = scoring.of_images.mean_embeddings()
     top, bottom = kept.exact_bands()
     histogram, first_bin = kept.histogram()
     return ActivatingSamples(
@@ -154,7 +153,7 @@ def activating_samples(
         first_bin=first_bin,
         class_counts=None if scoring.purity is None else scoring.purity.class_counts().cpu(),
         mean_embeddings=means.cpu(),
-        mean_embedding=score.mean_embedding().cpu(),
+        mean_embedding=scoring.of_images.mean_embedding().cpu(),
         directions=kept.directions(),
         signatures=kept.signatures.compute(),
         of_rows=joined(kept.rows),

@@ -16,7 +16,13 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from monoloss_plugin import Batch, MonoScore
-from monoloss_plugin.features import FeatureSet, extract, load_encoder, load_text_encoder
+from monoloss_plugin.features import (
+    FeatureBatches,
+    FeatureSet,
+    extract,
+    load_encoder,
+    load_text_encoder,
+)
 from monoloss_plugin.gallery.names import LatentNames, name_latents, names_from_means
 from monoloss_plugin.gallery.samples import activating_samples
 from tests import oracle
@@ -400,3 +406,24 @@ class Identity:
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return latents
+
+
+def test_latents_of_patches_are_named_by_their_images() -> None:
+    generator = torch.Generator().manual_seed(3)
+    patches = torch.randn(30, 4, 6, generator=generator)
+    of_images = torch.randn(30, 5, generator=generator)
+    ids = [str(number) for number in range(30)]
+    features = FeatureSet.from_tensors(patches, ids=ids)
+    batches = FeatureBatches(
+        features, embeddings=FeatureSet.from_tensors(of_images, ids=ids), batch_size=8
+    )
+    sae = detectors_for(nn.functional.normalize(patches.flatten(0, 1), dim=1), 7)
+    of_texts = torch.randn(len(TEXTS), 5, generator=generator)
+    names = name_latents(sae, batches, TEXTS, lambda _: of_texts, count=len(TEXTS))
+    with torch.no_grad():
+        latents = sae.encode(nn.functional.normalize(patches, dim=2))
+    expected = by_hand(latents.amax(1), of_images, of_texts)
+    for latent in range(6):
+        order = np.argsort(-expected[latent])
+        assert names.texts[latent] == [TEXTS[number] for number in order]
+        np.testing.assert_allclose(names.similarities[latent], expected[latent][order], atol=1e-5)

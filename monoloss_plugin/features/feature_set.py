@@ -314,7 +314,7 @@ class FeatureSet(torch.utils.data.Dataset[Batch]):
 
         It is a copy. For a patch set only the means are copied.
         """
-        return FeatureSet(self.dataset.select(numbers.tolist()), self.record)
+        return FeatureSet(self.dataset.select(as_labels(numbers, "numbers").tolist()), self.record)
 
     def ids_of(self, numbers: Tensor) -> list[str] | None:
         """Return the ids of the images of some rows (B,); None if the set has no ids."""

@@ -141,8 +141,8 @@ def grid_of(num_patches: int, grid: Any = None) -> tuple[int, int]:
         side = round(num_patches**0.5)
         if side * side != num_patches or not side:
             raise ValueError(
-                f"grid: {num_patches} patches are no square; give grid=(height, width), and leave "
-                "out class tokens"
+                f"grid: {num_patches} patches are no square; give their grid, as in "
+                "FeatureSet.from_tensors(x, grid=(height, width)), and leave out class tokens"
             )
         grid = side, side
     pair = tuple(grid) if isinstance(grid, (tuple, list)) else ()

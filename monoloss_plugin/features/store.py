@@ -241,7 +241,7 @@ def complete(folder: Path) -> bool:
     """Make the set if its shards cover every row, and say whether it is complete.
 
     Raises:
-        ValueError: not one image could be read.
+        ValueError: not one image gave features.
     """
     if not is_complete(folder):
         total = total_rows(folder)
@@ -269,7 +269,8 @@ def _write_set(folder: Path, total: int) -> None:
         unreadable=len(unreadable),
     )
     if not record.rows:
-        raise ValueError("source: not one of its images could be read")
+        why = f"; {unreadable[0].image_id}: {unreadable[0].error}" if unreadable else ""
+        raise ValueError(f"source: not one of its images gave features{why}")
     split = record.source.get("split")
     description = json.dumps(record.to_dict())
     shards = concatenate_datasets([Dataset.from_file(str(one.path)) for one in shards_in(folder)])

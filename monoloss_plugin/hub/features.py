@@ -215,8 +215,9 @@ def _choose(repository: Repository, config: str | None, split: str | None) -> Sp
     there = list(splits_in(repository))
     if not there:
         raise FileNotFoundError(
-            f"repo_id: {repository.name} holds no features as Parquet files of this layout; open "
-            "another dataset with datasets.load_dataset and FeatureSet"
+            f"repo_id: {repository.name} holds no features as Parquet files of this layout; open a "
+            "folder of monoloss extract with FeatureSet.open, and another dataset with "
+            "datasets.load_dataset and FeatureSet"
         )
     shown = ", ".join(map(str, there))
     fitting = [one for one in there if config in (None, one.config) and split in (None, one.split)]

@@ -274,3 +274,11 @@ def test_a_comparison_without_training_features_halves_the_images(features) -> N
     assert (half.num_images, len(half)) == (N // 2, N // 2 * P)
     assert half.patches.are_whole
     assert "on a random half (120 rows)" in found.notes[0]
+
+
+def test_a_batch_of_zeros_is_found_too() -> None:
+    batches = FeatureBatches(FeatureSet.from_tensors(torch.zeros(10, 4, 3)), batch_size=8)
+    features = next(batches.tensors())
+    assert len(batches.samples_of(features).images) == 8
+    with pytest.raises(ValueError, match="none of the last 1 batches"):
+        batches.samples_of(features + 1)

@@ -246,7 +246,7 @@ def test_patches_of_tensors_are_not_copied() -> None:
 @pytest.mark.parametrize(
     ("given", "error", "said"),
     [
-        ({}, ValueError, r"grid: 12 patches are no square; give grid=\(height, width\)"),
+        ({}, ValueError, r"grid: 12 patches are no square; give their grid"),
         ({"grid": (3, 5)}, ValueError, r"a height and a width of 12 patches, got \(3, 5\)"),
         ({"grid": 12}, TypeError, r"grid: expected \(height, width\), two integers, got 12"),
         ({"grid": (3, 4), "labels": [0]}, ValueError, "labels: expected 6, .* got 1"),

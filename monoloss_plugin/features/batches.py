@@ -468,8 +468,11 @@ def _is_multiple(rows: Tensor, given: Tensor) -> bool:
     if rows.shape != given.shape:
         return False
     given = given.to(rows.device, torch.float32)
-    rows, norm = rows.detach().float(), torch.linalg.vector_norm(given)
-    rows = rows * torch.nan_to_num(norm / torch.linalg.vector_norm(rows))  # nan: all are zero
+    rows = rows.detach().float()
+    norm, other = torch.linalg.vector_norm(given), torch.linalg.vector_norm(rows)
+    if not bool(norm and other):
+        return not bool(norm or other)
+    rows = rows * (norm / other)
     near_zero = norm / math.sqrt(given.numel())
     return bool(((rows - given).abs() <= _ROUNDING * (given.abs() + near_zero)).all())
 

@@ -88,8 +88,9 @@ class ImageMeasures:
     """The same, with the mean of their samples."""
     coherence: Tensor
     """(M,) float64: Moran's I of the latent's map over an image's grid, mean over the images where
-    it is defined. Near 1 if active patches lie together, and near 0 if they lie anywhere; see
-    :mod:`monoloss_plugin.spatial`. NaN if there is none, or if places of the grids are missing."""
+    it is defined. Near 1 if active patches lie together. If they lie anywhere, it is -1 / (P - 1)
+    on average for P places; see :mod:`monoloss_plugin.spatial`. NaN if there is none, or if places
+    of the grids are missing."""
     extent: Tensor
     """(M,) float64: the share of an image's patches that are active, mean over the images with an
     active patch; NaN if there are none."""

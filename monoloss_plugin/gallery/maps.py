@@ -16,14 +16,19 @@ from monoloss_plugin.embeddings import unit_rows
 from monoloss_plugin.features import FeatureSet
 from monoloss_plugin.features.feature_set import require_set
 
+NOT_HELD = -2
+"""Stands for the latents of a patch that the set does not hold."""
+
 
 class StrongestLatents(NamedTuple):
     """The latents that are strongest at each place of an image's grid, strongest first."""
 
     latents: Tensor
-    """(h, w, k) int32; -1 where fewer are active, or the patch was not kept."""
+    """(h, w, k) int32; -1 where fewer are active, and :data:`NOT_HELD` where the set does not hold
+    the patch."""
     values: Tensor
-    """(h, w, k) float32: their activations; 0 where there is none."""
+    """(h, w, k) float32: their activations; 0 where there is none, and NaN where the set does not
+    hold the patch."""
 
 
 class PatchView(NamedTuple):
@@ -124,10 +129,8 @@ def view_patches(
         )
     wanted = _numbers(also, "also")
     every = torch.cat((of, wanted)).unique()
-    if len(every) and not 0 <= int(every[0]) <= int(every[-1]) < features.num_images:
-        raise IndexError(
-            f"images: {int(every[0])} to {int(every[-1])} of a set of {features.num_images}"
-        )
+    if (wrong := _first_beyond(features.num_images, every)) is not None:
+        raise IndexError(f"images: expected 0 to {features.num_images - 1}, got {wrong}")
     maps: dict[int, Tensor] = {}
     strongest: dict[int, StrongestLatents] = {}
     its_pairs = dict(zip(of.unique().tolist(), _by_image(of), strict=True))
@@ -146,7 +149,8 @@ def view_patches(
                 values = best.values.float().cpu().clamp(min=0)
                 latent = best.indices.cpu().int().masked_fill(values == 0, -1)
                 strongest[image] = StrongestLatents(
-                    _on_grid(latent, place, grid, -1), _on_grid(values, place, grid, 0.0)
+                    _on_grid(latent, place, grid, NOT_HELD),
+                    _on_grid(values, place, grid, torch.nan),
                 )
             advance(1)
     return PatchView(
@@ -200,8 +204,11 @@ def _numbers(given: Any, name: str) -> Tensor:
 
 
 def _require_latents(latents: Tensor, num_latents: int) -> None:
-    if len(latents) and not 0 <= int(latents.min()) <= int(latents.max()) < num_latents:
-        raise ValueError(
-            f"latents: expected 0 to {num_latents - 1}, got {int(latents.min())} to "
-            f"{int(latents.max())}"
-        )
+    if (wrong := _first_beyond(num_latents, latents)) is not None:
+        raise ValueError(f"latents: expected 0 to {num_latents - 1}, got {wrong}")
+
+
+def _first_beyond(count: int, numbers: Tensor) -> int | None:
+    """Return the first number that is not in [0, count); None if there is none."""
+    wrong = numbers[(numbers < 0) | (numbers >= count)]
+    return int(wrong[0]) if len(wrong) else None

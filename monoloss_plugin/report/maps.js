@@ -71,6 +71,12 @@ function latentsAt(sae, image, place) {
   return found.filter(({ of }) => of >= 0);
 }
 
+/** Whether the set holds the patch at a place of an image. All SAEs know it; ask the first. */
+function holdsPatch(image, place) {
+  const { latents, starts } = mapsOf[0].strongest();
+  return latents[starts[image] + place * heat.strongest] !== heat.notHeld;
+}
+
 /** The codes of a latent over an image: all of them if a band has its map, else where it leads. */
 function imageMap(sae, image, latent) {
   for (const name of mapsOf[sae.index]?.bands.keys() ?? []) {
@@ -80,6 +86,7 @@ function imageMap(sae, image, latent) {
   }
   const { places } = gridOf(image);
   const codes = Uint8Array.from({ length: places }, (_, place) => {
+    if (!holdsPatch(image, place)) return UNKNOWN;
     return latentsAt(sae, image, place).find(({ of }) => of === latent)?.code ?? 0;
   });
   return { codes, isWhole: false };

@@ -12,7 +12,7 @@ from torch import Tensor
 from monoloss_plugin.features import FeatureSet
 from monoloss_plugin.gallery.covered import WHOLE, covered_part
 from monoloss_plugin.gallery.grid import size_of
-from monoloss_plugin.gallery.maps import view_patches
+from monoloss_plugin.gallery.maps import NOT_HELD, view_patches
 from monoloss_plugin.gallery.overlay import BRIGHT, DARK, OPAQUE, UNSEEN
 from monoloss_plugin.gallery.samples import ActivatingSamples
 from monoloss_plugin.gallery.show import largest_of, preprocessing_of
@@ -65,7 +65,7 @@ def plan_maps(saes: Sequence[ActivatingSamples], features: FeatureSet, room: int
     else:
         counts, size = {}, 0
     widest = max(one.evaluation.num_latents for one in saes)
-    of_latent = 2 if widest < 1 << 16 else 4
+    of_latent = 2 if widest - NOT_HELD <= 1 << 16 else 4
     each = BASE64 * places * STRONGEST * (of_latent + 1) * len(saes)
     rows = torch.cat([band.rows.flatten() for one in saes for band in one.bands.values()])
     wanted = each * len(rows.unique())
@@ -84,8 +84,9 @@ class LatentMaps:
     """By band: for how many images of each latent there is a map, and the maps (n,) uint8, one
     after another: latent by latent, for each image of the band that is in the page."""
     strongest: tuple[Tensor, Tensor]
-    """Of the first images of the page, the four strongest latents at each place, -1 for none, and
-    their activations (n,) uint8: image by image, place by place."""
+    """Of the first images of the page, the four strongest latents at each place and their
+    activations (n,) uint8: image by image, place by place. A latent is -1 where there is none, and
+    :data:`NOT_HELD` where the set does not hold the patch; its activation is then not known."""
 
     def packed(self) -> dict[str, Any]:
         """Return what the page's script reads."""
@@ -122,6 +123,7 @@ class Grids:
             "parts": pack_floats(self.parts),
             "seen": self.num_seen,
             "strongest": STRONGEST,
+            "notHeld": NOT_HELD,
             "dark": DARK,
             "bright": BRIGHT,
             "opaque": OPAQUE,

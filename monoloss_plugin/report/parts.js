@@ -46,7 +46,7 @@ const COLUMNS = {
   },
   coherence: {
     label: "Coherence",
-    help: "Moran’s I of its heat maps: near 1 if active patches lie together, 0 if anywhere.",
+    help: "Moran’s I of its heat maps: near 1 if active patches lie together, −1/(P − 1) on average for P places if they lie anywhere.",
   },
   extent: { label: "Extent", help: "Share of an image’s patches that are active.", share: true },
   class: { label: "Class", help: "The most common class of its images." },

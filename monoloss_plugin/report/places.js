@@ -26,7 +26,8 @@ function placesView(image) {
     frame.querySelector("img, .missing").after(mapDrawing(image, codes, "meet"));
     const where = isWhole ? "" : `; bright where it is among the ${heat.strongest} strongest`;
     const best = strongestPlace(codes);
-    const at = best < 0 ? "not among the strongest anywhere" : `strongest at ${placeText(image, best)}`;
+    const nowhere = isWhole ? "active at no place" : "not among the strongest anywhere";
+    const at = best < 0 ? nowhere : `strongest at ${placeText(image, best)}`;
     const whose = saes.length > 1 ? ` of ${latent.sae.name}` : "";
     said.textContent = `Latent ${latent.latent}${whose}: ${at}${best < 0 ? "" : where}.`;
   }
@@ -65,8 +66,13 @@ function placesView(image) {
       cell.setAttribute("aria-selected", String(isIt));
       cell.tabIndex = isIt ? 0 : -1;
     }
+    const title = el("h3", {}, `Place: ${placeText(image, place)}`);
+    if (!holdsPatch(image, place)) {
+      list.replaceChildren(title, el("p", { class: "empty" }, "The set does not hold this patch."));
+      return;
+    }
     list.replaceChildren(
-      el("h3", {}, `Place: ${placeText(image, place)}`),
+      title,
       ...saes.map((sae) =>
         el(
           "section",

@@ -13,7 +13,7 @@ from torch import Tensor
 from monoloss_plugin import Batch, show_latents, top_images
 from monoloss_plugin.features import FeatureSet
 from monoloss_plugin.gallery import ActivatingSamples, activating_samples, heat_maps
-from monoloss_plugin.gallery.maps import view_patches
+from monoloss_plugin.gallery.maps import NOT_HELD, view_patches
 from monoloss_plugin.gallery.show import best_latents
 from tests.features.test_patches import GRIDS, IDS, PLACES, dataset_of, images
 
@@ -116,7 +116,8 @@ def test_the_strongest_latents_of_every_place() -> None:
         for place in range(height * width):
             here = one.latents[place // width, place % width].tolist()
             if place not in PLACES[n]:
-                assert here == [-1] * 3
+                assert here == [NOT_HELD] * 3
+                assert one.values[place // width, place % width].isnan().all()
                 continue
             activations = sae.encode(images()[n])[PLACES[n].index(place)].tolist()
             ranking = sorted(range(LATENTS), key=lambda k: -activations[k])[:3]
@@ -133,8 +134,8 @@ def test_the_strongest_latents_of_every_place() -> None:
         ({"latents": [1, 2]}, ValueError, "images: expected 2, one for each of the latents, got 1"),
         ({"latents": [LATENTS]}, ValueError, "latents: expected 0 to 11, got 12"),
         ({"latents": [0.5]}, TypeError, "latents: expected integers"),
-        ({"images": [7]}, IndexError, "images: 7 to 7 of a set of 7"),
-        ({"images": [-1]}, IndexError, "images: -1 to -1 of a set of 7"),
+        ({"images": [7]}, IndexError, "images: expected 0 to 6, got 7"),
+        ({"images": [-1]}, IndexError, "images: expected 0 to 6, got -1"),
         ({"sae": 3}, TypeError, "sae"),
     ],
 )
@@ -270,6 +271,28 @@ def test_images_without_all_patches_are_striped_and_their_maps_lie_over_the_whol
     assert all(one.overlay is not None and len(one.overlay.unknown()) == 2 for one in of)
     assert html.count('class="stripes"') == len(of)
     assert grid.figure().axes
+
+
+def test_a_latent_of_a_class_token_has_a_dark_map_without_a_frame() -> None:
+    class ClassTokenSAE(DenseSAE):
+        def encode(self, x: Tensor) -> Tensor:
+            return (torch.nn.functional.normalize(x.float(), dim=1) @ self.weight.T - 0.99).relu()
+
+    sae = ClassTokenSAE(5)
+    sae.weight = torch.nn.functional.normalize(images()[0][:1].float(), dim=1).expand(LATENTS, 5)
+    assert PLACES[0][0] == -1
+    grid = show_latents(sae, RAGGED, PIXELS[:7], latents=[0], bands=["top"])
+    (image,) = grid.latents[0].bands["top"]
+    assert image.image_id == IDS[0]
+    assert image.overlay is not None
+    assert image.overlay.values.tolist() == [[0.0] * 3] * 2
+    html = grid._repr_html_()
+    assert "at no place of 2 x 3" in html
+    assert 'class="frame"' not in html
+    figure = grid.figure()
+    figure.canvas.draw()
+    drawn = [one for axes in figure.axes for one in axes.patches]
+    assert all(one.get_fill() for one in drawn)  # frames are not filled
 
 
 def test_latents_of_patches_are_sorted_by_measures_of_images_too(found: ActivatingSamples) -> None:

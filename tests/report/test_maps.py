@@ -15,11 +15,14 @@ import torch
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect
 from timm.data.transforms_factory import create_transform
+from timm.models import save_for_hf
 from torch import Tensor
 from typer.testing import CliRunner
 
 from monoloss_plugin import cli
 from monoloss_plugin.features import FeatureSet
+from monoloss_plugin.features.encoders import load_encoder
+from monoloss_plugin.features.extraction import extract
 from monoloss_plugin.gallery import activating_samples, heat_maps
 from monoloss_plugin.gallery.overlay import heat_colours
 from monoloss_plugin.gallery.pictures import open_pictures
@@ -181,6 +184,12 @@ def test_the_colours_are_those_of_the_notebook(tab: Page) -> None:
     assert int(difference.abs().max()) <= 1  # 132.5 is rounded up and down
 
 
+def test_the_help_of_coherence_says_what_chance_is(tab: Page) -> None:
+    tab.evaluate("location.hash = '#latent-0'")
+    said = tab.locator("dd.help").filter(has_text="Moran")
+    expect(said).to_contain_text("\u22121/(P \u2212 1) on average")
+
+
 def test_a_switch_and_a_key_turn_the_maps_off(tab: Page) -> None:
     tab.evaluate("location.hash = '#latent-0'")
     drawn, box = tab.locator("ol.band .heat").first, tab.get_by_label("heat maps")
@@ -317,13 +326,93 @@ def test_images_of_different_grids_without_all_patches(browser: Browser, tmp_pat
         assert tab.get_by_role("gridcell").count() == 4
         open_page(tab, out, f"#image-{data['imageIds'].index('image 2')}")
         tab.get_by_role("gridcell").nth(0).click()  # a patch that was not kept
-        expect(tab.locator(".place-latents .empty")).to_be_visible()
+        said = tab.locator(".place-latents p")
+        expect(said).to_have_text(["The set does not hold this patch."])
         largest = sae.encode(torch.nn.functional.normalize(features.tensor().float(), dim=1))
         assert features.patches is not None
         latent = int(largest[features.patches.rows_of(torch.tensor([2]))].amax(0).argmax())
         open_page(tab, out, f"#latent-{latent}")
         item = tab.locator(".bands li").filter(has=tab.locator("img[alt^='image 2']"))
         expect(item.locator(".stripes")).to_have_attribute("d", "M0 1l1-1M0 2l1-1")
+
+
+def extracted(folder: Path) -> FeatureSet:
+    """The class token and four patches of each photograph, as this package extracts them."""
+    (folder / "photos").mkdir()
+    for n, one in enumerate(photographs()):
+        Image.fromarray(one).save(folder / "photos" / f"{n:02d}.png")
+    model = vit()
+    model.pretrained_cfg |= {"input_size": STEPS["input_size"], "crop_pct": STEPS["crop_pct"]}
+    arguments = {"img_size": SIDE, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 0}
+    save_for_hf(model, folder / "vit", model_args=arguments)
+    encoder = load_encoder(f"timm:local-dir:{folder}/vit", output="cls+patches")
+    extract(folder / "photos", encoder, folder / "out", keep_patches=4, progress=False, workers=0)
+    return FeatureSet.open(folder / "out")
+
+
+class ClassTokenSAE(PatchSAE):
+    """Latent 1 is active on class tokens alone."""
+
+    def __init__(self, features: FeatureSet) -> None:
+        super().__init__()
+        assert features.patches is not None
+        x = torch.nn.functional.normalize(features.tensor().float(), dim=1)
+        is_token = features.patches.places < 0
+        self.weight[1] = x[is_token].mean(0) - x[~is_token].mean(0)
+        self.most = (x @ self.weight[1])[~is_token].max() + 1e-4
+        assert ((self.encode(x)[:, 1] > 0) == is_token).all()
+
+    def encode(self, x: Tensor) -> Tensor:
+        latents = x @ self.weight.T
+        latents[:, 1] -= self.most
+        return latents.relu()
+
+
+def test_places_of_patches_that_the_set_does_not_hold(browser: Browser, tmp_path: Path) -> None:
+    features = extracted(tmp_path)
+    assert features.patches is not None
+    sae = ClassTokenSAE(features)
+    out = write_report({"one": sae}, features, tmp_path / "r.html", images=photographs(), count=2)
+    said = []
+    with new_tab(browser) as tab:
+        for n in range(0, IMAGES, 6):
+            held = features.patches.places[features.patches.rows_of(torch.tensor([n]))].tolist()
+            missing = [place for place in range(16) if place not in held]
+            assert len(missing) == 12
+            open_page(tab, out, f"#image-{image_of(data_of(out), n)}")
+            for row in tab.locator(".bars.wide li").all():
+                row.hover()
+                stripes = "".join(f"M{place % 4} {place // 4 + 1}l1-1" for place in missing)
+                expect(tab.locator(".heat .stripes")).to_have_attribute("d", stripes)
+                said.append(tab.get_by_role("status").inner_text())
+            for place in range(16):
+                tab.get_by_role("gridcell").nth(place).click()
+                texts = tab.locator(".place-latents > p, .place-latents .empty").all_inner_texts()
+                if place in missing:
+                    assert texts == ["The set does not hold this patch."]
+                else:
+                    assert [text[:24] for text in texts] == ["The 4 latents with the l"]
+    from_bands = [text for text in said if "among the" not in text]
+    assert 0 < len(from_bands) < len(said)  # both kinds of maps were seen
+
+
+def test_a_latent_of_class_tokens_has_dark_maps_without_a_frame(
+    browser: Browser, tmp_path: Path
+) -> None:
+    features = extracted(tmp_path)
+    sae = ClassTokenSAE(features)
+    out = write_report({"one": sae}, features, tmp_path / "r.html", images=photographs(), count=2)
+    with new_tab(browser) as tab:
+        open_page(tab, out, "#latent-1")
+        top = tab.locator("ol.band").first.locator("li")
+        assert top.locator(".heat").count() == 2
+        assert tab.locator(".heat .frame").count() == 0
+        alt = top.first.locator("img").get_attribute("alt") or ""
+        assert alt.endswith(", at no place")
+        open_page(tab, out, f"#image-{image_of(data_of(out), int(alt[:2]))}")
+        tab.locator(".bars.wide li").filter(has=tab.locator("a[href='#latent-1']")).hover()
+        status = tab.get_by_role("status")
+        expect(status).to_have_text("Latent 1: active at no place.")
 
 
 def test_maps_take_their_part_of_the_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def peak_memory(count: int) -> dict[str, float]:
 
     encoder = Encoder(torch.nn.Identity(), pixels_of, patches_of, {"name": "pixels"})
     images = photos(count)
-    watching = threading.Thread(target=watch)
+    watching = threading.Thread(target=watch, daemon=True)
     watching.start()
     with tempfile.TemporaryDirectory() as folder:
         extract(images, encoder, Path(folder) / "out", batch_size=32, workers=0, progress=False)
@@ -179,10 +179,11 @@ def main() -> None:
     if options.peak is not None:
         print(json.dumps(peak_memory(options.peak)))
         return
-    started = time.perf_counter()
-    found = {"speed": speed(options), "memory": memory(options.memory_images)}
-    for name, one in found.items():
-        print(f"{name}: {one['says']}")
+    started, few = time.perf_counter(), options.memory_images
+    found: dict[str, Any] = {}
+    for name, measure in (("speed", lambda: speed(options)), ("memory", lambda: memory(few))):
+        found[name] = measure()
+        print(f"{name}: {found[name]['says']}", flush=True)
     print(f"{time.perf_counter() - started:.0f} s")
     if options.out is not None:
         options.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from monoloss_plugin._checks import as_labels, as_rows, require_at_least, require_finite
@@ -146,8 +147,9 @@ def view_patches(
             maps.update(zip(its.tolist(), drawn.unbind(0), strict=True))
             if image in asked:
                 best = activations.topk(min(count, activations.shape[1]), 1)
-                values = best.values.float().cpu().clamp(min=0)
-                latent = best.indices.cpu().int().masked_fill(values == 0, -1)
+                fewer = (0, count - best.values.shape[1])  # of an SAE with fewer latents
+                values = F.pad(best.values.float().cpu().clamp(min=0), fewer)
+                latent = F.pad(best.indices.cpu().int(), fewer).masked_fill(values == 0, -1)
                 strongest[image] = StrongestLatents(
                     _on_grid(latent, place, grid, NOT_HELD),
                     _on_grid(values, place, grid, torch.nan),

@@ -126,6 +126,16 @@ def test_the_strongest_latents_of_every_place() -> None:
             assert values == pytest.approx([max(0.0, activations[k]) for k in ranking], abs=1e-5)
 
 
+def test_an_sae_of_fewer_latents_leaves_the_other_ranks_empty() -> None:
+    sae = DenseSAE(6)
+    sae.weight = sae.weight[:2]
+    (strongest,) = view_patches(sae, photographs(2), [], [], also=[1], count=4).strongest
+    assert strongest.latents.shape == strongest.values.shape == (3, 4, 4)
+    assert (strongest.latents[..., 2:] == -1).all()
+    assert (strongest.values[..., 2:] == 0).all()
+    assert (strongest.latents[..., :2] >= 0).any()
+
+
 @pytest.mark.parametrize(
     ("wrong", "error", "said"),
     [

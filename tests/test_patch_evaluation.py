@@ -21,7 +21,7 @@ from monoloss_plugin.purity import Purity
 from monoloss_plugin.saes import make_baseline
 from monoloss_plugin.saes.selection import k_robustness
 from monoloss_plugin.scoring import Scoring
-from tests.test_patches import moran
+from tests.test_spatial import moran
 
 WIDTH, LATENTS = 6, 40
 GRIDS = [(2, 3), (1, 1), (3, 3), (2, 2), (1, 4), (3, 2), (2, 3), (4, 2), (1, 2), (2, 2)]

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,8 @@ from monoloss_plugin.saes.refit import refit_decoder
 from monoloss_plugin.saes.rows import Rows
 from monoloss_plugin.training import Recipe, get_recipe
 
-LAM = 0.8
-"""In the units "nmse": the recommended recipe's."""
-WEAKER = 0.2
+LAM, WEAKER = 0.8, 0.2
+"""In the units "nmse": what the recommended recipe takes for images, and for patches."""
 MEASURES = {
     "r2": "R²",
     "monoscore_adjusted": "patches, above chance",
@@ -80,9 +80,9 @@ def recipes(sizes: Recipe) -> dict[str, Recipe]:
             sizes, terms=losses(patches="own", within_images=True)
         ),
         "shuffled MonoLoss": replace(sizes, terms=shuffled),
-        "recommended": replace(start, terms=losses()),
-        f"recommended, lam {WEAKER}": replace(start, terms=losses(WEAKER)),
-        "recommended without MonoLoss": start,
+        "from data, MonoLoss": replace(start, terms=losses()),
+        f"from data, MonoLoss {WEAKER}: recommended": replace(start, terms=losses(WEAKER)),
+        "from data, no loss": start,
     }
 
 
@@ -204,7 +204,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     for seed in given.seeds:
         for name in given.runs or chosen:
             recipe = replace(chosen[name], seed=seed)
-            place = given.out / given.arch / name.replace(" ", "-").replace(",", "") / str(seed)
+            place = given.out / given.arch / re.sub(r"\W+", "-", name) / str(seed)
             with_fast_products = torch.get_float32_matmul_precision()
             torch.set_float32_matmul_precision("medium")
             sae = trained(train, name, recipe, place)

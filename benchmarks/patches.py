@@ -45,7 +45,7 @@ from monoloss_plugin.saes.rows import Rows
 from monoloss_plugin.training import Recipe, get_recipe
 
 LAM, WEAKER = 0.8, 0.2
-"""In the units "nmse": what the recommended recipe takes for images, and for patches."""
+"""In the units "nmse": the recommended recipe's, and a smaller one."""
 MEASURES = {
     "r2": "R²",
     "monoscore_adjusted": "patches, above chance",
@@ -80,9 +80,9 @@ def recipes(sizes: Recipe) -> dict[str, Recipe]:
             sizes, terms=losses(patches="own", within_images=True)
         ),
         "shuffled MonoLoss": replace(sizes, terms=shuffled),
-        "from data, MonoLoss": replace(start, terms=losses()),
-        f"from data, MonoLoss {WEAKER}: recommended": replace(start, terms=losses(WEAKER)),
-        "from data, no loss": start,
+        "recommended": replace(start, terms=losses()),
+        f"recommended, lam {WEAKER}": replace(start, terms=losses(WEAKER)),
+        "recommended without MonoLoss": start,
     }
 
 

@@ -31,9 +31,7 @@ WITH_K = ("batchtopk", "topk", "matryoshka_batchtopk", "jumprelu")
 _STEPS = 1500
 """A run has at least so many steps by default."""
 _RECOMMENDED_LAM = 0.8
-"""In the units "nmse"; docs/recipe.md shows what others give."""
-_RECOMMENDED_LAM_OF_PATCHES = 0.2
-"""The same for patches, where 0.8 costs more R² than it may; docs/patches.md shows both."""
+"""In the units "nmse"; docs/recipe.md and docs/patches.md show what others give."""
 _HARD_BUDGET_LAM = 2e-3
 """In the units "nmse". The paper's weights are not known."""
 
@@ -220,9 +218,7 @@ def _plain(features: FeatureSet, architecture: Architecture | None) -> Recipe:
 
 
 def _recommended(features: FeatureSet, architecture: Architecture | None) -> Recipe:
-    of_images = features.patches is None
-    lam = _RECOMMENDED_LAM if of_images else _RECOMMENDED_LAM_OF_PATCHES
-    term = MonoLoss(lam=lam, lam_units="nmse")
+    term = MonoLoss(lam=_RECOMMENDED_LAM, lam_units="nmse")
     return Recipe(architecture or "batchtopk", terms=(term,), from_data=True, refit=True)
 
 

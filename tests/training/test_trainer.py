@@ -157,11 +157,6 @@ def test_patches_are_compared_with_those_of_other_images(patches, kind) -> None:
     assert ("mean over the patches of each image" in said["compared_by"]) == (kind == "image")
 
 
-def test_the_recommended_weight_is_smaller_for_patches(digits, patches) -> None:
-    of_images, of_patches = (get_recipe("recommended", one) for one in (digits, patches))
-    assert [recipe.terms[0].lam for recipe in (of_images, of_patches)] == [0.8, 0.2]
-
-
 def test_whole_images_have_no_patches_to_compare(digits) -> None:
     with pytest.raises(ValueError, match="patches: these are features of whole images"):
         get_recipe("recommended", digits, patches="own")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from monoloss_plugin.kernels.support import Support, is_sparse, support_of
@@ -28,20 +29,19 @@ def row_chunks(rows: int, width: int, elements: int) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-def whole_groups(ends: Tensor, at_once: int) -> Iterator[slice]:
-    """Yield slices of consecutive rows that hold whole groups.
+def whole_groups(starts: Tensor, at_once: int) -> Iterator[slice]:
+    """Yield slices of consecutive groups with at most so many rows together, or of one group.
 
     Args:
-        ends: (G,) int64 on the CPU: the row after each group's last.
-        at_once: a slice has at most so many rows, or one group.
+        starts: (G + 1,) int64 on the CPU: the first row of each group; the last is the number of
+            rows.
+        at_once: rows.
     """
-    start = number = 0
-    while number < len(ends):
-        fitting = int(torch.searchsorted(ends, start + at_once, right=True))
-        number = max(number + 1, fitting)
-        stop = int(ends[number - 1])
-        yield slice(start, stop)
-        start = stop
+    group = 0
+    while group < len(starts) - 1:
+        last = int(torch.searchsorted(starts, starts[group] + at_once, right=True)) - 1
+        first, group = group, max(last, group + 1)
+        yield slice(first, group)
 
 
 def parts_of(
@@ -66,7 +66,9 @@ def parts_of(
     chunks = row_chunks(num_rows, num_latents, elements)
     if groups is not None:
         at_once = max(1, min(_ROWS_OF_GROUPS, elements // max(1, num_latents)))
-        chunks = whole_groups(groups.bincount().cumsum(0), at_once)
+        starts = F.pad(groups.bincount().cumsum(0), (1, 0))
+        bounds = ((starts[some.start], starts[some.stop]) for some in whole_groups(starts, at_once))
+        chunks = (slice(int(first), int(last)) for first, last in bounds)
     if latents.layout == torch.sparse_coo:
         latents = latents.coalesce()
     for rows in chunks:

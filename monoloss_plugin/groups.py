@@ -64,6 +64,8 @@ class Segments(NamedTuple):
     """(S,): the number of entries of each segment."""
     columns: Tensor
     """(S,), ascending: the latent of each segment."""
+    groups: Tensor
+    """(S,): the group of each segment."""
 
     @classmethod
     def of(cls, support: Support, groups: Tensor) -> Segments:
@@ -71,7 +73,8 @@ class Segments(NamedTuple):
         keys = support.columns * support.num_rows + groups.index_select(0, support.rows)
         keys, order = keys.sort(stable=True)
         found, segment, counts = keys.unique_consecutive(return_inverse=True, return_counts=True)
-        return cls(order, segment, counts, found.div(support.num_rows, rounding_mode="floor"))
+        columns = found.div(support.num_rows, rounding_mode="floor")
+        return cls(order, segment, counts, columns, found - columns * support.num_rows)
 
     def sums(self, of_entries: Tensor) -> Tensor:
         """Return the sum of ``of_entries`` (E,), in the order of segments, over each (S,)."""
@@ -154,18 +157,12 @@ def active_means(support: Support, features: Tensor, groups: Tensor) -> tuple[Su
         The entries of (S + 1, M) latents, and features (S + 1, d). The last sample is zero: a
         latent that alone has entries would otherwise be active on every sample.
     """
-    order, _, counts, columns = segments = Segments.of(support, groups)
+    order, _, counts, columns, _ = segments = Segments.of(support, groups)
     values, rows = support.values.index_select(0, order), support.rows.index_select(0, order)
     active = (values.detach() > 0).to(features.dtype)
     sums = bags(rows, F.pad(counts.cumsum(0), (1, 0)), active, features)
     means = sums / segments.sums(active).clamp(min=1).unsqueeze(1)
-    bounds = torch.arange(len(support.offsets), device=columns.device)
-    num_samples = len(columns)
-    samples = Support(
-        torch.arange(num_samples, device=columns.device),
-        columns,
-        torch.searchsorted(columns, bounds),
-        segments.sums(values),
-        num_samples + 1,
-    )
+    number = torch.arange(len(columns), device=columns.device)
+    shape = len(columns) + 1, support.num_latents
+    samples = Support.of(number, columns, segments.sums(values), shape)
     return samples, F.pad(means, (0, 0, 0, 1))

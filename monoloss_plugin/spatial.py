@@ -30,6 +30,7 @@ from torch import Tensor
 
 from monoloss_plugin._checks import as_labels, as_rows, as_tensor, require_finite
 from monoloss_plugin.batch import Batch
+from monoloss_plugin.groups import Segments
 from monoloss_plugin.kernels.support import Support, support_of
 from monoloss_plugin.streaming import StreamingMetric
 
@@ -125,16 +126,14 @@ def pool(latents: Tensor | Support, images: ImagesOfBatch) -> Pooled:
         images: of the B samples.
     """
     a = _positive(latents)
-    keys = a.columns * len(images) + images.of_sample[a.rows]
-    pairs, of_entry = keys.unique(return_inverse=True)
-    columns = pairs.div(max(1, len(images)), rounding_mode="floor")
-    rows = pairs - columns * len(images)
-    largest = a.values.new_zeros(len(pairs)).scatter_reduce_(0, of_entry, a.values, "amax")
-    sums = _sums(a.values, of_entry, len(pairs))
-    mean = (sums / images.sizes[rows]).to(torch.promote_types(largest.dtype, torch.float32))
-    bounds = torch.arange(latents.shape[1] + 1, device=columns.device)
-    offsets = torch.searchsorted(columns, bounds)
-    pooled = Support(rows, columns, offsets, largest, len(images))
+    segments = Segments.of(a, images.of_sample)
+    values = a.values.index_select(0, segments.order)
+    largest = values.new_zeros(len(segments.counts))
+    largest.scatter_reduce_(0, segments.of_entries, values, "amax")
+    sums = _sums(values, segments.of_entries, len(segments.counts))
+    mean = (sums / images.sizes[segments.groups]).to(torch.promote_types(a.dtype, torch.float32))
+    shape = len(images), a.num_latents
+    pooled = Support.of(segments.groups, segments.columns, largest, shape)
     return Pooled(pooled, replace(pooled, values=mean))
 
 
@@ -386,19 +385,12 @@ class Spatial(StreamingMetric[SpatialSums]):
         return SpatialResult(coherence=moran / mapped, extent=extents / images)
 
 
-class _Entries(NamedTuple):
-    """The E positive entries of latents (B, M)."""
-
-    rows: Tensor
-    columns: Tensor
-    values: Tensor
-
-
-def _positive(latents: Tensor | Support) -> _Entries:
+def _positive(latents: Tensor | Support) -> Support:
+    """Return the positive entries of latents (B, M)."""
     a = latents if isinstance(latents, Support) else support_of(latents.detach())
     values = a.values.detach()
     kept = values > 0
-    return _Entries(a.rows[kept], a.columns[kept], values[kept])
+    return Support.of(a.rows[kept], a.columns[kept], values[kept], a.shape)
 
 
 def _sums(values: Tensor, of_entry: Tensor, groups: int) -> Tensor:

@@ -21,11 +21,12 @@ from monoloss_plugin._checks import (
     require_flag,
     require_share,
 )
+from monoloss_plugin._chunks import whole_groups
 from monoloss_plugin.batch import Batch
 from monoloss_plugin.embeddings import unit_rows
 from monoloss_plugin.features.feature_set import FeatureSet
 from monoloss_plugin.features.matching import rows_in_common
-from monoloss_plugin.features.patches import cumulative, image_of, spans, whole_images
+from monoloss_plugin.features.patches import cumulative, image_of, spans
 
 Shuffle = Literal["all", "buffer", "images", "none"]
 
@@ -269,7 +270,7 @@ class FeatureBatches(torch.utils.data.IterableDataset[Batch]):
         if self._common is not None:
             mine = torch.arange(self.num_images)[self.shard[0] :: self.shard[1]]
             starts = cumulative(self._common.starts.diff()[mine])
-            for some in whole_images(starts, batch_size):
+            for some in whole_groups(starts, batch_size):
                 yield self._batch(self._common.rows_of(mine[some]))
             return
         mine = torch.arange(self.num_rows)[self.shard[0] :: self.shard[1]]

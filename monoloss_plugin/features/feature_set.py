@@ -18,6 +18,7 @@ from datasets import ClassLabel, Dataset, load_from_disk
 from torch import Tensor
 
 from monoloss_plugin._checks import as_labels
+from monoloss_plugin._chunks import whole_groups
 from monoloss_plugin._places import kind_of
 from monoloss_plugin.batch import Batch
 from monoloss_plugin.features import arrays
@@ -27,7 +28,6 @@ from monoloss_plugin.features.patches import (
     StoredPatches,
     has_patches,
     image_of,
-    whole_images,
 )
 from monoloss_plugin.features.record import FeatureRecord
 from monoloss_plugin.features.store import SETTINGS, STATE, damaged, is_complete
@@ -357,7 +357,7 @@ class FeatureSet(torch.utils.data.Dataset[Batch]):
             yield from torch.arange(len(self)).split(batch_size)
             return
         starts = self._of_patches.starts
-        for some in whole_images(starts, batch_size):
+        for some in whole_groups(starts, batch_size):
             yield torch.arange(int(starts[some.start]), int(starts[some.stop]))
 
     def __getitem__(self, number: int) -> Batch:

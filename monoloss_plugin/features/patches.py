@@ -11,7 +11,6 @@ A patch set has one row for each image, with the columns::
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -113,20 +112,6 @@ def spans(starts: Tensor, stops: Tensor) -> Tensor:
     counts = stops - starts
     before = counts.cumsum(0) - counts
     return torch.arange(int(counts.sum())) + (starts - before).repeat_interleave(counts)
-
-
-def whole_images(starts: Tensor, batch_size: int) -> Iterator[slice]:
-    """Yield slices of consecutive images with at most so many patches together, or one image.
-
-    Args:
-        starts: (N + 1,) the first row of each image; the last is the number of rows.
-        batch_size: rows of a batch.
-    """
-    image = 0
-    while image < len(starts) - 1:
-        last = int(torch.searchsorted(starts, starts[image] + batch_size, right=True)) - 1
-        first, image = image, max(last, image + 1)
-        yield slice(first, image)
 
 
 def grid_of(num_patches: int, grid: Any = None) -> tuple[int, int]:

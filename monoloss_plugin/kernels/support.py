@@ -57,6 +57,12 @@ class Support:
     num_rows: int
     """N."""
 
+    @classmethod
+    def of(cls, rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Support:
+        """Return entries that are sorted by latent, of latents (N, M)."""
+        bounds = torch.arange(shape[1] + 1, device=columns.device)
+        return cls(rows, columns, torch.searchsorted(columns, bounds), values, shape[0])
+
     @property
     def num_latents(self) -> int:
         """M."""
@@ -124,15 +130,9 @@ class Support:
     def of_samples(self, kept: Tensor) -> Support:
         """Return the entries of the samples of a mask (N,), which are numbered anew."""
         listed = kept[self.rows]
-        columns = self.columns[listed]
-        bounds = torch.arange(self.num_latents + 1, device=columns.device)
-        return Support(
-            (kept.cumsum(0) - 1)[self.rows[listed]],
-            columns,
-            torch.searchsorted(columns, bounds),
-            self.values[listed],
-            int(kept.sum()),
-        )
+        rows = (kept.cumsum(0) - 1)[self.rows[listed]]
+        shape = int(kept.sum()), self.num_latents
+        return Support.of(rows, self.columns[listed], self.values[listed], shape)
 
     def by_sample(self) -> Tensor:
         """Return the latents as a sparse CSR tensor (N, M), without their gradient."""
@@ -282,10 +282,8 @@ def support_of(latents: Tensor, also: Tensor | None = None) -> Support:
         rows = entries.div(latents.shape[1], rounding_mode="floor")
         columns = entries - rows * latents.shape[1]
     columns, order = columns.sort(stable=True)
-    bounds = torch.arange(latents.shape[1] + 1, device=columns.device)
-    offsets = torch.searchsorted(columns, bounds)
-    values = values.index_select(0, order)
-    return Support(rows.index_select(0, order), columns, offsets, values, latents.shape[0])
+    shape = latents.shape[0], latents.shape[1]
+    return Support.of(rows.index_select(0, order), columns, values.index_select(0, order), shape)
 
 
 def is_sparse(latents: Tensor, also: Tensor | None = None) -> bool:

@@ -30,7 +30,7 @@ from PIL.Image import new as new_image
 from torch import Tensor
 
 from benchmarks.over_seeds import spread
-from benchmarks.recipes import trained
+from benchmarks.recipes import add_options, plain_recipe, trained
 from monoloss_plugin import MonoLoss
 from monoloss_plugin.cli.evaluate import load_features
 from monoloss_plugin.comparison import compare
@@ -42,7 +42,7 @@ from monoloss_plugin.results import Evaluation
 from monoloss_plugin.saes.baselines import QUICK
 from monoloss_plugin.saes.refit import refit_decoder
 from monoloss_plugin.saes.rows import Rows
-from monoloss_plugin.training import Recipe, get_recipe
+from monoloss_plugin.training import Recipe
 
 LAM, WEAKER = 0.8, 0.2
 """In the units "nmse": the recommended recipe's, and a smaller one."""
@@ -190,15 +190,7 @@ def markdown(results: dict[str, Any]) -> str:
 def measure(given: argparse.Namespace) -> dict[str, Any]:
     """Train what is missing, and measure everything."""
     train, held_out = load_features(given.train), load_features(given.held_out)
-    sizes = get_recipe(
-        "plain",
-        train,
-        architecture=given.arch,
-        num_latents=given.latents,
-        k=given.k,
-        batch_size=given.batch_size,
-        epochs=given.epochs,
-    ).fitted_to(len(train), train.width, train.num_images)
+    sizes = plain_recipe(given, train)
     chosen = recipes(sizes)
     saes: dict[str, list[Any]] = {}
     for seed in given.seeds:
@@ -251,18 +243,8 @@ def main() -> None:
     lay.add_argument("out", type=Path)
     lay.add_argument("--count", type=int, default=1000)
     of = commands.add_parser("table", help="train and measure")
-    of.add_argument("train", help="patches to train on")
-    of.add_argument("held_out", help="patches to measure on")
+    add_options(of)
     of.add_argument("--mosaics", required=True, help="patches of mosaics")
-    of.add_argument("--arch", default="batchtopk")
-    of.add_argument("--runs", nargs="+", help="names of recipes; by default all")
-    of.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    for size in ("latents", "k", "batch-size"):
-        of.add_argument(f"--{size}", type=int)
-    of.add_argument("--epochs", type=float)
-    of.add_argument("--out", type=Path, required=True, help="folder for the SAEs")
-    of.add_argument("--results", type=Path, help="file for the numbers, as JSON")
-    of.add_argument("--train-only", action="store_true", help="do not measure")
     given = parser.parse_args()
     if given.command == "mosaics":
         place, _, split = given.source.rpartition(":")

@@ -75,6 +75,34 @@ def trained(features: FeatureSet, name: str, recipe: Recipe, folder: Path) -> SA
     return SAE.load_from_disk(folder)
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what every comparison of recipes asks for."""
+    parser.add_argument("train", help="training features")
+    parser.add_argument("held_out", help="held-out features")
+    parser.add_argument("--arch", default="batchtopk")
+    parser.add_argument("--runs", nargs="+", help="names of recipes; by default all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    for size in ("latents", "k", "batch-size"):
+        parser.add_argument(f"--{size}", type=int)
+    parser.add_argument("--epochs", type=float)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the SAEs")
+    parser.add_argument("--results", type=Path, help="file for the numbers, as JSON")
+    parser.add_argument("--train-only", action="store_true", help="do not measure")
+
+
+def plain_recipe(given: argparse.Namespace, train: FeatureSet) -> Recipe:
+    """Return the plain recipe of the sizes that were given."""
+    return get_recipe(
+        "plain",
+        train,
+        architecture=given.arch,
+        num_latents=given.latents,
+        k=given.k,
+        batch_size=given.batch_size,
+        epochs=given.epochs,
+    ).fitted_to(len(train), train.width, train.num_images)
+
+
 def refitted(sae: SAE[Any], train: FeatureSet, held_out: FeatureSet) -> SAE[Any]:
     """Return the SAE with its decoder refitted."""
     refit_decoder(sae, train, held_out=held_out)
@@ -103,32 +131,14 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("train", help="training features")
-    parser.add_argument("held_out", help="held-out features")
+    add_options(parser)
     parser.add_argument("--space", action="append", default=[], metavar="NAME=FEATURES")
     parser.add_argument("--name", required=True, help="of the features")
-    parser.add_argument("--arch", default="batchtopk")
-    parser.add_argument("--runs", nargs="+", help="names of recipes; by default all")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    for size in ("latents", "k", "batch-size"):
-        parser.add_argument(f"--{size}", type=int)
-    parser.add_argument("--epochs", type=float)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the SAEs")
-    parser.add_argument("--results", type=Path, help="file for the numbers, as JSON")
     parser.add_argument("--figure", type=Path, help="file for R² against MonoScore")
-    parser.add_argument("--train-only", action="store_true", help="do not measure")
     given = parser.parse_args()
 
     train, held_out = load_features(given.train), load_features(given.held_out)
-    sizes = get_recipe(
-        "plain",
-        train,
-        architecture=given.arch,
-        num_latents=given.latents,
-        k=given.k,
-        batch_size=given.batch_size,
-        epochs=given.epochs,
-    ).fitted_to(len(train), train.width)
+    sizes = plain_recipe(given, train)
     assert sizes.k is not None
     chosen = recipes(sizes)
     folder = given.out / given.name / given.arch

@@ -100,6 +100,14 @@ class ImageMeasures:
         """Number of images."""
         return self.mean.num_samples
 
+    def columns(self) -> dict[str, Tensor]:
+        """Return what tables show of each latent, (M,) by name; NaN where it is undefined."""
+        found = {}
+        for name, one in (("max", self.largest), ("mean", self.mean)):
+            adjusted = one.adjusted.masked_fill(~one.defined, torch.nan)
+            found[f"images_{name}_adjusted"] = adjusted
+        return {**found, "coherence": self.coherence, "extent": self.extent}
+
     def tensors(self) -> dict[str, Tensor]:
         """Return what is known of each latent, (M,) tensors by name."""
         found = {"coherence": self.coherence, "extent": self.extent}
@@ -220,12 +228,7 @@ class Evaluation:
             "largest": of.largest,
         }
         if self.images is not None:
-            columns["images"] = self.images.largest.support
-            for name, one in (("max", self.images.largest), ("mean", self.images.mean)):
-                adjusted = one.adjusted.masked_fill(~one.defined, torch.nan)
-                columns[f"images_{name}_adjusted"] = adjusted
-            columns["coherence"] = self.images.coherence
-            columns["extent"] = self.images.extent
+            columns |= {"images": self.images.largest.support, **self.images.columns()}
         columns = {name: values.numpy() for name, values in columns.items()}
         if self.purity is not None:
             columns["purity"] = self.purity.binary.numpy()

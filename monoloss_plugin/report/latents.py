@@ -75,10 +75,7 @@ def _columns(evaluation: Evaluation) -> dict[str, Tensor]:
         "largest": of.largest,
     }
     if images is not None:
-        for name, one in (("max", images.largest), ("mean", images.mean)):
-            adjusted = one.adjusted.masked_fill(~one.defined, torch.nan)
-            columns[f"images_{name}_adjusted"] = adjusted
-        columns |= {"coherence": images.coherence, "extent": images.extent}
+        columns |= images.columns()
     if purity is not None:
         columns |= {
             "purity": purity.binary,

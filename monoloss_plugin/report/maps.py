@@ -15,7 +15,7 @@ from monoloss_plugin.gallery.grid import size_of
 from monoloss_plugin.gallery.maps import NOT_HELD, view_patches
 from monoloss_plugin.gallery.overlay import BRIGHT, DARK, OPAQUE, UNSEEN
 from monoloss_plugin.gallery.samples import ActivatingSamples
-from monoloss_plugin.gallery.show import largest_of, preprocessing_of
+from monoloss_plugin.gallery.show import preprocessing_of
 from monoloss_plugin.report.packing import BASE64, pack_floats, pack_integers
 
 STRONGEST = 4
@@ -191,7 +191,7 @@ def latent_maps(
         normalize=found.unit_norm,
         progress=progress,
     )
-    largest = torch.tensor([largest_of(found, k) for k in range(found.evaluation.num_latents)])
+    largest = found.top.values[:, 0]
     maps = iter(view.maps)
     bands = {}
     for name, (latents, _) in pairs.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from monoloss_plugin.report import choice, maps, write_report
 from monoloss_plugin.report.choice import choose_images
 from monoloss_plugin.report.maps import activation_codes
 from tests.features.test_patches import dataset_of
-from tests.report.chromium import chromium, new_tab, open_page
+from tests.report.chromium import new_tab, open_page
 from tests.report.test_packing import unpack
 from tests.report.test_report import data_of
 
@@ -102,24 +101,6 @@ X = torch.nn.functional.normalize(FEATURES.tensor(), dim=1)
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("maps") / "report.html"
     return write_report(SAES, FEATURES, out, images=photographs(), count=4)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def shared_tab(browser: Browser) -> Iterator[Page]:
-    with new_tab(browser) as tab:
-        yield tab
-
-
-@pytest.fixture
-def tab(shared_tab: Page, path: Path) -> Page:
-    open_page(shared_tab, path)
-    return shared_tab
 
 
 def image_of(data: dict[str, Any], n: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby, product
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from playwright.sync_api import Browser, Page, expect
 
 from monoloss_plugin.report.page import write_page
-from tests.report.chromium import chromium, new_tab, open_page
+from tests.report.chromium import new_tab, open_page
 from tests.report.synthetic import NASTY, make_page
 
 PAGE = make_page(images=1100)  # two packs
@@ -23,25 +22,6 @@ FIRST, SECOND = PAGE.saes
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_page(PAGE, tmp_path_factory.mktemp("page") / "latents.html")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def shared_tab(browser: Browser) -> Iterator[Page]:
-    with new_tab(browser) as tab:
-        yield tab
-
-
-@pytest.fixture
-def tab(shared_tab: Page, path: Path) -> Page:
-    """The page, opened afresh."""
-    open_page(shared_tab, path)
-    return shared_tab
 
 
 def listed(tab: Page) -> list[int]:

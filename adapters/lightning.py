@@ -18,18 +18,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.attaching import Attachment, require_embeddings
 from monoloss_plugin.finetuning.embeddings import Column, Frozen
 from monoloss_plugin.finetuning.latent_term import LatentTerm
+from monoloss_plugin.hosts import check_version, failed_import
 from monoloss_plugin.losses import LossHandle, LossTerm
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
-except ModuleNotFoundError as error:
-    raise missing_extra(error, "lightning") from error
+except ImportError as error:
+    raise failed_import(error, "lightning", "lightning") from error
 
 __all__ = ["MonoLossCallback"]
+
+
+check_version("lightning")
 
 
 class MonoLossCallback(Callback):
@@ -128,6 +131,7 @@ class MonoLossCallback(Callback):
 class _Attachment(Attachment[LatentTerm]):
     """The terms of one module, one for each callback."""
 
+    host = "lightning"
     replaces = ("training_step",)
 
     def training_step(self, inner: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

@@ -28,15 +28,17 @@ import torch
 from torch import Tensor, nn
 
 from monoloss_plugin._checks import as_rows, looks_are_free
-from monoloss_plugin._optional import missing_extra
 from monoloss_plugin._places import as_path, require_file
 from monoloss_plugin.attaching import (
     AttachedTerm,
     Attachment,
     LamConversion,
+    StepTerm,
     require_embeddings,
+    tensors_of_sae,
 )
 from monoloss_plugin.batch import Batch
+from monoloss_plugin.hosts import check_version, failed_import
 from monoloss_plugin.kernels.batch import GradientAt
 from monoloss_plugin.kernels.support import is_sparse, sampled_rows
 from monoloss_plugin.losses import LossHandle, LossTerm, StepTensors
@@ -62,11 +64,12 @@ try:
     from sae_lens.training.activation_scaler import ActivationScaler
     from sae_lens.training.multi_sae_trainer import MultiSAETrainer
     from sae_lens.training.optim import CoefficientScheduler
-except ModuleNotFoundError as error:
-    raise missing_extra(error, "sae-lens") from error
+except ImportError as error:
+    raise failed_import(error, "sae_lens", "sae-lens") from error
 
 __all__ = ["LossHandle", "add_loss", "strip_checkpoint"]
 
+check_version("sae_lens")
 logger = logging.getLogger(__name__)
 
 Embeddings = Callable[[Tensor], Tensor | Batch]
@@ -304,6 +307,7 @@ class _Schedule(CoefficientScheduler):  # type: ignore[misc]
 class _Attachment(Attachment[AttachedTerm]):
     """The terms of one SAE."""
 
+    host = "sae_lens"
     replaces = ("training_forward_pass", "get_coefficients", "load_weights_from_checkpoint")
 
     def __init__(self, sae: TrainingSAE[Any]) -> None:
@@ -361,12 +365,13 @@ class _Attachment(Attachment[AttachedTerm]):
             if weight == 0 and not getattr(step_input, "is_logging_step", True):
                 output.losses[name] = torch.zeros_like(output.loss)
                 continue
-            with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
-                value, metrics = attached.term.compute_loss(self._step_tensors(attached, output))
-                weighted = weight * value
+            weighted, metrics = StepTerm.of(
+                attached.term, self._step_tensors(attached, output), weight
+            )
             if weight != 0:
                 output.loss = output.loss + weighted
             output.losses[name] = weighted
+            del metrics[name]  # the host logs it with its losses
             output.metrics.update(metrics)
 
     def _weight(
@@ -396,31 +401,26 @@ class _Attachment(Attachment[AttachedTerm]):
 
     def _step_tensors(self, attached: AttachedTerm, output: TrainStepOutput) -> StepTensors:
         """Return what the term needs of this step, and no more."""
-        term, inputs = attached.term, as_rows(output.sae_in, "sae_in")
-        latents = as_rows(output.feature_acts, "feature_acts", keep_sparse=True)
-        step = StepTensors(latents, embeddings=inputs)
-        if term.needs_embeddings:
+        inputs = output.sae_in
+        gradient_at: GradientAt = "all"
+        if attached.term.needs_embeddings:
             if self.scaler is not None and self.scaler.whitening is not None:
                 inputs = self.scaler.unscale(inputs)
-            embeddings = inputs
-            if attached.embeddings is not None:
-                given = attached.embeddings(inputs)
-                if isinstance(given, Batch):
-                    step, given = step._replace(images=given.images), given.similarity
-                embeddings = as_rows(given, "embeddings")
+            latents = as_rows(output.feature_acts, "feature_acts", keep_sparse=True)
             gradient_at = _gradient_at(self.target, latents, output.hidden_pre)
-            step = step._replace(embeddings=embeddings, features=inputs, gradient_at=gradient_at)
-        if term.needs_selection:
-            step = step._replace(
-                pre_acts=as_rows(output.hidden_pre, "hidden_pre"),
-                selected=as_rows(latents.detach(), "feature_acts") != 0,
-            )
-        return step
+        return tensors_of_sae(
+            attached,
+            output.feature_acts,
+            inputs,
+            pre_acts=output.hidden_pre,
+            gradient_at=gradient_at,
+        )
 
 
 class _RunnerAttachment(Attachment[AttachedTerm]):
     """Gives the terms the scaler and the schedules of the trainer that a runner makes."""
 
+    host = "sae_lens"
     replaces = ("run_trainer_with_interruption_handling",)
 
     def run_trainer_with_interruption_handling(

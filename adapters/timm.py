@@ -21,18 +21,18 @@ import torch
 from torch import Tensor, nn
 
 from monoloss_plugin._checks import as_rows, as_tensor, looks_are_free
-from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.attaching import Attachment, require_embeddings
 from monoloss_plugin.finetuning import insert_mono_layer, load_with_mono_layer
 from monoloss_plugin.finetuning.embeddings import Frozen
 from monoloss_plugin.finetuning.latent_term import LatentTerm
+from monoloss_plugin.hosts import check_version, failed_import
 from monoloss_plugin.losses import LossHandle, LossTerm
 
 try:
     from timm.data.mixup import FastCollateMixup, Mixup
     from timm.task import TrainingTask
-except ModuleNotFoundError as error:
-    raise missing_extra(error, "vision") from error
+except ImportError as error:
+    raise failed_import(error, "timm", "vision") from error
 
 __all__ = [
     "LossHandle",
@@ -41,6 +41,9 @@ __all__ = [
     "load_with_mono_layer",
     "mix_with_embeddings",
 ]
+
+
+check_version("timm")
 
 
 def add_loss(
@@ -99,6 +102,7 @@ def add_loss(
 class _Attachment(Attachment[LatentTerm]):
     """The terms of one task."""
 
+    host = "timm"
     replaces = ("forward",)
 
     def forward(

@@ -23,20 +23,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from monoloss_plugin._optional import missing_extra
 from monoloss_plugin.attaching import Attachment, require_embeddings
 from monoloss_plugin.finetuning import insert_mono_layer, load_with_mono_layer
 from monoloss_plugin.finetuning.embeddings import Column, Frozen
 from monoloss_plugin.finetuning.latent_term import LatentTerm
 from monoloss_plugin.finetuning.mono_layer import warn_of_lost_layer
+from monoloss_plugin.hosts import check_version, failed_import
 from monoloss_plugin.losses import LossHandle, LossTerm
 
 try:
     from transformers import PreTrainedModel, Trainer
-except ModuleNotFoundError as error:
-    raise missing_extra(error, "vision") from error
+except ImportError as error:
+    raise failed_import(error, "transformers", "vision") from error
 
 __all__ = ["LossHandle", "add_loss", "insert_mono_layer", "load_with_mono_layer"]
+
+check_version("transformers")
 
 _HINT = "; a data collator of your own must keep it, and you must add the loss before training"
 
@@ -124,6 +126,7 @@ def add_loss(
 class _Attachment(Attachment[LatentTerm]):
     """The terms of one Trainer, and their metrics since the last log."""
 
+    host = "transformers"
     replaces = ("compute_loss", "prediction_step", "log")
 
     def __init__(self, trainer: Trainer) -> None:

@@ -21,17 +21,21 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import wraps
 from types import MethodType
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
-from monoloss_plugin._checks import require_at_least, require_number
+from monoloss_plugin._checks import as_rows, require_at_least, require_number
 from monoloss_plugin._places import kind_of
-from monoloss_plugin.losses import LossHandle, LossTerm, lam_factor
+from monoloss_plugin.batch import Batch
+from monoloss_plugin.hosts import moved_seam
+from monoloss_plugin.kernels.batch import GradientAt
+from monoloss_plugin.losses import LossHandle, LossTerm, Reduction, StepTensors, lam_factor
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -134,6 +138,63 @@ class AttachedTerm:
         warnings.warn(f"{self.term.name}: {said}", stacklevel=4)
 
 
+class StepTerm(NamedTuple):
+    """A term's value in one step."""
+
+    weighted: Tensor
+    """Scalar to add to the loss; it includes the weight and the warm-up."""
+    metrics: dict[str, Tensor]
+    """Scalars to log: the weighted term under its name, and the term's own metrics."""
+
+    @classmethod
+    def of(cls, term: LossTerm, step: StepTensors, weight: float) -> StepTerm:
+        """Compute a term. At weight 0 it is only measured, so that the step is the host's own."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
+            value, metrics = term.compute_loss(step)
+            weighted = weight * value if weight else torch.zeros_like(value)
+        logged = {term.name: weighted.detach(), **metrics}
+        return cls(weighted, {name: torch.as_tensor(v) for name, v in logged.items()})
+
+
+def tensors_of_sae(
+    attached: AttachedTerm,
+    latents: Tensor,
+    inputs: Tensor,
+    *,
+    pre_acts: Tensor | None = None,
+    gradient_at: GradientAt = "all",
+) -> StepTensors:
+    """Return what a term needs of an SAE's step, and no more.
+
+    Args:
+        attached: the term. Its ``embeddings`` maps the inputs to another similarity space, or to a
+            :class:`~monoloss_plugin.batch.Batch` that says also which images they are patches of.
+        latents: (..., M), dense or sparse COO.
+        inputs: (..., d_in), what the SAE reconstructs.
+        pre_acts: (..., M), the activations before a Top-k selection. The latents that are not zero
+            are what it selects.
+        gradient_at: which latents pass a gradient on.
+    """
+    inputs = as_rows(inputs, "inputs")
+    latents = as_rows(latents, "latents", keep_sparse=True)
+    step = StepTensors(latents, embeddings=inputs)
+    if attached.term.needs_embeddings:
+        embeddings: Any = inputs
+        if attached.embeddings is not None:
+            embeddings = attached.embeddings(inputs)
+            if isinstance(embeddings, Batch):
+                step = step._replace(images=embeddings.images)
+                embeddings = embeddings.similarity
+            embeddings = as_rows(embeddings, "embeddings")
+        step = step._replace(embeddings=embeddings, features=inputs, gradient_at=gradient_at)
+    if attached.term.needs_selection and pre_acts is not None:
+        step = step._replace(
+            pre_acts=as_rows(pre_acts, "pre_acts"),
+            selected=as_rows(latents.detach(), "latents") != 0,
+        )
+    return step
+
+
 Attached = TypeVar("Attached", bound=AttachedTerm)
 
 
@@ -156,6 +217,8 @@ class Attachment(Generic[Attached]):
     replaces: ClassVar[tuple[str, ...]]
     """Names of the host's methods. A subclass has a method ``name(inner, ...)`` for each, where
     ``inner`` is the host's own."""
+    host: ClassVar[str] = ""
+    """The host's key in :data:`~monoloss_plugin.hosts.HOSTS`."""
 
     def __init__(self, target: Any) -> None:
         self.target = target
@@ -174,7 +237,14 @@ class Attachment(Generic[Attached]):
 
     @classmethod
     def of(cls, target: Any) -> Self:
-        """Return an object's attachment, with our methods in place; make it if there is none."""
+        """Return an object's attachment, with our methods in place; make it if there is none.
+
+        Raises:
+            RuntimeError: the object has no method of a name that we replace: the host has moved it.
+        """
+        for name in cls.replaces:
+            if cls.host and not callable(getattr(target, name, None)):
+                raise moved_seam(cls.host, f"{type(target).__name__}.{name}")
         attachment: Self | None = target.__dict__.get(_KEY)
         if attachment is None:
             attachment = target.__dict__[_KEY] = cls(target)
@@ -251,16 +321,24 @@ def _method_of_attachment(name: str, inner: Any) -> Callable[..., Any]:
     return method
 
 
+_REDUCTIONS = {
+    "sum": "the sum of the squared error over an input's {width} entries",
+    "mean": "the mean of the squared error over an input's {width} entries",
+    "fvu": "the squared error over an input's {width} entries, divided by the variance {variance}",
+}
+
+
 @dataclass
 class LamConversion:
     """Converts lam to the weight in one host's loss, logs the result once, and records it."""
 
     host: str
     """What the log calls the host."""
-    reduction: Literal["sum", "mean"]
+    reduction: Reduction
     """How the host reduces its squared error over the input's width."""
     logger: logging.Logger
     _mean_square_norm: float | None = None
+    _variance: float | None = None
     _announced: set[str] = field(default_factory=set)
     _step: int = 0
 
@@ -289,20 +367,28 @@ class LamConversion:
         term, factor = attached.term, 1.0
         if term.lam_units != "raw":
             if self._mean_square_norm is None:
-                known = record.get("input_mean_square_norm") if self._step > 0 else None
-                measured = known or inputs.detach().float().square().sum(1).mean()
-                self._mean_square_norm = float(measured)
+                self._measure(inputs.detach().float(), record if self._step > 0 else {})
+            assert self._mean_square_norm is not None
             factor = times * lam_factor(
                 term.lam_units,
                 width=inputs.shape[1],
                 mean_square_norm=self._mean_square_norm,
                 reduction=self.reduction,
+                variance=self._variance,
                 degree=term.degree,
             )
         if term.name not in self._announced:
             self._announced.add(term.name)
             self._announce(attached, factor, inputs.shape[1], record)
         return factor
+
+    def _measure(self, inputs: Tensor, known: Mapping[str, Any]) -> None:
+        """Measure the inputs' scale, or take what a checkpoint knows."""
+        norm = known.get("input_mean_square_norm") or inputs.square().sum(1).mean()
+        self._mean_square_norm = float(norm)
+        if self.reduction == "fvu":
+            variance = known.get("input_variance") or (inputs - inputs.mean(0)).square().sum(1)
+            self._variance = float(torch.as_tensor(variance).mean())
 
     def _announce(
         self, attached: AttachedTerm, factor: float, width: int, record: dict[str, Any]
@@ -313,21 +399,21 @@ class LamConversion:
         attached.conversion_shown |= show
         self.logger.log(
             logging.WARNING if show else logging.INFO,
-            "%s: lam %g is measured against %r. %s takes the %s of the squared error over an "
-            "input's %d entries, and the inputs' mean squared norm is %s. So the weight in its "
-            "loss is %g times lam: %g%s",
+            "%s: lam %g is measured against %r. %s takes %s, and the inputs' mean squared norm is "
+            "%s. So the weight in its loss is %g times lam: %g%s",
             term.name,
             term.lam,
             term.lam_units,
             self.host,
-            self.reduction,
-            width,
+            _REDUCTIONS[self.reduction].format(width=width, variance=self._variance),
             self._mean_square_norm,
             factor,
             term.lam * factor,
             f". Samples are compared by {attached.compared_by}" if term.needs_embeddings else "",
         )
         record["input_mean_square_norm"] = self._mean_square_norm
+        if self._variance is not None:
+            record["input_variance"] = self._variance
         record.setdefault("terms", {})[term.name] = {
             "term": type(term).__name__,
             **asdict(term),
@@ -337,6 +423,63 @@ class LamConversion:
         }
         if term.needs_embeddings:
             record["terms"][term.name]["compared_by"] = attached.compared_by
+
+
+@dataclass
+class SaeTerms:
+    """Computes the terms of an SAE in a host that has no schedule and no logs of its own."""
+
+    conversion: LamConversion
+    record: dict[str, Any] = field(default_factory=dict)
+    """What lam became, and the inputs' scale. A checkpoint that keeps it lets a run go on."""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """Scalars of the last step, by name."""
+
+    # There is nothing to fuse with the host's graph; schedules and logs are Python's business.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def add_up(
+        self,
+        terms: Iterable[AttachedTerm],
+        latents: Tensor,
+        inputs: Tensor,
+        *,
+        step: int,
+        steps: float = math.inf,
+        pre_acts: Tensor | None = None,
+        gradient_at: GradientAt = "all",
+        times: float = 1.0,
+    ) -> Tensor:
+        """Return the sum of the weighted terms, to add to the host's loss.
+
+        Args:
+            terms: the terms.
+            latents: (..., M), dense or sparse COO.
+            inputs: (..., d_in), what the SAE reconstructs.
+            step: how many steps are done.
+            steps: how many steps there will be, if the host knows.
+            pre_acts: (..., M), the activations before a Top-k selection.
+            gradient_at: which latents pass a gradient on.
+            times: how many squared errors the host adds up.
+
+        Raises:
+            ValueError: ``start`` is a share of an unknown number of steps, or shapes do not match.
+        """
+        self.conversion.begin_step(step)
+        self.metrics = {}
+        rows = as_rows(inputs, "inputs")
+        total = torch.zeros((), dtype=torch.promote_types(latents.dtype, torch.float32))
+        total = total.to(latents.device)
+        for attached in terms:
+            factor = self.conversion.factor(attached, rows, self.record, times)
+            weight = attached.weight_at(step, steps) * factor
+            tensors = tensors_of_sae(
+                attached, latents, rows, pre_acts=pre_acts, gradient_at=gradient_at
+            )
+            weighted, metrics = StepTerm.of(attached.term, tensors, weight)
+            if weight:
+                total = total + weighted
+            self.metrics.update(metrics)
+        return total
 
 
 def require_embeddings(given: Any, key: str = "") -> None:

@@ -40,6 +40,15 @@ LamUnits = Literal["mse", "nmse", "raw"]
 - "raw": the host's loss as it is (fine-tuning, or your own tuning).
 """
 
+Reduction = Literal["sum", "mean", "fvu"]
+"""How a host makes one number of its squared errors.
+
+- "sum": their sum over an input's elements, averaged over samples.
+- "mean": their mean over elements and samples.
+- "fvu": their sum over elements and samples, divided by the inputs' total variance (the fraction of
+  variance unexplained).
+"""
+
 PatchSimilarity = Literal["image", "own", "active"]
 """What MonoLoss compares patches of images by.
 
@@ -365,18 +374,20 @@ def lam_factor(
     *,
     width: int,
     mean_square_norm: float,
-    reduction: Literal["sum", "mean"],
+    reduction: Reduction,
+    variance: float | None = None,
     degree: int = 0,
 ) -> float:
     """Return what to multiply ``lam`` by in a host, to keep the paper's trade-off.
 
-    Let the inputs have mean squared norm X and width d. The host's loss is then this many times the
-    paper's loss on inputs of unit norm:
+    Let the inputs have mean squared norm X, variance V and width d. The host's loss is then this
+    many times the paper's loss on inputs of unit norm:
 
     | the host takes | "mse" | "nmse" |
     |---|---|---|
     | the sum over d, the mean over samples | d·X | X |
     | the mean over both | X | X/d |
+    | the fraction of variance unexplained | d·X/V | X/V |
 
     A term of degree 1 grows with the activations, so it has itself grown by sqrt(X).
 
@@ -384,12 +395,13 @@ def lam_factor(
         lam_units: what lam is measured against; "raw" gives 1.
         width: d, the width of the SAE's input.
         mean_square_norm: X, the mean of ||x||² over samples, for x as in the host's loss.
-        reduction: how the host reduces its squared error over the d elements.
+        reduction: how the host reduces its squared error: see :data:`Reduction`.
+        variance: V, the mean of ||x - mean||² over samples; only for "fvu".
         degree: of the term, 0 or 1.
 
     Raises:
         TypeError: width or degree is not an integer, or X is not a number.
-        ValueError: an unknown option, or X is not positive.
+        ValueError: an unknown option, or X or V is not positive.
 
     Examples:
         >>> round(3e-4 * lam_factor("mse", width=768, mean_square_norm=1.0, reduction="sum"), 4)
@@ -398,7 +410,7 @@ def lam_factor(
     Source: Nasiri-Sarvi et al. 2026, eq. 3 and appendix B; derivation in docs/lam.md.
     """
     require_choice(lam_units, "lam_units", get_args(LamUnits))
-    require_choice(reduction, "reduction", ("sum", "mean"))
+    require_choice(reduction, "reduction", get_args(Reduction))
     require_at_least(1, width, "width")
     require_number(mean_square_norm, "mean_square_norm")
     require_at_least(0, degree, "degree")
@@ -408,6 +420,9 @@ def lam_factor(
         raise ValueError(
             f"mean_square_norm: expected a positive finite number, got {mean_square_norm}"
         )
-    per_sample = mean_square_norm if reduction == "sum" else mean_square_norm / width
+    if reduction == "fvu" and not (variance is not None and 0 < variance < float("inf")):
+        raise ValueError(f"variance: expected a positive finite number for 'fvu', got {variance}")
+    per_sample = {"sum": 1.0, "mean": 1 / width, "fvu": 1 / (variance or 1.0)}[reduction]
+    per_sample *= mean_square_norm
     host_loss = per_sample * width if lam_units == "mse" else per_sample
     return float(host_loss / mean_square_norm ** (degree / 2))

@@ -199,9 +199,11 @@ def test_terms_of_another_kind_are_named(wrong) -> None:
         AttachedTerm(MonoLoss(lam=1.0), -1)
 
 
-@pytest.mark.parametrize(("reduction", "per_norm"), [("sum", 8.0), ("mean", 1.0)])
-def test_lam_is_converted_logged_and_recorded_once(reduction, per_norm, caplog) -> None:
-    inputs = 3 * torch.nn.functional.normalize(torch.randn(16, 8), dim=1)
+@pytest.mark.parametrize("reduction", ["sum", "mean", "fvu"])
+def test_lam_is_converted_logged_and_recorded_once(reduction, caplog) -> None:
+    inputs = 3 * torch.nn.functional.normalize(torch.randn(16, 8) + 1, dim=1)
+    variance = inputs.var(0, correction=0).sum().item()
+    per_norm = {"sum": 8.0, "mean": 1.0, "fvu": 8.0 / variance}[reduction]
     attached, record = AttachedTerm(MonoLoss(lam=1e-3), warm_up_steps=2, start=0.5), {}
     conversion = LamConversion("A host", reduction, logging.getLogger("monoloss_plugin.a_host"))
     for step in range(3):
@@ -221,7 +223,7 @@ def test_lam_is_converted_logged_and_recorded_once(reduction, per_norm, caplog) 
     resumed.begin_step(3)
     assert resumed.factor(attached, inputs * 7, record) == factor
     conversion.begin_step(0)  # another run measures its own inputs
-    assert conversion.factor(attached, inputs * 2, record) == pytest.approx(4 * factor, rel=1e-5)
-    assert conversion.factor(attached, inputs, record, times=2) == pytest.approx(
-        8 * factor, rel=1e-5
-    )
+    grown = 4 if reduction != "fvu" else 1  # which does not depend on scale
+    twice = conversion.factor(attached, inputs * 2, record)
+    assert twice == pytest.approx(grown * factor, rel=1e-5)
+    assert conversion.factor(attached, inputs, record, times=2) == pytest.approx(2 * twice)

@@ -74,20 +74,32 @@ def test_regularizers_say_what_they_need() -> None:
         L1L2Ratio(lam=1).compute_loss(StepTensors(torch.rand(3, 2), torch.rand(3, 4)))
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "fvu"])
 @pytest.mark.parametrize("units", ["mse", "nmse"])
 @pytest.mark.parametrize("degree", [0, 1])
 def test_lam_factor_keeps_the_trade_off_of_the_paper_s_loss(reduction, units, degree) -> None:
     """Scaling the inputs by s and reducing as the host does must scale both terms alike."""
     generator = torch.Generator().manual_seed(1)
-    unit = torch.nn.functional.normalize(torch.randn(64, 24, generator=generator), dim=1)
+    unit = torch.nn.functional.normalize(torch.randn(64, 24, generator=generator) + 1, dim=1)
     unit_hat = unit + 0.1 * torch.randn(64, 24, generator=generator)
     paper_error = (unit - unit_hat).square()
     paper = paper_error.mean() if units == "mse" else paper_error.sum(1).mean()
     s = 7.0
     host_error = (s * unit - s * unit_hat).square()
-    host = host_error.sum(1).mean() if reduction == "sum" else host_error.mean()
-    factor = lam_factor(units, width=24, mean_square_norm=s * s, reduction=reduction, degree=degree)
+    deviations = (s * (unit - unit.mean(0))).square()
+    host = {
+        "sum": host_error.sum(1).mean(),
+        "mean": host_error.mean(),
+        "fvu": host_error.sum() / deviations.sum(),
+    }[reduction]
+    factor = lam_factor(
+        units,
+        width=24,
+        mean_square_norm=s * s,
+        reduction=reduction,
+        variance=deviations.sum(1).mean().item(),
+        degree=degree,
+    )
     # A term of value 1 on unit inputs has value s**degree on inputs scaled by s.
     assert factor * s**degree == pytest.approx((host / paper).item(), rel=1e-4)
 
@@ -98,3 +110,5 @@ def test_lam_factor_of_raw_is_one_and_bad_input_is_named() -> None:
         lam_factor("mse", width=8, mean_square_norm=0.0, reduction="sum")
     with pytest.raises(ValueError, match="reduction: expected one of"):
         lam_factor("mse", width=8, mean_square_norm=1.0, reduction="max")
+    with pytest.raises(ValueError, match="variance: expected a positive finite number for 'fvu'"):
+        lam_factor("mse", width=8, mean_square_norm=1.0, reduction="fvu")

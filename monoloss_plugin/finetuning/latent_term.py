@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from monoloss_plugin._checks import as_rows, require_flag
-from monoloss_plugin.attaching import AttachedTerm
+from monoloss_plugin.attaching import AttachedTerm, StepTerm
 from monoloss_plugin.finetuning.gathering import gather_rows
 from monoloss_plugin.finetuning.recorder import LatentRecorder, require_layer
 from monoloss_plugin.losses import StepTensors
 
 _RESERVED = ("loss", "output", "epoch", "grad_norm", "learning_rate")
 """Names that hosts already use in their logs and results."""
-
-
-class StepTerm(NamedTuple):
-    """A term's value in one step."""
-
-    weighted: Tensor
-    """Scalar to add to the loss; it includes the weight and the warm-up."""
-    metrics: dict[str, Tensor]
-    """Scalars to log: the weighted term under its name, and the term's own metrics."""
 
 
 @dataclass
@@ -97,10 +88,5 @@ class LatentTerm(AttachedTerm):
         if not self.calls:
             self.warn_of_long_warm_up(steps)
         weight = self.weight_at(self.calls if step is None else step, steps)
-        # At weight 0 the term is only measured, so that the step is the host's own.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
-            value, metrics = self.term.compute_loss(step_tensors)
-            weighted = weight * value if weight else torch.zeros_like(value)
         self.calls += 1
-        logged = {self.term.name: weighted.detach(), **metrics}
-        return StepTerm(weighted, {name: torch.as_tensor(v) for name, v in logged.items()})
+        return StepTerm.of(self.term, step_tensors, weight)

@@ -1,0 +1,66 @@
+"""What the list of hosts says, and what users are told if a host is not as tested."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from types import ModuleType
+
+import pytest
+from packaging.specifiers import SpecifierSet
+
+from monoloss_plugin import hosts
+from monoloss_plugin.attaching import AttachedTerm, Attachment
+from monoloss_plugin.hosts import HOSTS, check_version, failed_import, moved_seam
+
+
+@pytest.mark.parametrize("key", HOSTS)
+def test_what_is_tested_is_what_the_adapter_is_made_for(key) -> None:
+    host = HOSTS[key]
+    assert SpecifierSet(host.versions).contains(host.tested)
+    if host.installed is not None:  # in an environment of its tests
+        assert host.installed == host.tested
+        assert host.fits
+
+
+def test_another_version_is_warned_of_once(monkeypatch) -> None:
+    monkeypatch.setattr(hosts, "version", lambda _: "0.9")
+    monkeypatch.setattr(hosts, "_warned", set())
+    with pytest.warns(UserWarning, match="timm 0.9 is installed.* made for timm >=1.0.28,<2"):
+        check_version("timm")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_version("timm")
+
+
+def test_a_method_that_has_moved_names_both_versions() -> None:
+    class Ours(Attachment[AttachedTerm]):
+        host = "timm"
+        replaces = ("run",)
+
+        def run(self, inner):
+            return inner()
+
+    class Theirs:
+        pass
+
+    said = f"timm {HOSTS['timm'].installed} has no Theirs.run.* tested with timm 1"
+    with pytest.raises(RuntimeError, match=said):
+        Ours.of(Theirs())
+
+
+@pytest.mark.parametrize("gone", ["timm.task", "timm.task:TrainingTask"])
+def test_a_moved_import_is_not_called_a_missing_library(monkeypatch, gone) -> None:
+    module, _, name = gone.partition(":")
+    replaced = ModuleType(module) if name else None
+    monkeypatch.setitem(sys.modules, module, replaced)
+    monkeypatch.delitem(sys.modules, "monoloss_plugin.adapters.timm", raising=False)
+    with pytest.raises(RuntimeError, match=r"timm \S+ has no timm.task.*tested with timm 1"):
+        importlib.import_module("monoloss_plugin.adapters.timm")
+
+
+def test_a_broken_library_of_the_host_is_named() -> None:
+    error = ModuleNotFoundError("No module named 'antlers'", name="antlers")
+    assert "needs antlers" in str(failed_import(error, "timm", "vision"))
+    assert isinstance(moved_seam("timm", "x"), RuntimeError)

@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test check lint browser docs release-check bench bench-full bench-features pins clean
+.PHONY: demo test test-hosts check lint browser docs release-check bench bench-full bench-features pins clean
 
 demo: $(VENV)/.demo ## compare SAEs without and with MonoLoss on real images
 	$(BIN)/monoloss demo
 
 test: lint browser ## ruff, mypy and every test
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m tests.hosts
+
+test-hosts: $(VENV)/.dev ## the tests of trainers that need an environment of their own
+	$(BIN)/python -m tests.hosts
 
 check: lint ## ruff, mypy and the quick tests
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m "not slow"
@@ -51,9 +55,8 @@ clean:
 	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # constraints.txt pins the versions that CI installs; pyproject.toml keeps the honest ranges.
-$(VENV)/.%: pyproject.toml constraints.txt tests/no-deps.txt | $(BIN)/python
+$(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[$*]"
-	$(if $(filter dev,$*),$(PIP) install --quiet --no-deps --requirement tests/no-deps.txt)
 	@touch $@
 
 $(BIN)/python:

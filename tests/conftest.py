@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import tempfile
+from pathlib import Path
 
 from tests.hub.environment import only_hub
 from tests.hub.server import LoopbackHub
@@ -26,6 +28,9 @@ from torch import Tensor  # noqa: E402
 
 from monoloss_plugin.kernels import support  # noqa: E402
 from tests import oracle  # noqa: E402
+
+# They run in environments of their own: python -m tests.hosts.
+collect_ignore = [] if Path(sys.prefix).parent.name == "hosts" else ["hosts"]
 
 _SLOW = (
     "tests/adapters/test_transformers.py",

@@ -142,14 +142,23 @@ def saes() -> None:
 
 def checkpoints() -> None:
     """Make a checkpoint of each library that ``monoloss convert`` reads."""
-    from tests.convert import test_dictionary_learning
-
     save(Path("checkpoint.pt"), untied(), "batch_topk", topk_k=5)
-    test_dictionary_learning.saved(Path("trainer_0"), "BatchTopKSAE")
+    # As dictionary_learning and overcomplete name them; the libraries are not installed here.
+    dictionary = {
+        "encoder.weight": torch.randn(48, 64),
+        "encoder.bias": torch.zeros(48),
+        "decoder.weight": torch.randn(64, 48),
+        "b_dec": torch.zeros(64),
+        "k": torch.tensor(5),
+        "threshold": torch.tensor(0.1),
+    }
+    Path("trainer_0").mkdir()
+    torch.save(dictionary, "trainer_0/ae.pt")
+    Path("trainer_0/config.json").write_text('{"trainer": {"dict_class": "BatchTopKSAE", "k": 5}}')
     state = {
         "encoder.final_block.0.weight": torch.randn(48, 64),
         "encoder.final_block.0.bias": torch.zeros(48),
         "dictionary._weights": torch.randn(48, 64),
         "dictionary.multiplier": torch.tensor(1.0),
-    }  # as overcomplete 0.3 names them; it is not there for Python 3.13
+    }
     torch.save(state, "sae.pt")

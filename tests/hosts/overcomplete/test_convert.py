@@ -2,20 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
-import matplotlib
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
-
-if sys.version_info >= (3, 13):
-    pytest.skip("overcomplete 0.3 is for Python below 3.13", allow_module_level=True)
-
-# overcomplete 0.3 asks matplotlib, for its pictures, for what 3.9 has removed.
-if not hasattr(matplotlib.cm, "get_cmap"):
-    matplotlib.cm.get_cmap = matplotlib.colormaps.get_cmap
-
 from overcomplete.sae import (
     QSAE,
     SAE,
@@ -27,6 +15,7 @@ from overcomplete.sae import (
     TopKSAE,
     train_sae,
 )
+from torch.utils.data import DataLoader, TensorDataset
 
 from monoloss_plugin.convert import from_overcomplete
 from tests.convert.conftest import LATENTS, WIDTH

@@ -3,20 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
-from types import ModuleType
 
 import pytest
 import torch
-
-from monoloss_plugin.convert import from_dictionary_learning
-from tests.convert.conftest import LATENTS, WIDTH
-
-# Its package asks for nnsight, to read language models' activations; its SAEs do without.
-if "nnsight" not in sys.modules:
-    sys.modules["nnsight"] = ModuleType("nnsight")
-    sys.modules["nnsight"].LanguageModel = object  # type: ignore[attr-defined]
-
 from dictionary_learning.dictionary import (
     AutoEncoder,
     AutoEncoderNew,
@@ -26,6 +15,9 @@ from dictionary_learning.dictionary import (
 from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
 from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKSAE
 from dictionary_learning.trainers.top_k import AutoEncoderTopK
+
+from monoloss_plugin.convert import from_dictionary_learning
+from tests.convert.conftest import LATENTS, WIDTH
 
 MAKERS = {
     "AutoEncoder": lambda: AutoEncoder(WIDTH, LATENTS),

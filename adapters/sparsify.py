@@ -56,8 +56,8 @@ Embeddings = Callable[[Tensor], Tensor | Batch]
 """Maps the SAE's input (B, d_in) of a step to another similarity space (B, d) of the same rows; or
 to the batch of the same rows, which says also which images they are patches of."""
 
-_METADATA = "monoloss"
-"""The key of our record in a checkpoint's ``cfg.json``, which the host ignores when it loads."""
+_RECORD = "monoloss_terms.json"
+"""What lam became and the inputs' scale, in the folder of each SAE that the host saves."""
 
 
 def add_loss(
@@ -196,8 +196,8 @@ class _TrainerAttachment(Attachment[AttachedTerm]):
         """Load the host's state, and what the checkpoint records about the terms."""
         inner(path)
         for name, attachment in self.coders.items():
-            config = json.loads((Path(path) / name / "cfg.json").read_text())
-            attachment.computed.record = config.get(_METADATA, {})
+            file = Path(path) / name / _RECORD
+            attachment.computed.record = json.loads(file.read_text()) if file.exists() else {}
 
     def is_needed(self) -> bool:
         """Return whether some SAE carries a term."""
@@ -262,12 +262,10 @@ class _Attachment(Attachment[AttachedTerm]):
         return encoding
 
     def save_to_disk(self, inner: Callable[[Path | str], None], path: Path | str) -> None:
-        """Save the SAE, and write into its config what lam became and the inputs' scale."""
+        """Save the SAE, and beside it what lam became and the inputs' scale."""
         inner(path)
         if self.computed.record:
-            config = Path(path) / "cfg.json"
-            content = json.loads(config.read_text()) | {_METADATA: self.computed.record}
-            config.write_text(json.dumps(content))
+            (Path(path) / _RECORD).write_text(json.dumps(self.computed.record, indent=1))
 
     def metrics(self) -> dict[str, float]:
         """Return the last step's metrics."""

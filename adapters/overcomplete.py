@@ -79,8 +79,7 @@ def add_loss(
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: a term of that name is in the criterion already, or an argument is out of range;
-            in a step, the codes are negative, or a regularizer's SAE has no codes before the
-            selection (matching pursuit).
+            in a step, the codes are negative, carry no gradient, or come from matching pursuit.
 
     Examples:
         >>> from monoloss_plugin import MonoLoss
@@ -136,11 +135,10 @@ class CriterionWithLoss:
         if not torch.is_grad_enabled():
             return loss
         term, inputs = self.attached.term, _rows_of_codes(x)
-        first = not self.terms.steps
-        if term.needs_nonnegative and (first or looks_are_free(codes)):
+        if not self.terms.steps:
+            _require_codes(term, pre_codes, codes, inputs - _rows_of_codes(x_hat))
+        if term.needs_nonnegative and (not self.terms.steps or looks_are_free(codes)):
             require_nonnegative(codes, term)
-        if term.needs_selection and first:
-            _require_pre_codes(term, pre_codes, codes, inputs - _rows_of_codes(x_hat))
         added: Tensor = self.terms.add_up(
             [self.attached],
             codes,
@@ -175,12 +173,18 @@ def _rows_of_codes(x: Tensor) -> Tensor:
     return x.flatten(0, -2)
 
 
-def _require_pre_codes(term: LossTerm, pre_codes: Tensor, codes: Tensor, residual: Tensor) -> None:
-    """Raise ValueError if what should be the codes before the selection is a residual."""
+def _require_codes(term: LossTerm, pre_codes: Tensor, codes: Tensor, residual: Tensor) -> None:
+    """Raise ValueError for the codes of matching pursuit, which gives a residual before them."""
+    if not codes.requires_grad:
+        raise ValueError(
+            f"{term.name}: the codes carry no gradient, so it can do nothing; orthogonal matching "
+            "pursuit (OMPSAE) solves for its codes"
+        )
     same = pre_codes.shape == residual.shape and torch.allclose(pre_codes, residual, atol=1e-4)
     if pre_codes.shape != codes.shape or same:
         raise ValueError(
-            f"{term.name}: needs the codes before a Top-k selection, and matching pursuit has none"
+            f"{term.name}: this SAE gives a residual instead of codes before a selection, as "
+            "matching pursuit (MpSAE) does; its codes can be negative, which no loss here is for"
         )
 
 

@@ -454,7 +454,7 @@ class SaeTerms:
     """How many steps are done, if the host does not say."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps, so that a run goes on: steps done, and what lam became."""
+        """Return what a checkpoint keeps: how many steps are done, and what lam became."""
         return {"steps": self.steps, "record": self.record}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

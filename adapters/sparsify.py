@@ -34,11 +34,11 @@ from torch import Tensor
 from monoloss_plugin.attaching import (
     AttachedTerm,
     Attachment,
+    Embeddings,
     LamConversion,
     SaeTerms,
     require_embeddings,
 )
-from monoloss_plugin.batch import Batch
 from monoloss_plugin.hosts import check_version, failed_import, moved_seam
 from monoloss_plugin.losses import LossHandle, LossTerm
 
@@ -51,10 +51,6 @@ __all__ = ["LossHandle", "add_loss", "last_metrics"]
 
 check_version("sparsify")
 logger = logging.getLogger(__name__)
-
-Embeddings = Callable[[Tensor], Tensor | Batch]
-"""Maps the SAE's input (B, d_in) of a step to another similarity space (B, d) of the same rows; or
-to the batch of the same rows, which says also which images they are patches of."""
 
 _RECORD = "monoloss_terms.json"
 """What lam became and the inputs' scale, in the folder of each SAE that the host saves."""

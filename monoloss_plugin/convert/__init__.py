@@ -13,9 +13,18 @@ if TYPE_CHECKING:
     from monoloss_plugin.convert.dictionary_learning import from_dictionary_learning
     from monoloss_plugin.convert.monoloss import from_monoloss
     from monoloss_plugin.convert.overcomplete import from_overcomplete
+    from monoloss_plugin.convert.prisma import from_prisma
+    from monoloss_plugin.convert.saev import from_saev
     from monoloss_plugin.convert.sparsify import from_sparsify
 
-__all__ = ["from_dictionary_learning", "from_monoloss", "from_overcomplete", "from_sparsify"]
+__all__ = [
+    "from_dictionary_learning",
+    "from_monoloss",
+    "from_overcomplete",
+    "from_prisma",
+    "from_saev",
+    "from_sparsify",
+]
 
 __getattr__, __dir__ = later(
     __name__,
@@ -23,6 +32,8 @@ __getattr__, __dir__ = later(
         "from_dictionary_learning": "dictionary_learning",
         "from_monoloss": "monoloss",
         "from_overcomplete": "overcomplete",
+        "from_prisma": "prisma",
+        "from_saev": "saev",
         "from_sparsify": "sparsify",
     },
 )

@@ -5,22 +5,18 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
+import sparsify
 import torch
 import torch.distributed as dist
 from datasets import Dataset
+from sparsify import SparseCoder, SparseCoderConfig, TrainConfig, Trainer
 from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # before sparsify is imported: there is no GPU here
-
-import sparsify
-from sparsify import SparseCoder, SparseCoderConfig, TrainConfig, Trainer
 
 from monoloss_plugin import L1L2Ratio, MonoLoss, MonoScore, OffSupportL1, functional
 from monoloss_plugin.adapters import sparsify as adapter

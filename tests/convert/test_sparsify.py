@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # before sparsify is imported: there is no GPU here
-
 from sparsify import SparseCoder, SparseCoderConfig
+from torch import Tensor, nn
 
 from monoloss_plugin.convert import from_sparsify
 from tests.convert.conftest import LATENTS, WIDTH

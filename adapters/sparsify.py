@@ -105,10 +105,11 @@ def add_loss(
     for coder in found.values():
         Attachment.require_free(coder, loss.name)
     _warn_of_no_effect(trainer, attached)
+    attachments = {name: _Attachment.of(coder) for name, coder in found.items()}
     of_trainer = _TrainerAttachment.of(trainer)
+    of_trainer.coders |= attachments
     handles = []
-    for name, coder in found.items():
-        of_trainer.coders[name] = attachment = _Attachment.of(coder)
+    for name, attachment in attachments.items():
         attachment.name, attachment.trainer = name, ref(trainer)
         handles.append(attachment.add(attached))
 
@@ -246,7 +247,7 @@ class _Attachment(Attachment[AttachedTerm]):
         self._log(trainer)
         if not total.requires_grad:
             return output
-        # The host divides a batch's FVU among its chunks by their errors, and then by their number.
+        # The chunks of a batch share its FVU, and the host divides by their number all the same.
         total = total / trainer.cfg.micro_acc_steps
         return output._replace(fvu=output.fvu + (total - total.detach()).to(output.fvu.dtype))
 
@@ -270,7 +271,8 @@ class _Attachment(Attachment[AttachedTerm]):
     @contextmanager
     def _keep_encodings(self) -> Iterator[list[Any]]:
         """Collect what the encoder gives."""
-        self._encodings = encodings = []
+        encodings: list[Any] = []
+        self._encodings = encodings
         try:
             yield encodings
         finally:
@@ -284,7 +286,8 @@ class _Attachment(Attachment[AttachedTerm]):
         coder = self.target
         if not any(attached.term.needs_selection for attached in self.terms.values()):
             return None
-        return coder.encoder(x.to(coder.dtype) if coder.cfg.transcode else x - coder.b_dec)
+        z: Tensor = coder.encoder(x.to(coder.dtype) if coder.cfg.transcode else x - coder.b_dec)
+        return z
 
     def _log(self, trainer: Trainer) -> None:
         """Add the metrics to the row that the host will send to Weights & Biases at this step."""

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pydoc_data.topics import topics
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,11 @@ class OneBatch(torch.utils.data.Dataset[dict[str, Tensor]]):
 def make_step(attached: bool) -> Callable[[], object]:
     """Return one step of the trainer, with MonoLoss or without."""
     torch.manual_seed(0)
-    shape = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 12}
+    shape: dict[str, Any] = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 4 * WIDTH,
+        "num_attention_heads": 12,
+    }
     model = GPTNeoXModel(GPTNeoXConfig(**shape, num_hidden_layers=1, vocab_size=128))
     cfg = TrainConfig(
         SparseCoderConfig(num_latents=LATENTS, k=K),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import logging
 from pathlib import Path
@@ -250,10 +251,10 @@ def test_zeros_that_the_selection_keeps_are_not_active_and_get_no_gradient(model
     trainer = make_trainer(model, data)
     trainer.add_loss(MonoLoss(lam=0.5, lam_units="raw"))
     (coder,) = trainer.saes.values()
-    coder.encoder.bias.data.fill_(-2.0)  # fewer than k are above zero
+    coder.encoder.bias.data.fill_(-1.0)  # often fewer than k are above zero
     x = torch.randn(64, WIDTH)
     output = coder(x=x, y=x, total_variance=torch.tensor(1.0))
-    assert (output.latent_acts == 0).any(1).all()
+    assert (output.latent_acts == 0).any(1).sum() > 20
     leaves = {name: p.detach().clone().requires_grad_() for name, p in coder.named_parameters()}
     _, latents, _ = encode_by_hand(coder, leaves, x)
     term = 0.5 * functional.monoloss(latents, x)
@@ -385,6 +386,30 @@ def test_a_term_that_can_do_nothing_is_warned_of(model, data):
     with pytest.warns(UserWarning, match=r"training has ended \(6 of 6 steps\)") as said:
         trainer.add_loss(MonoLoss(lam=0.1, name="late"))
     assert said[0].filename == __file__
+
+
+def test_k_may_change_from_step_to_step(model, data):
+    trainer = make_trainer(model, data, steps=4, k_decay_steps=4)
+    trainer.add_loss(MonoLoss(lam=0.1))
+    trainer.add_loss(OffSupportL1(lam=0.1))
+    seen = Watched(trainer)
+    assert seen.coder.cfg.k < 96
+    assert last_metrics(trainer)["layers.1.mlp"].keys() >= {"monoloss", "off_support_l1"}
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_step_of_the_benchmark_is_a_step_of_the_trainer(attached, monkeypatch):
+    benchmark = importlib.import_module("benchmarks.hosts.sparsify")
+    for name, value in {"WIDTH": 48, "LATENTS": 64, "K": 4, "LENGTH": 8}.items():
+        monkeypatch.setattr(benchmark, name, value)
+    steps: list[int] = []
+    fit = Trainer.fit
+    monkeypatch.setattr(Trainer, "fit", lambda t: fit(t) or steps.append(t.global_step))
+    step = benchmark.make_step(attached)
+    for _ in range(3):
+        step()
+    assert steps == [1, 2, 3]
+    assert not list(Path().iterdir())
 
 
 # The host's names, logs, checkpoints

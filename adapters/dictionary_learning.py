@@ -358,8 +358,9 @@ def _latents_in(calls: Mapping[str, Any], trainer: Any) -> tuple[Tensor, Tensor 
         called = f"call of ae.encode or ae.decode in {type(trainer).__name__}.loss"
         raise moved_seam("dictionary_learning", called)
     # JumpReluTrainer computes the latents itself, and lets a negative one pass if its threshold is
-    # negative; ae.encode does not. Unlike relu, clamp passes the gradient to the latents at zero.
-    return calls["decoded"].clamp(min=0), None
+    # negative; ae.encode does not. Unlike relu and clamp, this passes the gradient at zero.
+    latents = calls["decoded"]
+    return latents.masked_fill(latents < 0, 0.0), None
 
 
 def _mean_group_weight(trainer: Any) -> float:

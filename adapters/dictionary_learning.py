@@ -290,7 +290,7 @@ class _Attachment(Attachment[_AttachedTerm]):
         latents, pre_acts = _latents_in(calls, trainer)
         active_only = type(trainer.ae).__name__ in _ACTIVE_ONLY
         gradient_at: GradientAt = "active" if active_only else "all"
-        return self.sum.add_up(
+        total: Tensor = self.sum.add_up(
             self.terms.values(),
             latents,
             x,
@@ -300,6 +300,7 @@ class _Attachment(Attachment[_AttachedTerm]):
             gradient_at=gradient_at,
             times=_mean_group_weight(trainer),
         )
+        return total
 
     @property
     def record(self) -> dict[str, Any]:
@@ -313,7 +314,7 @@ class _Attachment(Attachment[_AttachedTerm]):
         return record
 
 
-def _class_with_record(trainer_class: Any) -> type:
+def _class_with_record(trainer_class: Any) -> Any:
     """Return a subclass, of the same name, whose ``config`` also records the terms."""
 
     def config(self: Any) -> dict[str, Any]:
@@ -321,7 +322,9 @@ def _class_with_record(trainer_class: Any) -> type:
         return {**found, _METADATA: _Attachment.of(self).record}
 
     names = {key: getattr(trainer_class, key) for key in ("__module__", "__qualname__", "__doc__")}
-    made = type(trainer_class.__name__, (trainer_class,), {**names, "config": property(config)})
+    made: Any = type(
+        trainer_class.__name__, (trainer_class,), {**names, "config": property(config)}
+    )
     return made
 
 
@@ -372,4 +375,4 @@ def _mean_group_weight(trainer: Any) -> float:
     if weights is None:
         return 1.0
     active = weights[: trainer.ae.active_groups]
-    return sum(active) / len(active)
+    return float(sum(active) / len(active))

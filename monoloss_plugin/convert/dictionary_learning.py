@@ -51,6 +51,8 @@ _FORMATS = {
     "MatryoshkaBatchTopKSAE": _Format("jumprelu", SAE_LENS | _THRESHOLD, ignored="k|group_sizes"),
     "JumpReluAutoEncoder": _Format("jumprelu", SAE_LENS | _THRESHOLD, _RAW_INPUT),
 }
+# As sae-for-vlm's copy of the library spells it.
+_FORMATS["MatroyshkaBatchTopKSAE"] = _FORMATS["MatryoshkaBatchTopKSAE"]
 
 
 def from_dictionary_learning(

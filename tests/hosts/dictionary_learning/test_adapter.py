@@ -7,6 +7,7 @@ import json
 import pickle
 import queue
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from dictionary_learning.dictionary import AutoEncoderNew
 from dictionary_learning.trainers import StandardTrainer, TopKTrainer
 from dictionary_learning.trainers.jumprelu import JumpReLUFunction
+from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKSAE
 from dictionary_learning.trainers.trainer import SAETrainer
 from dictionary_learning.training import log_stats
 from dictionary_learning.utils import load_dictionary
@@ -315,6 +317,19 @@ def test_a_saved_dictionary_is_loaded_converted_and_published(name, digits, tmp_
     assert_same(sae, digits, latents, out)
     (loss,) = record_in(sae).losses
     assert (loss["name"], loss["lam"]) == ("monoloss", 0.01)
+
+
+def test_sae_for_vlm_s_spelling_of_matryoshka_is_known(digits, request, tmp_path):
+    for renamed in (TRAINERS["matryoshka"]["trainer"], MatryoshkaBatchTopKSAE):
+        request.addfinalizer(partial(setattr, renamed, "__name__", renamed.__name__))
+        renamed.__name__ = renamed.__name__.replace("Matryoshka", "Matroyshka")
+    config = add_loss(make_config("matryoshka"), OffSupportL1(lam=0.1))
+    trainer = train(config, digits, save_dir=str(tmp_path))
+    assert trainer.config["monoloss"]["terms"]["off_support_l1"]["factor"] == pytest.approx(1 / 3)
+    path = tmp_path / "trainer_0/config.json"
+    path.write_text(path.read_text().replace("MatryoshkaBatchTopKSAE", "MatroyshkaBatchTopKSAE"))
+    sae = from_dictionary_learning(path.parent)
+    torch.testing.assert_close(sae.encode(digits), trainer.ae.encode(digits))
 
 
 def test_wandb_gets_a_config_that_it_can_take(digits, monkeypatch, tmp_path):

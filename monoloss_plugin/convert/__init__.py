@@ -13,8 +13,16 @@ if TYPE_CHECKING:
     from monoloss_plugin.convert.dictionary_learning import from_dictionary_learning
     from monoloss_plugin.convert.monoloss import from_monoloss
     from monoloss_plugin.convert.overcomplete import from_overcomplete
+    from monoloss_plugin.convert.prisma import from_prisma
+    from monoloss_plugin.convert.saev import from_saev
 
-__all__ = ["from_dictionary_learning", "from_monoloss", "from_overcomplete"]
+__all__ = [
+    "from_dictionary_learning",
+    "from_monoloss",
+    "from_overcomplete",
+    "from_prisma",
+    "from_saev",
+]
 
 __getattr__, __dir__ = later(
     __name__,
@@ -22,5 +30,7 @@ __getattr__, __dir__ = later(
         "from_dictionary_learning": "dictionary_learning",
         "from_monoloss": "monoloss",
         "from_overcomplete": "overcomplete",
+        "from_prisma": "prisma",
+        "from_saev": "saev",
     },
 )

@@ -23,17 +23,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
+import torch
 from torch import Tensor
 
 from monoloss_plugin._places import kind_of
 from monoloss_plugin.attaching import (
     AttachedTerm,
     Attachment,
+    Embeddings,
     LamConversion,
     SaeTerms,
     require_embeddings,
+    require_nonnegative,
 )
-from monoloss_plugin.batch import Batch
 from monoloss_plugin.hosts import check_version, failed_import, moved_seam
 from monoloss_plugin.kernels.batch import GradientAt
 from monoloss_plugin.losses import LossHandle, LossTerm
@@ -47,10 +49,6 @@ __all__ = ["LossHandle", "add_loss"]
 
 check_version("dictionary_learning")
 logger = logging.getLogger(__name__)
-
-Embeddings = Callable[[Tensor], Tensor | Batch]
-"""Maps the SAE's input (B, d_in) of a step to another similarity space (B, d) of the same rows; or
-to the batch of the same rows, which says also which images they are patches of."""
 
 _METADATA = "monoloss"
 
@@ -139,11 +137,24 @@ def add_loss(
     Raises:
         TypeError: the target or the loss has the wrong type.
         ValueError: a term of that name is attached already, the trainer does not give the term
-            what it needs, a config names no trainer, or an argument is out of range.
+            what it needs, a config names no trainer, or an argument is out of range; in the first
+            step, the latents of a ``dict_class`` of your own are negative.
         RuntimeError: the trainer's methods are not where this version of the host has them.
 
     Warns:
         UserWarning: training ends before the start or the warm-up does.
+
+    Examples:
+        >>> from dictionary_learning.trainers import TopKTrainer
+        >>> from monoloss_plugin import MonoLoss
+        >>> sizes = {"activation_dim": 8, "dict_size": 16, "k": 2, "steps": 100, "warmup_steps": 10}
+        >>> names = {"layer": 0, "lm_name": "example", "device": "cpu"}
+        >>> config = add_loss({"trainer": TopKTrainer, **sizes, **names}, MonoLoss(lam=3e-4))
+        >>> trainer = config["trainer"](**sizes, **names)
+        >>> trainer.config["monoloss"]["terms"]["monoloss"]["lam"]
+        0.0003
+        >>> handle = add_loss(trainer, MonoLoss(lam=1e-4, name="second"), start=0.5)
+        >>> handle.remove()
     """
     attached = _AttachedTerm(loss, warm_up_steps, embeddings, start=start)
     if embeddings is not None:
@@ -264,10 +275,10 @@ class _Attachment(Attachment[_AttachedTerm]):
     def loss(
         self, inner: Callable[..., Any], x: Tensor, step: int, logging: bool = False, **options: Any
     ) -> Any:
-        """Add the terms to the loss, or to what the host logs."""
+        """Add the terms to the loss if it has a gradient, or to what the host logs."""
         with _recorded_calls(self.target.ae) as calls:
             output = inner(x, step=step, logging=logging, **options)
-        if not self.terms:
+        if not self.terms or not (logging or torch.is_grad_enabled()):
             return output
         total = self._add_up(calls, x, step)
         if not logging:
@@ -290,6 +301,10 @@ class _Attachment(Attachment[_AttachedTerm]):
         latents, pre_acts = _latents_in(calls, trainer)
         active_only = type(trainer.ae).__name__ in _ACTIVE_ONLY
         gradient_at: GradientAt = "active" if active_only else "all"
+        if not active_only and not self.sum.steps:
+            for attached in self.terms.values():
+                if attached.term.needs_nonnegative:
+                    require_nonnegative(latents, attached.term)
         total: Tensor = self.sum.add_up(
             self.terms.values(),
             latents,

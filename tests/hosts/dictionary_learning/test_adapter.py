@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import json
 import pickle
 import queue
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from dictionary_learning.dictionary import AutoEncoderNew
+from dictionary_learning.dictionary import AutoEncoder, AutoEncoderNew
 from dictionary_learning.trainers import StandardTrainer, TopKTrainer
 from dictionary_learning.trainers.jumprelu import JumpReLUFunction
 from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKSAE
@@ -22,9 +23,11 @@ from dictionary_learning.utils import load_dictionary
 from torch import Tensor
 
 from monoloss_plugin import L1L2Ratio, MonoLoss, MonoScore, OffSupportL1, functional
+from monoloss_plugin.adapters import dictionary_learning as adapter
 from monoloss_plugin.adapters.dictionary_learning import add_loss
 from monoloss_plugin.batch import Batch
 from monoloss_plugin.convert import from_dictionary_learning
+from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.hub.record import record_in
 from tests.hosts.dictionary_learning.conftest import (
     BATCH,
@@ -301,8 +304,11 @@ def test_the_config_says_what_was_added_and_nothing_else_changes(name):
     assert isinstance(trainer, type(plain))
 
 
+@pytest.mark.filterwarnings("ignore:sae. R².*worse than the mean")  # after 20 steps
 @pytest.mark.parametrize("name", TRAINERS)
-def test_a_saved_dictionary_is_loaded_converted_and_published(name, digits, tmp_path, assert_same):
+def test_a_saved_dictionary_is_loaded_scored_converted_and_published(
+    name, digits, tmp_path, assert_same
+):
     config = add_loss(make_config(name), MonoLoss(lam=0.01))
     trainer = train(config, digits, save_dir=str(tmp_path), save_steps=[10])
     folder = tmp_path / "trainer_0"
@@ -317,6 +323,9 @@ def test_a_saved_dictionary_is_loaded_converted_and_published(name, digits, tmp_
     assert_same(sae, digits, latents, out)
     (loss,) = record_in(sae).losses
     assert (loss["name"], loss["lam"]) == ("monoloss", 0.01)
+    scores = evaluate(dictionary, digits).monoscore.scores.nan_to_num().float()
+    expected = functional.monoscore(latents, digits)
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_sae_for_vlm_s_spelling_of_matryoshka_is_known(digits, request, tmp_path):
@@ -468,7 +477,29 @@ def test_options_that_json_cannot_write_are_written_as_text():
     assert trainer.config["monoloss"]["terms"]["monoloss"]["dtype"] == "torch.float32"
 
 
+def test_examples_in_the_docstrings_run():
+    assert doctest.testmod(adapter).attempted > 3
+
+
+def test_a_loss_without_a_gradient_is_the_host_s_alone(digits):
+    plain, trainer = make_trainer("topk"), make_trainer("topk")
+    add_loss(trainer, RAW)
+    with torch.no_grad():
+        assert torch.equal(trainer.loss(digits, step=7), plain.loss(digits, step=7))
+
+
 # Mistakes
+
+
+def test_a_dictionary_of_one_s_own_with_signed_latents_is_refused(digits):
+    class Signed(AutoEncoder):
+        def encode(self, x: Tensor) -> Tensor:
+            return self.encoder(x - self.bias)
+
+    trainer = make_trainer("standard", dict_class=Signed)
+    add_loss(trainer, RAW)
+    with pytest.raises(ValueError, match="monoloss: reads 0 as 'not active'"):
+        trainer.loss(digits, step=0)
 
 
 @pytest.mark.parametrize("name", WITHOUT_SELECTION)

@@ -1,4 +1,4 @@
-"""The example and the blocks of the library's page run as they stand, with fewer steps."""
+"""The script and the blocks of the library's page run as they stand, with fewer steps."""
 
 from __future__ import annotations
 
@@ -10,31 +10,22 @@ import torch
 from dictionary_learning.training import trainSAE
 
 from tests.hosts.dictionary_learning.conftest import make_config, make_trainer, stream
+from tests.pages import py_blocks
 
-ROOT = Path(__file__).parents[3]
-PAGE = ROOT / "docs/hosts/dictionary_learning.md"
-EXAMPLE = "examples/hosts/with_dictionary_learning.py"
+SCRIPT = Path(__file__).parents[3] / "examples/hosts/with_dictionary_learning.py"
 
 
-def test_the_example_trains_and_prints_a_score(tmp_path, monkeypatch, capsys):
+def test_the_page_s_script_trains_and_prints_scores(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / EXAMPLE).read_text()
-    assert f"python {EXAMPLE}" in text
-    _, code = text.split('"""\n\n', 1)
-    assert len(code.splitlines()) <= 30
-    exec(compile(code.replace("1000", "150"), EXAMPLE, "exec"), {})
+    exec(SCRIPT.read_text().replace("1000", "150"), {})
     found = re.findall(r"^lam [.\d]+: MonoScore ([.\d]+)", capsys.readouterr().out, re.MULTILINE)
     without, with_loss = map(float, found)
     assert 0 < without < with_loss < 1
 
 
 @pytest.mark.filterwarnings("ignore:sae. R².*worse than the mean")  # after 20 steps
-def test_every_block_of_the_page_runs(tmp_path, monkeypatch, digits):
+def test_every_block_of_the_page_runs(tmp_path, monkeypatch, digits) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```py\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
-    assert f'--8<-- "{EXAMPLE}"\n' in blocks
-    blocks.remove(f'--8<-- "{EXAMPLE}"\n')
-    assert len(blocks) > 4
     names = {
         "torch": torch,
         "trainer_cfg": make_config("topk", steps=1200),
@@ -44,6 +35,7 @@ def test_every_block_of_the_page_runs(tmp_path, monkeypatch, digits):
         "second_encoder": torch.square,
         "trainSAE": trainSAE,
     }
-    for block in blocks:
+    for block in py_blocks("docs/hosts/dictionary_learning.md"):
         names["config"] = make_config("topk", steps=1200)  # trainSAE takes the trainer out
         exec(block.replace("10_000", "20"), names)
+    assert names["trainer"].scheduler.last_epoch > 200

@@ -11,16 +11,31 @@ from monoloss_plugin._later import later
 
 if TYPE_CHECKING:
     from monoloss_plugin.convert.dictionary_learning import from_dictionary_learning
+    from monoloss_plugin.convert.loaders import (
+        dictionary_learning_loader,
+        monoloss_loader,
+        overcomplete_loader,
+    )
     from monoloss_plugin.convert.monoloss import from_monoloss
     from monoloss_plugin.convert.overcomplete import from_overcomplete
 
-__all__ = ["from_dictionary_learning", "from_monoloss", "from_overcomplete"]
+__all__ = [
+    "dictionary_learning_loader",
+    "from_dictionary_learning",
+    "from_monoloss",
+    "from_overcomplete",
+    "monoloss_loader",
+    "overcomplete_loader",
+]
 
 __getattr__, __dir__ = later(
     __name__,
     {
+        "dictionary_learning_loader": "loaders",
         "from_dictionary_learning": "dictionary_learning",
         "from_monoloss": "monoloss",
         "from_overcomplete": "overcomplete",
+        "monoloss_loader": "loaders",
+        "overcomplete_loader": "loaders",
     },
 )

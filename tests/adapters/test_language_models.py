@@ -295,7 +295,7 @@ def test_scores_through_sae_transformer_bridge_are_evaluate_s(trained, held_out)
 
     torch.manual_seed(0)
     words = Tokenizer(WordLevel({"<begin>": BEGIN, "<rare>": 1}, unk_token="<rare>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<begin>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<begin>")
     config = GPT2Config(
         vocab_size=200,
         n_positions=CONTEXT,
@@ -305,8 +305,9 @@ def test_scores_through_sae_transformer_bridge_are_evaluate_s(trained, held_out)
         architectures=["GPT2LMHeadModel"],
     )
     bridge = SAETransformerBridge.boot_transformers(
-        "gpt2", hf_model=GPT2LMHeadModel(config), tokenizer=tokenizer, device="cpu"
+        "gpt2", hf_model=GPT2LMHeadModel(config).eval(), tokenizer=tokenizer, device="cpu"
     )
+    trained.threshold.data.zero_()  # the activations of random weights are small
     trained.cfg.metadata.hook_name = "blocks.0.hook_out"
     with torch.no_grad():
         _, cache = bridge.run_with_cache(held_out.rows)

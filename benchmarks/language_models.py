@@ -265,7 +265,8 @@ def main() -> None:
     model = make_model(train, steps=given.model_steps)
     report: dict[str, Any] = {"machine": machine("cpu"), "model": measure_model(model, test)}
     print(json.dumps(report["model"], indent=1))
-    held, results = HeldOut.of(model, test), {}
+    held = HeldOut.of(model, test)
+    results: dict[str, list[dict[str, float]]] = {}
     for name, (loss, embeddings) in runs(model).items():
         results[name] = []
         for seed in range(given.seeds):

@@ -809,7 +809,7 @@ def test_synthetic_runner_trains_with_the_term(tmp_path):
     )
     with pytest.raises(ValueError, match=r"start: .* add the loss to the SAETrainer"):
         add_loss(runner, MonoLoss(lam=0.01), start=0.5)
-    add_loss(runner, MonoLoss(lam=0.01), warm_up_steps=5)
+    runner.add_loss(MonoLoss(lam=0.01), warm_up_steps=5)
     runner.run()
     record = SAE.load_from_disk(tmp_path).cfg.metadata.monoloss
     assert record["terms"]["monoloss"]["lam"] == 0.01
@@ -865,7 +865,7 @@ def test_multi_sae_runner_trains_the_chosen_saes(language_model, tmp_path):
     )
     with pytest.raises(ValueError, match=r"start: .* add the loss to the .*MultiSAETrainer"):
         add_loss(runner, MonoLoss(lam=0.01), start=2)
-    add_loss(runner, MonoLoss(lam=0.01), warm_up_steps=3, saes=["b"])
+    runner.add_loss(MonoLoss(lam=0.01), warm_up_steps=3, saes=["b"])
     runner.run()
     assert SAE.load_from_disk(tmp_path / "a").cfg.metadata.monoloss is None
     record = SAE.load_from_disk(tmp_path / "b").cfg.metadata.monoloss

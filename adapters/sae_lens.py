@@ -1,7 +1,7 @@
 """MonoLoss and the Top-k regularizers in SAELens's own trainers.
 
-Import this module to opt in. It gives ``SAETrainer`` and ``MultiSAETrainer`` a method ``add_loss``,
-and :func:`add_loss` does the same for a training SAE or a runner::
+Import this module to opt in. It gives SAELens's trainers and training runners a method
+``add_loss``, and :func:`add_loss` does the same for a training SAE::
 
     import monoloss_plugin.adapters.sae_lens
     trainer = SAETrainer(cfg=cfg, sae=sae, data_provider=batches)
@@ -338,7 +338,10 @@ class _Attachment(Attachment[AttachedTerm]):
     ) -> None:
         """Load weights, and what the checkpoint records about its terms."""
         inner(checkpoint_path)
-        record = _saved_record(Path(checkpoint_path))
+        checkpoint = Path(checkpoint_path)
+        # The host reads only the weights here, so a folder without a config is enough for it.
+        has_config = (checkpoint / SAE_CFG_FILENAME).is_file()
+        record = _saved_record(checkpoint) if has_config else {}
         if record:
             self.target.cfg.metadata[_METADATA] = record
 
@@ -465,8 +468,14 @@ def _saved_record(checkpoint: Path) -> dict[str, Any]:
     return record
 
 
-for _host in (SAETrainer, MultiSAETrainer):
+for _host in (
+    SAETrainer,
+    MultiSAETrainer,
+    LanguageModelSAETrainingRunner,  # SAETrainingRunner is a subclass
+    MultiSAETrainingRunner,
+    SyntheticSAERunner,
+):
     if getattr(_host, "add_loss", add_loss) is not add_loss:
-        logger.warning("%s has an add_loss of its own; use add_loss(trainer, ...)", _host.__name__)
+        logger.warning("%s has an add_loss of its own; use add_loss(target, ...)", _host.__name__)
     else:
         _host.add_loss = add_loss

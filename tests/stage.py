@@ -12,7 +12,12 @@ import torch
 from datasets import Dataset
 from lightning import LightningModule
 from PIL import Image
-from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+from sae_lens import (
+    BatchTopKTrainingSAE,
+    BatchTopKTrainingSAEConfig,
+    HookedSAETransformer,
+    LanguageModelSAERunnerConfig,
+)
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from safetensors.torch import save_file
 from timm.models import save_for_hf
@@ -20,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
 
+from benchmarks.language_models import BEGIN, HOOK, make_model, read_rows
 from monoloss_plugin import load_features
 from monoloss_plugin.features.digits import digit_images
 from monoloss_plugin.hub.repository import bundled_folder
@@ -57,6 +63,26 @@ def sae_lens() -> tuple[SAETrainerConfig, BatchTopKTrainingSAE, Iterator[Tensor]
             yield x[torch.randint(len(x), (BATCH,))]
 
     return cfg, sae, batches()
+
+
+def language_model() -> tuple[
+    LanguageModelSAERunnerConfig[Any], Dataset, HookedSAETransformer, Tensor
+]:
+    """``cfg`` of a run of 8 steps, ``dataset``, ``model`` and ``rows`` of tokens (N, 16)."""
+    rows = read_rows(vocabulary=200, context=16)[:400]
+    model = make_model(rows, vocabulary=200, width=32, steps=20)
+    cfg = LanguageModelSAERunnerConfig(
+        sae=BatchTopKTrainingSAEConfig(d_in=32, d_sae=96, k=6),
+        hook_name=HOOK,
+        context_size=16,
+        training_tokens=8 * 256,
+        train_batch_size_tokens=256,
+        n_batches_in_buffer=64,
+        exclude_special_tokens=[BEGIN],
+        output_path="sae-of-tokens",
+        logger=LoggingConfig(log_to_wandb=False),
+    )
+    return cfg, Dataset.from_dict({"tokens": rows.tolist()}), model, rows
 
 
 def hugging_face(*columns: str) -> tuple[Any, TrainingArguments, Dataset]:

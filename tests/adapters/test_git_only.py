@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -13,14 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from monoloss_plugin import functional
+from tests.pages import py_blocks
 
-PAGE = (Path(__file__).parents[2] / "docs/hosts/git_only.md").read_text()
-
-
-def recipe(title: str) -> str:
-    """The code of the page under a heading."""
-    section = PAGE.split(f"## {title}\n")[1].split("\n## ")[0]
-    return re.search(r"```py\n(.*?)```", section, re.DOTALL)[1]
+SAEV, PRISMA = py_blocks("docs/hosts/git_only.md")
 
 
 class Coder(nn.Module):
@@ -70,7 +63,7 @@ def test_saev(images, monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "saev", SimpleNamespace())
     framework = SimpleNamespace(train=train)
     monkeypatch.setitem(__import__("sys").modules, "saev.framework", framework)
-    exec(recipe("saev"), {})
+    exec(SAEV, {})
     assert len(trained) == 1
 
     sae, x = Coder(), images[:100]
@@ -97,7 +90,7 @@ class PrismaCoder(Coder):
 def test_vit_prisma(images) -> None:
     trainer = SimpleNamespace(sparse_coder=PrismaCoder(), run=lambda: None)
     x = 3 * images[:500]
-    exec(recipe("ViT-Prisma"), {"trainer": trainer, "activations": x})
+    exec(PRISMA, {"trainer": trainer, "activations": x})
     found = trainer.sparse_coder(x, None)
     plain = PrismaCoder()(x)
     # What the library's loss is, in the paper's: the same errors on inputs of unit norm.

@@ -23,6 +23,7 @@ from monoloss_plugin import L1L2Ratio, MonoLoss, MonoScore, OffSupportL1, functi
 from monoloss_plugin.adapters import sparsify as adapter
 from monoloss_plugin.adapters.sparsify import add_loss, last_metrics
 from monoloss_plugin.batch import Batch
+from tests.pages import py_blocks
 
 WIDTH, LATENTS, K = 32, 96, 6
 BATCH, LENGTH = 8, 32
@@ -635,3 +636,19 @@ def test_a_version_without_the_shared_variance_is_refused(model, data, monkeypat
     monkeypatch.setattr(SparseCoder, "forward", lambda self, x, y=None, *, dead_mask=None: None)
     with pytest.raises(RuntimeError, match=rf"eai-sparsify {sparsify.__version__} has no Sparse"):
         trainer.add_loss(MonoLoss(lam=0.1))
+
+
+@pytest.mark.filterwarnings("ignore:monoloss. warm_up_steps")  # the runs are short
+def test_every_block_of_the_page_runs(model, data):
+    cfg = TrainConfig(
+        SparseCoderConfig(num_latents=LATENTS, k=K),
+        batch_size=BATCH,
+        hookpoints=["layers.1"],
+        log_to_wandb=False,
+    )
+    names = {"cfg": cfg, "dataset": data.select(range(4 * BATCH)), "model": model}
+    blocks = py_blocks("docs/hosts/sparsify.md")
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(block.replace("layers.3", "layers.1"), names)
+    assert names["trainer"].global_step == 4

@@ -30,6 +30,7 @@ from monoloss_plugin import Batch, L1L2Ratio, MonoLoss, MonoScore, OffSupportL1,
 from monoloss_plugin.adapters import overcomplete as adapter
 from monoloss_plugin.adapters.overcomplete import add_loss
 from monoloss_plugin.evaluation import evaluate
+from tests.pages import py_blocks
 
 ROOT = Path(__file__).parents[3]
 WIDTH, LATENTS, BATCH = 64, 96, 128
@@ -246,8 +247,19 @@ def test_examples_in_the_docstrings_run() -> None:
     assert doctest.testmod(adapter).attempted > 3
 
 
-def test_the_pages_script_runs(capsys, monkeypatch, tmp_path) -> None:
+def test_the_pages_code_runs(capsys, monkeypatch, tmp_path, images) -> None:
     monkeypatch.chdir(tmp_path)
+    sae = make("TopKSAE")
+    names = {
+        "sae": sae,
+        "criterion": mse,
+        "train_sae": functools.partial(train_sae, nb_epochs=1, monitoring=0),
+        "loader": DataLoader(TensorDataset(images), batch_size=BATCH),
+        "optimizer": torch.optim.Adam(sae.parameters()),
+    }
+    (block,) = py_blocks("docs/hosts/overcomplete.md")
+    exec(block, names)
+    assert names["criterion"].terms.steps == 15
     runpy.run_path(str(ROOT / "examples/hosts/with_overcomplete.py"), run_name="__main__")
     assert "MonoScore" in capsys.readouterr().out
 

@@ -374,7 +374,7 @@ class LamConversion:
     logger: logging.Logger
     _mean_square_norm: float | None = None
     _variance: float | None = None
-    _announced: set[str] = field(default_factory=set)
+    _announced: dict[str, AttachedTerm] = field(default_factory=dict)
     _step: int = 0
 
     def begin_step(self, step: int) -> None:
@@ -412,8 +412,8 @@ class LamConversion:
                 variance=self._variance,
                 degree=term.degree,
             )
-        if term.name not in self._announced:
-            self._announced.add(term.name)
+        if self._announced.get(term.name) is not attached:  # another may have had this name
+            self._announced[term.name] = attached
             self._announce(attached, factor, inputs.shape[1], record)
         return factor
 

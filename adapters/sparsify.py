@@ -41,6 +41,7 @@ from monoloss_plugin.attaching import (
 )
 from monoloss_plugin.hosts import check_version, failed_import, moved_seam
 from monoloss_plugin.losses import LossHandle, LossTerm
+from monoloss_plugin.other_saes import sparse_latents
 
 try:
     from sparsify import SparseCoder, Trainer
@@ -236,7 +237,7 @@ class _Attachment(Attachment[AttachedTerm]):
         acts, indices = encodings[0]
         total = self.computed.add_up(
             self.terms.values(),
-            _as_sparse(acts, indices, self.target.num_latents),
+            sparse_latents(acts, indices, self.target.num_latents),
             x,
             targets=x if y is None else y,
             step=_steps_done(trainer),
@@ -297,22 +298,6 @@ class _Attachment(Attachment[AttachedTerm]):
         if due and trainer.cfg.log_to_wandb and getattr(wandb, "run", None) is not None:
             metrics = {f"{key}/{self.name}": value for key, value in self.metrics().items()}
             wandb.log(metrics, step=step)
-
-
-def _as_sparse(acts: Tensor, indices: Tensor, num_latents: int) -> Tensor:
-    """Return sparse COO latents (N, M) of which these are the entries (N, k).
-
-    Entries that are zero are listed too.
-    """
-    columns, order = indices.sort(dim=1)
-    rows = torch.arange(len(acts), device=acts.device).repeat_interleave(acts.shape[1])
-    return torch.sparse_coo_tensor(
-        torch.stack((rows, columns.flatten())),
-        acts.gather(1, order).flatten(),
-        (len(acts), num_latents),
-        is_coalesced=True,
-        check_invariants=False,
-    )
 
 
 if getattr(Trainer, "add_loss", add_loss) is not add_loss:

@@ -49,6 +49,22 @@ def encoded(sae: SAE, x: Tensor) -> Tensor:
     return as_rows(latents, "sae.encode(features)", keep_sparse=True)
 
 
+def sparse_latents(acts: Tensor, columns: Tensor, num_latents: int) -> Tensor:
+    """Return sparse COO latents (N, M) of which these are the entries (N, k), sorted by latent.
+
+    Entries that are zero are listed too. The result is differentiable in ``acts``.
+    """
+    columns, order = columns.sort(dim=1)
+    rows = torch.arange(len(acts), device=acts.device).repeat_interleave(acts.shape[1])
+    return torch.sparse_coo_tensor(
+        torch.stack((rows, columns.flatten())),
+        acts.gather(1, order).flatten(),
+        (len(acts), num_latents),
+        is_coalesced=True,
+        check_invariants=False,
+    )
+
+
 class _OfOvercomplete(nn.Module):
     """An SAE of overcomplete, in its eval mode; its own mode does not change."""
 
@@ -85,10 +101,7 @@ class _OfSparsify(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         acts, columns, _ = self.coder.encode(x.to(self.coder.dtype))
-        rows = torch.arange(len(x), device=columns.device).unsqueeze(1).expand_as(columns)
-        entries = torch.stack([rows.flatten(), columns.flatten()])
-        shape = len(x), self.coder.num_latents
-        return torch.sparse_coo_tensor(entries, acts.flatten(), shape).coalesce()
+        return sparse_latents(acts, columns, self.coder.num_latents)
 
     def decode(self, latents: Tensor) -> Tensor:
         x_hat: Tensor = latents @ self.coder.W_dec + self.coder.b_dec

@@ -253,6 +253,9 @@ def pretrained(
     return Output(content, [table(*header, rows=rows)])
 
 
+_LIBRARIES = ("monoloss", "dictionary-learning", "overcomplete", "sparsify", "saev", "prisma")
+
+
 def convert(
     source: Annotated[
         Path, typer.Argument(help="A checkpoint's file, or the folder that the library wrote.")
@@ -262,8 +265,8 @@ def convert(
         str,
         typer.Option(
             "--from",
-            help="What wrote it: monoloss, dictionary-learning, overcomplete, sparsify.",
-            callback=one_of("monoloss", "dictionary-learning", "overcomplete", "sparsify"),
+            help=f"What wrote it: {', '.join(_LIBRARIES)}.",
+            callback=one_of(*_LIBRARIES),
         ),
     ],
     features: Annotated[
@@ -296,7 +299,8 @@ def convert(
             source, sae_class=dict_class, top_k=top_k, threshold=threshold
         )
     else:
-        converted = converters.from_sparsify(source)
+        read: Any = getattr(converters, f"from_{library}")
+        converted = read(source)
     converted.save_model(out)
     cfg = converted.cfg
     content = {

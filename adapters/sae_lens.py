@@ -32,12 +32,12 @@ from monoloss_plugin._places import as_path, require_file
 from monoloss_plugin.attaching import (
     AttachedTerm,
     Attachment,
+    Embeddings,
     LamConversion,
     StepTerm,
     require_embeddings,
     tensors_of_sae,
 )
-from monoloss_plugin.batch import Batch
 from monoloss_plugin.hosts import check_version, failed_import
 from monoloss_plugin.kernels.batch import GradientAt
 from monoloss_plugin.kernels.support import is_sparse, sampled_rows
@@ -71,10 +71,6 @@ __all__ = ["LossHandle", "add_loss", "strip_checkpoint"]
 
 check_version("sae_lens")
 logger = logging.getLogger(__name__)
-
-Embeddings = Callable[[Tensor], Tensor | Batch]
-"""Maps the SAE's input (B, d_in) of a step to another similarity space (B, d) of the same rows; or
-to the batch of the same rows, which says also which images they are patches of."""
 
 _METADATA = "monoloss"
 

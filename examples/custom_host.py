@@ -1,22 +1,18 @@
-"""An adapter for a trainer that has none: MonoLoss in somebody else's training loop.
+"""MonoLoss in a trainer that has no adapter and that you cannot change, with one call of `attach`.
 
 python examples/custom_host.py [--lam 3e-3] [--steps 300]
 
-`Host` stands for a library you use and cannot change. `HostAttachment` is a whole adapter for it.
+`Host` stands for a library's trainer.
 """
 
 import argparse
-import logging
 
 import torch
 from torch import nn
 
-from monoloss_plugin import LossTerm, MonoLoss, load_features
-from monoloss_plugin.attaching import AttachedTerm, Attachment, LamConversion
+from monoloss_plugin import MonoLoss, attach, load_features
 from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.features import FeatureBatches
-from monoloss_plugin.finetuning import LatentRecorder
-from monoloss_plugin.losses import LossHandle, StepTensors
 
 
 class Host(nn.Module):
@@ -40,32 +36,6 @@ class Host(nn.Module):
             optimizer.step()
 
 
-class HostAttachment(Attachment[AttachedTerm]):
-    """The terms of one host, and the method that ours replaces on it."""
-
-    replaces = ("loss",)
-
-    def __init__(self, host):
-        super().__init__(host)
-        self.conversion = LamConversion("This host", "sum", logging.getLogger(__name__))
-
-    def loss(self, inner, x):
-        with LatentRecorder(self.target, "encode") as recorder:
-            value = inner(x)
-        # A ReLU's latents pass no gradient where they are zero: "active" says so, and is faster.
-        step = StepTensors(recorder.take(), embeddings=x, gradient_at="active")
-        for attached in self.terms.values():
-            # The paper's weight against this host's loss. The log shows it once.
-            factor = self.conversion.factor(attached, x, record={})
-            value = value + factor * attached.term.lam * attached.term.compute_loss(step).value
-        return value
-
-
-def add_loss(host, term: LossTerm) -> LossHandle:
-    """Add a term to the loss of this one host; everything else of it stays."""
-    return HostAttachment.of(host).add(AttachedTerm(term))
-
-
 options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 options.add_argument("--lam", type=float, default=3e-3)
 options.add_argument("--steps", type=int, default=300)
@@ -74,9 +44,18 @@ given = options.parse_args()
 torch.manual_seed(0)
 batches = FeatureBatches(load_features("digits", "train"), batch_size=256, seed=0)
 host = Host(width=64, latents=256)
-handle = add_loss(host, MonoLoss(lam=given.lam))  # <- the one line of a user
+
+attached = attach(  # <- ours
+    host,
+    MonoLoss(lam=given.lam),
+    method="loss",  # what the trainer calls
+    latents="encode",  # the layer whose output they are
+    gradient_at="active",  # a ReLU's zeros pass no gradient; faster
+    reduction="sum",  # of the squared error, over the width
+    add=lambda loss, term: loss + term,
+)
 host.fit(batches.tensors(), given.steps)
-handle.remove()
+attached.remove()
 
 held_out = load_features("digits", "held_out")
 for name, value in evaluate(host, held_out).summary().items():

@@ -11,6 +11,7 @@ from monoloss_plugin.losses import L1L2Ratio, LossTerm, MonoLoss, OffSupportL1
 from monoloss_plugin.metrics import ClassPurity, MonoScore
 
 if TYPE_CHECKING:
+    from monoloss_plugin.adapters.own_loop import attach as attach
     from monoloss_plugin.gallery import name_latents as name_latents
     from monoloss_plugin.gallery import show_latents as show_latents
     from monoloss_plugin.gallery import top_images as top_images
@@ -41,6 +42,7 @@ __all__ = [
 __getattr__, __dir__ = later(
     __name__,
     {
+        "attach": "adapters.own_loop",
         "list_pretrained": "hub",
         "load_features": "hub",
         "load_pretrained": "hub",

@@ -44,6 +44,11 @@ _KEY = "_monoloss_attachment"
 """The attribute of the host's object that holds its attachment."""
 
 
+Embeddings = Callable[[Tensor], Tensor | Batch]
+"""Maps the SAE's input (B, d_in) of a step to another similarity space (B, d) of the same rows; or
+to the batch of the same rows, which says also which images they are patches of."""
+
+
 @dataclass
 class AttachedTerm:
     """A loss term and the options it was attached with."""
@@ -236,19 +241,30 @@ class Attachment(Generic[Attached]):
             )
 
     @classmethod
-    def of(cls, target: Any) -> Self:
+    def of(cls, target: Any, methods: tuple[str, ...] | None = None) -> Self:
         """Return an object's attachment, with our methods in place; make it if there is none.
+
+        Args:
+            target: the object.
+            methods: the names of its methods; by default those that the class replaces.
 
         Raises:
             RuntimeError: the object has no method of a name that we replace: the host has moved it.
+            ValueError: another adapter has attached to the object.
         """
-        for name in cls.replaces:
+        replaced = cls.replaces if methods is None else methods
+        for name in replaced:
             if cls.host and not callable(getattr(target, name, None)):
                 raise moved_seam(cls.host, f"{type(target).__name__}.{name}")
         attachment: Self | None = target.__dict__.get(_KEY)
         if attachment is None:
             attachment = target.__dict__[_KEY] = cls(target)
-        for name in cls.replaces:
+        elif not isinstance(attachment, cls):
+            raise ValueError(
+                f"{type(target).__name__}: another adapter has added losses to it already; add all "
+                "losses in one way"
+            )
+        for name in replaced:
             if name not in attachment._replaced:
                 ours = _method_of_attachment(name, getattr(target, name))
                 attachment._replaced[name] = _Replaced(ours, target.__dict__.get(name))
@@ -434,6 +450,16 @@ class SaeTerms:
     """What lam became, and the inputs' scale. A checkpoint that keeps it lets a run go on."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """Scalars of the last step, by name."""
+    steps: int = 0
+    """How many steps are done, if the host does not say."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps: how many steps are done, and what lam became."""
+        return {"steps": self.steps, "record": self.record}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on as the run that saved this state."""
+        self.steps, self.record = int(state["steps"]), dict(state["record"])
 
     # There is nothing to fuse with the host's graph; schedules and logs are Python's business.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -443,7 +469,7 @@ class SaeTerms:
         latents: Tensor,
         inputs: Tensor,
         *,
-        step: int,
+        step: int | None = None,
         steps: float = math.inf,
         pre_acts: Tensor | None = None,
         gradient_at: GradientAt = "all",
@@ -455,7 +481,7 @@ class SaeTerms:
             terms: the terms.
             latents: (..., M), dense or sparse COO.
             inputs: (..., d_in), what the SAE reconstructs.
-            step: how many steps are done.
+            step: how many steps are done; by default how often this was called.
             steps: how many steps there will be, if the host knows.
             pre_acts: (..., M), the activations before a Top-k selection.
             gradient_at: which latents pass a gradient on.
@@ -464,6 +490,8 @@ class SaeTerms:
         Raises:
             ValueError: ``start`` is a share of an unknown number of steps, or shapes do not match.
         """
+        step = self.steps if step is None else step
+        self.steps = step + 1
         self.conversion.begin_step(step)
         self.metrics = {}
         rows = as_rows(inputs, "inputs")
@@ -492,3 +520,14 @@ def require_embeddings(given: Any, key: str = "") -> None:
         wanted = f"{key}, or a frozen encoder to call" if key else "a frozen encoder to call"
         got = repr(given) if isinstance(given, (str, type)) else type(given).__name__
         raise TypeError(f"embeddings: expected {wanted}, got {got}")
+
+
+def require_nonnegative(latents: Tensor, term: LossTerm) -> None:
+    """Raise ValueError for signed latents. The device waits: ask in a run's first step alone."""
+    values = latents.detach()
+    values = values.coalesce().values() if values.layout == torch.sparse_coo else values
+    if bool((values < 0).any()):
+        raise ValueError(
+            f"{term.name}: reads 0 as 'not active', but these latents are negative in places; it "
+            "needs latents after an activation function such as ReLU"
+        )

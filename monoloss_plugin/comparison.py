@@ -26,6 +26,7 @@ from monoloss_plugin.features import FeatureSet
 from monoloss_plugin.features.feature_set import require_set
 from monoloss_plugin.features.matching import rows_in_common
 from monoloss_plugin.metrics import MonoScore
+from monoloss_plugin.other_saes import as_sae
 from monoloss_plugin.probing import latents_of, preserved_accuracy, small_budget_probe
 from monoloss_plugin.results import IMAGE_MEASURES, MEASURES, Evaluation
 from monoloss_plugin.saes.baselines import BASELINES, make_baseline
@@ -413,7 +414,7 @@ def _recipes(saes: Any) -> dict[str, list[SAE]]:
         raise ValueError("saes: expected at least one SAE of each name, got none")
     if taken := [name for name in recipes if name in BASELINES]:
         raise ValueError(f"saes: {taken[0]!r} is the name of a baseline; give another")
-    return recipes
+    return {name: [as_sae(sae) for sae in of] for name, of in recipes.items()}
 
 
 def _matched(features: FeatureSet, spaces: Any) -> dict[str, tuple[FeatureSet, Tensor]]:

@@ -48,7 +48,8 @@ def evaluate(
     other latents active.
 
     Args:
-        sae: anything with ``encode`` and ``decode``, such as a SAELens SAE.
+        sae: an SAE of SAELens, dictionary_learning, overcomplete (in its eval mode) or sparsify; or
+            anything whose ``encode`` and ``decode`` take and return tensors.
         features: a :class:`~monoloss_plugin.features.FeatureSet`; or (..., d_in) features; or
             batches that bring their own labels and embeddings: a ``FeatureBatches``, or any
             iterable of :class:`~monoloss_plugin.batch.Batch`. Every row is scored once, even if a
@@ -71,7 +72,8 @@ def evaluate(
         Scores of each latent and of the SAE, on the CPU.
 
     Raises:
-        TypeError: not an SAE, features of another kind, features not floating, labels not integer.
+        TypeError: not an SAE, or one whose ``encode`` returns no tensor; features of another kind,
+            features not floating, labels not integer.
         ValueError: shapes that do not match, no samples, NaN or infinite values, labels or
             embeddings given beside batches, batches of unit norm for an SAE that takes features
             as they are, or patches of an image in two batches.

@@ -43,10 +43,12 @@ class Host:
     @property
     def fits(self) -> bool:
         """Whether the installed version is one that the adapter is made for."""
+        found = self.installed
+        if found is None:
+            return False
         from packaging.specifiers import SpecifierSet  # every host brings it
 
-        found = self.installed
-        return found is not None and SpecifierSet(self.versions).contains(found, prereleases=True)
+        return SpecifierSet(self.versions).contains(found, prereleases=True)
 
 
 HOSTS = {

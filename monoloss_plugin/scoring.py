@@ -11,13 +11,14 @@ from torch import Tensor
 
 from monoloss_plugin._checks import as_device, as_labels, as_rows, as_tensor, require_finite
 from monoloss_plugin._progress import progress_bar
-from monoloss_plugin._sae import SAE, device_of, require_sae, require_width, selects_over_batches
+from monoloss_plugin._sae import SAE, device_of, require_width, selects_over_batches
 from monoloss_plugin._samples import Samples, is_scaled, of_training, scaling_for, trained_on
 from monoloss_plugin.batch import Batch
 from monoloss_plugin.embeddings import unit_rows
 from monoloss_plugin.image_scores import EncodedImages, ImageScores
 from monoloss_plugin.kernels.support import Support, is_sparse, support_of
 from monoloss_plugin.metrics import R2, ClassPurity, MonoScore
+from monoloss_plugin.other_saes import as_sae, encoded
 from monoloss_plugin.purity import Purity
 from monoloss_plugin.results import Evaluation, Spaces
 from monoloss_plugin.spatial import ImagesOfBatch
@@ -63,8 +64,7 @@ class Scoring:
         batch_size: int = 2048,
         device: torch.device | str | None = None,
     ) -> None:
-        require_sae(sae)
-        self.sae = sae
+        self.sae = sae = as_sae(sae)
         self.samples = Samples.of(features, labels, embeddings, num_classes, batch_size)
         self.scaled = scaling_for(sae, self.samples, normalize)
         self.device = as_device(device) if device is not None else device_of(sae)
@@ -98,7 +98,9 @@ class Scoring:
                 if self.scaled:
                     were_scaled = were_scaled and is_scaled(given)
                     given, _ = unit_rows(given, torch.float32)
-                latents = as_rows(self.sae.encode(given), "sae.encode(features)", keep_sparse=True)
+                latents = as_rows(
+                    encoded(self.sae, given), "sae.encode(features)", keep_sparse=True
+                )
                 # Look for the entries once; every measure sums over them.
                 found = support_of(latents) if is_sparse(latents) else latents
                 self.r2.update(given, decode(latents, found))

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 import warnings
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 from packaging.specifiers import SpecifierSet
+from typer.testing import CliRunner
 
-from monoloss_plugin import hosts
+from monoloss_plugin import cli, hosts
 from monoloss_plugin.attaching import AttachedTerm, Attachment
 from monoloss_plugin.hosts import HOSTS, check_version, failed_import, moved_seam
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("key", HOSTS)
@@ -64,3 +70,23 @@ def test_a_broken_library_of_the_host_is_named() -> None:
     error = ModuleNotFoundError("No module named 'antlers'", name="antlers")
     assert "needs antlers" in str(failed_import(error, "timm", "vision"))
     assert isinstance(moved_seam("timm", "x"), RuntimeError)
+
+
+def test_the_command_lists_every_host_and_its_line(monkeypatch) -> None:
+    def version(package: str) -> str:
+        if package == "lightning":
+            raise PackageNotFoundError
+        return {"timm": "0.9"}.get(package, HOSTS["sae_lens"].tested)
+
+    monkeypatch.setattr(hosts, "version", version)
+    done = CliRunner().invoke(cli.app, ["hosts", "--json"])
+    found = json.loads(done.stdout)["hosts"]
+    assert found.keys() == HOSTS.keys()
+    assert (found["timm"]["installed"], found["timm"]["fits"]) == ("0.9", False)
+    assert (found["lightning"]["installed"], found["sae_lens"]["fits"]) == (None, True)
+    shown = CliRunner().invoke(cli.app, ["hosts"], env={"COLUMNS": "200"}).stdout
+    assert "no: pip install lightning" in shown
+    assert "0.9: not made for it" in shown
+    for key, host in HOSTS.items():
+        assert f"monoloss_plugin.adapters.{key}" in shown
+        assert host.attach in shown

@@ -14,6 +14,7 @@ try:
     from monoloss_plugin.cli.demo import demo
     from monoloss_plugin.cli.evaluate import evaluate
     from monoloss_plugin.cli.features import extract, features
+    from monoloss_plugin.cli.hosts import hosts
     from monoloss_plugin.cli.hub import convert, pretrained, publish
     from monoloss_plugin.cli.output import command
     from monoloss_plugin.cli.report import report
@@ -42,6 +43,7 @@ app.add_typer(features, name="features")
 app.add_typer(publish, name="publish")
 command(app)(pretrained)
 command(app)(convert)
+command(app)(hosts)
 
 
 @app.callback(invoke_without_command=True)

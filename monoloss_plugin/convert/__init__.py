@@ -15,17 +15,25 @@ if TYPE_CHECKING:
         dictionary_learning_loader,
         monoloss_loader,
         overcomplete_loader,
+        prisma_loader,
+        saev_loader,
     )
     from monoloss_plugin.convert.monoloss import from_monoloss
     from monoloss_plugin.convert.overcomplete import from_overcomplete
+    from monoloss_plugin.convert.prisma import from_prisma
+    from monoloss_plugin.convert.saev import from_saev
 
 __all__ = [
     "dictionary_learning_loader",
     "from_dictionary_learning",
     "from_monoloss",
     "from_overcomplete",
+    "from_prisma",
+    "from_saev",
     "monoloss_loader",
     "overcomplete_loader",
+    "prisma_loader",
+    "saev_loader",
 ]
 
 __getattr__, __dir__ = later(
@@ -35,7 +43,11 @@ __getattr__, __dir__ = later(
         "from_dictionary_learning": "dictionary_learning",
         "from_monoloss": "monoloss",
         "from_overcomplete": "overcomplete",
+        "from_prisma": "prisma",
+        "from_saev": "saev",
         "monoloss_loader": "loaders",
         "overcomplete_loader": "loaders",
+        "prisma_loader": "loaders",
+        "saev_loader": "loaders",
     },
 )

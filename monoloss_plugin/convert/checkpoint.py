@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,11 +28,15 @@ SAE_LENS = {name: name for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
 """The names of a state dict that has SAELens's own."""
 
 
-def read_checkpoint(path: Path) -> Any:
-    """Read tensors and plain values. Nothing that could run code is unpickled."""
+def read_checkpoint(path: Path, start: int = 0) -> Any:
+    """Read tensors and plain values. Nothing that could run code is unpickled.
+
+    ``start`` is the byte of the file at which they begin.
+    """
     require_file(path, "source")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = io.BytesIO(path.read_bytes()[start:]) if start else path
+        return torch.load(content, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises all kinds for a damaged or foreign file
         refused = _REFUSED_CLASS.search(str(error))
         held = f"; it holds {visible(refused[1])}" if refused else ""

@@ -23,6 +23,8 @@ from torch import Tensor
 from monoloss_plugin.convert.dictionary_learning import from_dictionary_learning
 from monoloss_plugin.convert.monoloss import from_monoloss
 from monoloss_plugin.convert.overcomplete import from_overcomplete
+from monoloss_plugin.convert.prisma import from_prisma
+from monoloss_plugin.convert.saev import from_saev
 from monoloss_plugin.hosts import failed_import
 
 try:
@@ -36,7 +38,14 @@ try:
 except ImportError as error:
     raise failed_import(error, "sae_lens", "sae-lens") from error
 
-__all__ = ["HubLoader", "dictionary_learning_loader", "monoloss_loader", "overcomplete_loader"]
+__all__ = [
+    "HubLoader",
+    "dictionary_learning_loader",
+    "monoloss_loader",
+    "overcomplete_loader",
+    "prisma_loader",
+    "saev_loader",
+]
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,7 @@ class HubLoader:
     """The files to read in the folder that ``sae_id`` names, and that must be there. If there are
     none, ``sae_id`` names the one file to read."""
     extra_files: tuple[str, ...] = ()
-    """More files of the folder, which are read if they are there."""
+    """More files of the same folder, which are read if they are there."""
 
     def __call__(
         self,
@@ -84,7 +93,8 @@ class HubLoader:
             EntryNotFoundError: the repository has no such file.
             ValueError, TypeError: those of the converter.
         """
-        folder = PurePosixPath(folder_name)
+        named = PurePosixPath(folder_name)
+        folder = named if self.files else named.parent
 
         def download(path: PurePosixPath) -> Path:
             found = hf_hub_download(
@@ -98,7 +108,7 @@ class HubLoader:
             except EntryNotFoundError:
                 continue
         paths = [download(folder / name) for name in self.files]
-        sae = self.convert(paths[0].parent if paths else download(folder), **options)
+        sae = self.convert(paths[0].parent if paths else download(named), **options)
         config = {**sae.cfg.to_dict(), "device": device, **(cfg_overrides or {})}
         dtype: torch.dtype = str_to_dtype(config["dtype"])
         tensors = {name: t.to(device, dtype) for name, t in sae.state_dict().items()}
@@ -115,11 +125,15 @@ class HubLoader:
 dictionary_learning_loader = HubLoader(from_dictionary_learning, ("ae.pt",), ("config.json",))
 monoloss_loader = HubLoader(from_monoloss)
 overcomplete_loader = HubLoader(from_overcomplete)
+prisma_loader = HubLoader(from_prisma, extra_files=("config.json",))
+saev_loader = HubLoader(from_saev)
 
 for _name, _loader in {
     "dictionary_learning": dictionary_learning_loader,
     "monoloss": monoloss_loader,
     "overcomplete": overcomplete_loader,
+    "prisma": prisma_loader,
+    "saev": saev_loader,
 }.items():
     NAMED_PRETRAINED_SAE_LOADERS[f"monoloss_{_name}"] = _loader
     NAMED_PRETRAINED_SAE_CONFIG_GETTERS[f"monoloss_{_name}"] = _loader.read_config

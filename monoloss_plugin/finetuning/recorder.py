@@ -55,6 +55,20 @@ class LatentRecorder:
         self._recorded: Tensor | None = None
         self._handles = [module.register_forward_hook(self._record) for module in modules]
 
+    def take_any(self) -> Tensor:
+        """Return what the layer gave in the last forward pass, of any shape, and forget it.
+
+        Raises:
+            RuntimeError: there was no forward pass since the last call.
+        """
+        recorded, self._recorded = self._recorded, None
+        if recorded is None:
+            raise RuntimeError(
+                f"{self._name}: gave no output since it was last taken; is it part of the model's "
+                "forward pass (peft trains a copy), and did you add the loss before compiling?"
+            )
+        return recorded
+
     def take(self) -> Tensor:
         """Return the latents (B, M) of the last forward pass, and forget them.
 
@@ -64,12 +78,7 @@ class LatentRecorder:
             RuntimeError: there was no forward pass since the last call.
             ValueError: the layer does not give one vector for each sample.
         """
-        latents, self._recorded = self._recorded, None
-        if latents is None:
-            raise RuntimeError(
-                f"{self._name}: gave no output since it was last taken; is it part of the model's "
-                "forward pass (peft trains a copy), and did you add the loss before compiling?"
-            )
+        latents = self.take_any()
         if latents.ndim != 2:
             raise ValueError(
                 f"{self._name}: expected one vector a sample (B, M), got "

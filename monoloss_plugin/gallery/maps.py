@@ -11,11 +11,12 @@ from torch import Tensor
 
 from monoloss_plugin._checks import as_labels, as_rows, require_at_least, require_finite
 from monoloss_plugin._progress import progress_bar
-from monoloss_plugin._sae import SAE, device_of, require_sae, require_width
+from monoloss_plugin._sae import SAE, device_of, require_width
 from monoloss_plugin._samples import Samples, scaling_for
 from monoloss_plugin.embeddings import unit_rows
 from monoloss_plugin.features import FeatureSet
 from monoloss_plugin.features.feature_set import require_set
+from monoloss_plugin.other_saes import as_sae
 
 NOT_HELD = -2
 """Stands for the latents of a patch that the set does not hold."""
@@ -118,7 +119,7 @@ def view_patches(
     Raises:
         TypeError, ValueError, IndexError: as :func:`heat_maps`.
     """
-    require_sae(sae)
+    sae = as_sae(sae)
     require_set(features, "features")
     require_at_least(1, count, "count")
     if features.patches is None:

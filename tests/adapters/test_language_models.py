@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -336,12 +334,3 @@ def test_pairs_of_one_token_can_be_left_out(model, held_out) -> None:
     )
     found = functional.monoscore(latents[:400], embedded.x[:400], groups=embedded.tokens[:400])
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0.0)
-
-
-def test_the_example_of_the_guide_runs(tmp_path, monkeypatch, capsys) -> None:
-    example = Path(__file__).parents[2] / "examples/hosts/language_models.py"
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [str(example), "3"])
-    runpy.run_path(str(example))
-    assert "MonoScore above chance 0." in capsys.readouterr().out
-    assert len(example.read_text().split('"""')[2].strip().splitlines()) <= 30

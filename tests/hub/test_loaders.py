@@ -20,10 +20,15 @@ from monoloss_plugin.convert import (
     from_dictionary_learning,
     from_monoloss,
     from_overcomplete,
+    from_prisma,
+    from_saev,
     monoloss_loader,
     overcomplete_loader,
+    prisma_loader,
+    saev_loader,
 )
 from tests import stage
+from tests.convert.test_git_only import saev_file, weights
 
 REPO = "bob/their-saes"
 DICTIONARY = "run/trainer_0"
@@ -41,7 +46,14 @@ def there(hub, tmp_path, monkeypatch) -> Path:
     stage.checkpoints()
     files = {f"{DICTIONARY}/{p.name}": p.read_bytes() for p in Path("trainer_0").iterdir()}
     files |= {f"others/{name}": Path(name).read_bytes() for name in ("checkpoint.pt", "sae.pt")}
-    hub.put(REPO, files)
+    saev_file(Path("saev.pt"), {"cls": "Relu", "params": {}}, weights())
+    Path("prisma").mkdir()
+    torch.save(weights(), "prisma/weights.pt")
+    Path("prisma/config.json").write_text(
+        '{"architecture": "standard", "activation_fn_str": "relu"}'
+    )
+    others = ("saev.pt", "prisma/weights.pt", "prisma/config.json")
+    hub.put(REPO, files | {name: Path(name).read_bytes() for name in others})
     return tmp_path
 
 
@@ -69,6 +81,11 @@ def test_every_loader_gives_what_its_converter_gives(there, x) -> None:
     found = SAE.from_pretrained(REPO, "others/sae.pt", converter=loader)
     assert_same(found, from_overcomplete(there / "sae.pt", **options), x)
 
+    found = SAE.from_pretrained(REPO, "saev.pt", converter=saev_loader)
+    assert_same(found, from_saev(there / "saev.pt"), x)
+    found = SAE.from_pretrained(REPO, "prisma/weights.pt", converter=prisma_loader)
+    assert_same(found, from_prisma(there / "prisma/weights.pt"), x)
+
 
 def test_sae_lens_has_the_loaders_by_name(there, x) -> None:
     name = "monoloss_dictionary_learning"
@@ -81,9 +98,9 @@ def test_sae_lens_has_the_loaders_by_name(there, x) -> None:
     read = NAMED_PRETRAINED_SAE_CONFIG_GETTERS[name](REPO, DICTIONARY, "cpu", False, {"a": 1})
     assert read["a"] == 1
     assert read["architecture"] == cfg["architecture"] == "jumprelu"
-    for other in ("monoloss_monoloss", "monoloss_overcomplete"):
-        assert other in NAMED_PRETRAINED_SAE_LOADERS
-        assert other in NAMED_PRETRAINED_SAE_CONFIG_GETTERS
+    for library in ("monoloss", "overcomplete", "prisma", "saev"):
+        assert f"monoloss_{library}" in NAMED_PRETRAINED_SAE_LOADERS
+        assert f"monoloss_{library}" in NAMED_PRETRAINED_SAE_CONFIG_GETTERS
 
 
 def test_the_dtype_that_sae_lens_is_asked_for(there) -> None:

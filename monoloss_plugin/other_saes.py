@@ -1,0 +1,101 @@
+"""SAEs of other libraries, seen as ``evaluate`` sees an SAE.
+
+No library is imported here: a class is told by the module that it comes from.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from monoloss_plugin._checks import as_rows
+from monoloss_plugin._sae import SAE, require_sae
+
+
+def as_sae(model: Any) -> SAE:
+    """Return an SAE whose ``encode`` and ``decode`` take and give tensors.
+
+    Args:
+        model: an SAE of SAELens or dictionary_learning, which is returned as it is; an SAE of
+            overcomplete; a coder of sparsify; or anything else with ``encode`` and ``decode``.
+
+    Raises:
+        TypeError: no ``encode`` and ``decode``.
+        ValueError: a transcoder; or a BatchTopKSAE that has not trained.
+    """
+    require_sae(model)
+    for library, view in _VIEWS.items():
+        if any(of.__module__.partition(".")[0] == library for of in type(model).__mro__):
+            return view(model)
+    return model  # type: ignore[no-any-return]
+
+
+def encoded(sae: SAE, x: Tensor) -> Tensor:
+    """Return the latents (B, M) of features (B, d_in), dense or sparse COO.
+
+    Raises:
+        TypeError: ``encode`` gives anything but a tensor.
+    """
+    latents = sae.encode(x)
+    if not isinstance(latents, Tensor):
+        raise TypeError(
+            f"sae.encode(features): expected latents (B, M), got a {type(latents).__name__}. "
+            "Convert the SAE with a function of monoloss_plugin.convert; or give an object of your "
+            "own, whose encode and decode take and return tensors"
+        )
+    return as_rows(latents, "sae.encode(features)", keep_sparse=True)
+
+
+class _OfOvercomplete(nn.Module):
+    """An SAE of overcomplete, in its eval mode; its own mode does not change."""
+
+    def __init__(self, sae: Any) -> None:
+        super().__init__()
+        # In training, encoding changes a BatchTopKSAE's threshold; leaving it has lasting effects.
+        self.sae = copy.deepcopy(sae).eval() if sae.training else sae
+        if getattr(sae, "running_threshold", 0) is None:
+            raise ValueError(
+                "sae: this BatchTopKSAE has no threshold, because it has not trained; a state dict "
+                "does not keep it (set running_threshold on what you loaded)"
+            )
+
+    def encode(self, x: Tensor) -> Tensor:
+        codes: Tensor = self.sae.encode(x)[1]
+        return codes
+
+    def decode(self, latents: Tensor) -> Tensor:
+        x_hat: Tensor = self.sae.decode(latents)
+        return x_hat
+
+
+class _OfSparsify(nn.Module):
+    """A coder of sparsify; its latents are sparse COO, never dense."""
+
+    def __init__(self, coder: Any) -> None:
+        super().__init__()
+        if coder.cfg.transcode or coder.W_skip is not None:
+            raise ValueError(
+                "sae: this is a transcoder, whose output is not its input; score its latents with "
+                "MonoScore().update(latents, embeddings)"
+            )
+        self.coder = coder
+
+    def encode(self, x: Tensor) -> Tensor:
+        acts, columns, _ = self.coder.encode(x.to(self.coder.dtype))
+        rows = torch.arange(len(x), device=columns.device).unsqueeze(1).expand_as(columns)
+        entries = torch.stack([rows.flatten(), columns.flatten()])
+        shape = len(x), self.coder.num_latents
+        return torch.sparse_coo_tensor(entries, acts.flatten(), shape).coalesce()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        x_hat: Tensor = latents @ self.coder.W_dec + self.coder.b_dec
+        return x_hat
+
+
+_VIEWS: dict[str, type[_OfOvercomplete | _OfSparsify]] = {
+    "overcomplete": _OfOvercomplete,
+    "sparsify": _OfSparsify,
+}

@@ -338,7 +338,10 @@ class _Attachment(Attachment[AttachedTerm]):
     ) -> None:
         """Load weights, and what the checkpoint records about its terms."""
         inner(checkpoint_path)
-        record = _saved_record(Path(checkpoint_path))
+        checkpoint = Path(checkpoint_path)
+        # The host reads only the weights here, so a folder without a config is enough for it.
+        has_config = (checkpoint / SAE_CFG_FILENAME).is_file()
+        record = _saved_record(checkpoint) if has_config else {}
         if record:
             self.target.cfg.metadata[_METADATA] = record
 

@@ -85,6 +85,19 @@ class AttachedTerm:
         batches = getattr(self.embeddings, "__self__", None)  # of a method of FeatureBatches
         return self.term.compared_by(str(getattr(batches, "compared_by", "other embeddings")))
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The term's class and options, and those it was attached with, for a host's records."""
+        found = {
+            "term": type(self.term).__name__,
+            **asdict(self.term),
+            "warm_up_steps": self.warm_up_steps,
+            "start": self.start,
+        }
+        if self.term.needs_embeddings:
+            found["compared_by"] = self.compared_by
+        return found
+
     def first_step(self, steps: float) -> int:
         """Return how many steps are done when the term starts, in a run of this many steps.
 
@@ -430,15 +443,7 @@ class LamConversion:
         record["input_mean_square_norm"] = self._mean_square_norm
         if self._variance is not None:
             record["input_variance"] = self._variance
-        record.setdefault("terms", {})[term.name] = {
-            "term": type(term).__name__,
-            **asdict(term),
-            "warm_up_steps": attached.warm_up_steps,
-            "start": attached.start,
-            "factor": factor,
-        }
-        if term.needs_embeddings:
-            record["terms"][term.name]["compared_by"] = attached.compared_by
+        record.setdefault("terms", {})[term.name] = {**attached.options, "factor": factor}
 
 
 @dataclass

@@ -73,7 +73,7 @@ HOSTS = {
         "dictionary-learning",
         ">=0.1,<0.2",
         "0.1.0",
-        "every trainer but p-annealing",
+        "every trainer of SAEs, in trainSAE or in a loop of your own",
         "config = add_loss(config, MonoLoss(lam=3e-4))",
     ),
     "sparsify": Host(

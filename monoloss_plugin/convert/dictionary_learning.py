@@ -51,6 +51,8 @@ _FORMATS = {
     "MatryoshkaBatchTopKSAE": _Format("jumprelu", SAE_LENS | _THRESHOLD, ignored="k|group_sizes"),
     "JumpReluAutoEncoder": _Format("jumprelu", SAE_LENS | _THRESHOLD, _RAW_INPUT),
 }
+# As sae-for-vlm's copy of the library spells it.
+_FORMATS["MatroyshkaBatchTopKSAE"] = _FORMATS["MatryoshkaBatchTopKSAE"]
 
 
 def from_dictionary_learning(
@@ -88,10 +90,22 @@ def from_dictionary_learning(
     if architecture == "topk":
         k = read_count(state.get("k", config.get("k")), "k", len(tensors["W_dec"]))
         settings = {**settings, "k": k}
-    sae = build_sae(architecture, tensors, converted_from="dictionary_learning", **settings)
+    sae = build_sae(
+        architecture,
+        tensors,
+        converted_from="dictionary_learning",
+        terms=_terms(config.get("monoloss")),
+        **settings,
+    )
     if name == "AutoEncoder":  # the library does this when it loads this class
         sae.fold_W_dec_norm()
     return sae
+
+
+def _terms(record: Any) -> dict[str, Any]:
+    """Return the loss terms that our adapter records in a trainer's config."""
+    terms = record.get("terms") if isinstance(record, dict) else None
+    return terms if isinstance(terms, dict) else {}
 
 
 def _trainer_config(path: Path) -> dict[str, Any]:

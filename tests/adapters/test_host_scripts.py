@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "examples/hosts").glob("*.py"))
 ELSEWHERE = {f"with_{p.parent.name}" for p in (ROOT / "tests/hosts").glob("*/requirements.txt")}
 
-SHORTER = {"language_models": ["3"]}
+SHORTER = {"with_language_models": ["3"]}
 """Arguments that make a script's run a short one."""
 
 

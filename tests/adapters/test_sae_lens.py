@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from sae_lens import SAE, SAETrainer, TrainingSAE
+from sae_lens import SAE, AbsTopKTrainingSAE, SAETrainer, TopKTrainingSAE, TrainingSAE
 from sae_lens.config import LoggingConfig
+from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from sae_lens.saes.sae import TrainStepInput
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from safetensors.torch import save_file
 from torch import Tensor
 
 from monoloss_plugin import L1L2Ratio, MonoLoss, MonoScore, OffSupportL1, functional
@@ -21,6 +23,7 @@ from monoloss_plugin.adapters import sae_lens as adapter
 from monoloss_plugin.adapters.sae_lens import add_loss, strip_checkpoint
 from monoloss_plugin.batch import Batch
 from tests import oracle
+from tests.adapters import attach_everywhere
 from tests.adapters.conftest import (
     ARCHITECTURES,
     BATCH,
@@ -276,6 +279,40 @@ def test_before_its_start_a_term_costs_nothing_and_changes_nothing(start, images
         assert_same(plain, late)
     assert not torch.equal(runs[0][9]["W_enc"], runs[1][9]["W_enc"])
     assert sae.cfg.metadata.monoloss["terms"]["monoloss"]["start"] == start
+
+
+def test_weights_load_from_a_folder_without_a_config_as_without_a_term(tmp_path):
+    saved = make_sae("jumprelu")
+    save_file(weights(saved), tmp_path / SAE_WEIGHTS_FILENAME)
+    sae = make_sae("jumprelu")
+    with torch.no_grad():
+        sae.W_enc.zero_()
+    add_loss(sae, MonoLoss(lam=0.0))
+    sae.load_weights_from_checkpoint(tmp_path)
+    assert_same(weights(sae), weights(saved))
+    assert sae.cfg.metadata.monoloss is None
+
+
+def test_the_plugin_for_sae_lens_s_own_tests_attaches_once_to_every_sae_it_can():
+    class Inner(TopKTrainingSAE):
+        pass
+
+    class Outer(Inner):
+        pass
+
+    counts = attach_everywhere.Counter()
+    for sae_class in (Inner, Outer):
+        attach_everywhere.attach_after_init(sae_class, "MonoLoss", counts)
+    sae = Outer(make_sae("topk").cfg)
+    assert sae.get_coefficients()["monoloss"].value == 0.0
+    assert counts == {"attached to topk": 1}
+
+    class Refused(AbsTopKTrainingSAE):
+        pass
+
+    attach_everywhere.attach_after_init(Refused, "MonoLoss", counts)
+    Refused(make_sae("abstopk").cfg)
+    assert counts == {"attached to topk": 1, "refused by abstopk": 1}
 
 
 def test_a_late_term_resumes_from_the_host_s_own_checkpoints(images, tmp_path):

@@ -1,6 +1,6 @@
 """SAELens's own runner on a small language model, with one line of ours, and a score of its tokens.
 
-python examples/hosts/language_models.py [STEPS]
+python examples/hosts/with_language_models.py [STEPS]
 
 The model learns the language reference of Python, which comes with Python, letter by letter.
 """

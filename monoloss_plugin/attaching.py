@@ -254,6 +254,12 @@ class Attachment(Generic[Attached]):
             )
 
     @classmethod
+    def on(cls, target: Any) -> Self | None:
+        """Return an object's attachment, or None if it has none."""
+        attachment: Self | None = target.__dict__.get(_KEY)
+        return attachment
+
+    @classmethod
     def of(cls, target: Any, methods: tuple[str, ...] | None = None) -> Self:
         """Return an object's attachment, with our methods in place; make it if there is none.
 
@@ -269,7 +275,7 @@ class Attachment(Generic[Attached]):
         for name in replaced:
             if cls.host and not callable(getattr(target, name, None)):
                 raise moved_seam(cls.host, f"{type(target).__name__}.{name}")
-        attachment: Self | None = target.__dict__.get(_KEY)
+        attachment = cls.on(target)
         if attachment is None:
             attachment = target.__dict__[_KEY] = cls(target)
         elif not isinstance(attachment, cls):
@@ -368,7 +374,7 @@ class LamConversion:
     logger: logging.Logger
     _mean_square_norm: float | None = None
     _variance: float | None = None
-    _announced: set[str] = field(default_factory=set)
+    _announced: dict[str, AttachedTerm] = field(default_factory=dict)
     _step: int = 0
 
     def begin_step(self, step: int) -> None:
@@ -406,8 +412,8 @@ class LamConversion:
                 variance=self._variance,
                 degree=term.degree,
             )
-        if term.name not in self._announced:
-            self._announced.add(term.name)
+        if self._announced.get(term.name) is not attached:  # another may have had this name
+            self._announced[term.name] = attached
             self._announce(attached, factor, inputs.shape[1], record)
         return factor
 
@@ -479,18 +485,20 @@ class SaeTerms:
         pre_acts: Tensor | None = None,
         gradient_at: GradientAt = "all",
         times: float = 1.0,
+        targets: Tensor | None = None,
     ) -> Tensor:
         """Return the sum of the weighted terms, to add to the host's loss.
 
         Args:
             terms: the terms.
             latents: (..., M), dense or sparse COO.
-            inputs: (..., d_in), what the SAE reconstructs.
+            inputs: (..., d_in), what the SAE reads.
             step: how many steps are done; by default how often this was called.
             steps: how many steps there will be, if the host knows.
             pre_acts: (..., M), the activations before a Top-k selection.
             gradient_at: which latents pass a gradient on.
             times: how many squared errors the host adds up.
+            targets: (..., d_out), what a transcoder reconstructs; an SAE reconstructs its inputs.
 
         Raises:
             ValueError: ``start`` is a share of an unknown number of steps, or shapes do not match.
@@ -500,10 +508,11 @@ class SaeTerms:
         self.conversion.begin_step(step)
         self.metrics = {}
         rows = as_rows(inputs, "inputs")
+        reconstructed = rows if targets is None else as_rows(targets, "targets")
         total = torch.zeros((), dtype=torch.promote_types(latents.dtype, torch.float32))
         total = total.to(latents.device)
         for attached in terms:
-            factor = self.conversion.factor(attached, rows, self.record, times)
+            factor = self.conversion.factor(attached, reconstructed, self.record, times)
             weight = attached.weight_at(step, steps) * factor
             tensors = tensors_of_sae(
                 attached, latents, rows, pre_acts=pre_acts, gradient_at=gradient_at

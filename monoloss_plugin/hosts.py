@@ -79,7 +79,7 @@ HOSTS = {
     "sparsify": Host(
         "sparsify",
         "eai-sparsify",
-        ">=1.3,<2",
+        ">=1.3.2,<2",
         "1.3.3",
         "SAEs and transcoders, TopK and groupmax, with loss_fn='fvu'",
         "trainer.add_loss(MonoLoss(lam=3e-4))",

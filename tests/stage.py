@@ -19,6 +19,7 @@ from sae_lens import (
     LanguageModelSAERunnerConfig,
 )
 from sae_lens.config import LoggingConfig, SAETrainerConfig
+from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -188,3 +189,12 @@ def checkpoints() -> None:
         "dictionary.multiplier": torch.tensor(1.0),
     }
     torch.save(state, "sae.pt")
+    Path("layers.3").mkdir()
+    coder = {
+        "encoder.weight": torch.randn(48, 64),
+        "encoder.bias": torch.zeros(48),
+        "W_dec": torch.randn(48, 64),
+        "b_dec": torch.zeros(64),
+    }
+    save_file(coder, "layers.3/sae.safetensors")
+    Path("layers.3/cfg.json").write_text('{"activation": "topk", "k": 5, "d_in": 64}')

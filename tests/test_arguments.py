@@ -46,7 +46,12 @@ from monoloss_plugin import (
 )
 from monoloss_plugin.adapters.lightning import MonoLossCallback
 from monoloss_plugin.comparison import compare
-from monoloss_plugin.convert import from_dictionary_learning, from_monoloss, from_overcomplete
+from monoloss_plugin.convert import (
+    from_dictionary_learning,
+    from_monoloss,
+    from_overcomplete,
+    from_sparsify,
+)
 from monoloss_plugin.dictionary import nearest_latents, redundancy, stability
 from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.features import (
@@ -547,6 +552,7 @@ def cases_of_the_hub() -> dict[str, Case]:
             ),
             runs=False,
         ),
+        "from_sparsify": Case(from_sparsify, {"source": "nowhere"}, runs=False),
     }
 
 

@@ -227,3 +227,8 @@ def test_lam_is_converted_logged_and_recorded_once(reduction, caplog) -> None:
     twice = conversion.factor(attached, inputs * 2, record)
     assert twice == pytest.approx(grown * factor, rel=1e-5)
     assert conversion.factor(attached, inputs, record, times=2) == pytest.approx(2 * twice)
+
+    again = AttachedTerm(MonoLoss(lam=0.5))  # in the place of a term that was removed
+    conversion.factor(again, inputs, record)
+    assert "lam 0.5 is measured" in caplog.messages[-1]
+    assert record["terms"]["monoloss"]["lam"] == 0.5

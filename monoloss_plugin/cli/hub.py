@@ -255,15 +255,15 @@ def pretrained(
 
 def convert(
     source: Annotated[
-        Path, typer.Argument(help="A checkpoint's file, or the folder of ae.pt and config.json.")
+        Path, typer.Argument(help="A checkpoint's file, or the folder that the library wrote.")
     ],
     out: Annotated[Path, typer.Argument(help="A new folder for the SAE.")],
     library: Annotated[
         str,
         typer.Option(
             "--from",
-            help="The library that wrote it: monoloss, dictionary-learning, overcomplete.",
-            callback=one_of("monoloss", "dictionary-learning", "overcomplete"),
+            help="What wrote it: monoloss, dictionary-learning, overcomplete, sparsify.",
+            callback=one_of("monoloss", "dictionary-learning", "overcomplete", "sparsify"),
         ),
     ],
     features: Annotated[
@@ -291,10 +291,12 @@ def convert(
         converted = converters.from_monoloss(source, features=opened)
     elif library == "dictionary-learning":
         converted = converters.from_dictionary_learning(source, dict_class=dict_class)
-    else:
+    elif library == "overcomplete":
         converted = converters.from_overcomplete(
             source, sae_class=dict_class, top_k=top_k, threshold=threshold
         )
+    else:
+        converted = converters.from_sparsify(source)
     converted.save_model(out)
     cfg = converted.cfg
     content = {

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from monoloss_plugin.convert.overcomplete import from_overcomplete
     from monoloss_plugin.convert.prisma import from_prisma
     from monoloss_plugin.convert.saev import from_saev
+    from monoloss_plugin.convert.sparsify import from_sparsify
 
 __all__ = [
     "dictionary_learning_loader",
@@ -30,10 +31,12 @@ __all__ = [
     "from_overcomplete",
     "from_prisma",
     "from_saev",
+    "from_sparsify",
     "monoloss_loader",
     "overcomplete_loader",
     "prisma_loader",
     "saev_loader",
+    "sparsify_loader",
 ]
 
 __getattr__, __dir__ = later(
@@ -45,9 +48,11 @@ __getattr__, __dir__ = later(
         "from_overcomplete": "overcomplete",
         "from_prisma": "prisma",
         "from_saev": "saev",
+        "from_sparsify": "sparsify",
         "monoloss_loader": "loaders",
         "overcomplete_loader": "loaders",
         "prisma_loader": "loaders",
         "saev_loader": "loaders",
+        "sparsify_loader": "loaders",
     },
 )

@@ -25,6 +25,7 @@ from monoloss_plugin.convert.monoloss import from_monoloss
 from monoloss_plugin.convert.overcomplete import from_overcomplete
 from monoloss_plugin.convert.prisma import from_prisma
 from monoloss_plugin.convert.saev import from_saev
+from monoloss_plugin.convert.sparsify import from_sparsify
 from monoloss_plugin.hosts import failed_import
 
 try:
@@ -45,6 +46,7 @@ __all__ = [
     "overcomplete_loader",
     "prisma_loader",
     "saev_loader",
+    "sparsify_loader",
 ]
 
 
@@ -127,6 +129,9 @@ monoloss_loader = HubLoader(from_monoloss)
 overcomplete_loader = HubLoader(from_overcomplete)
 prisma_loader = HubLoader(from_prisma, extra_files=("config.json",))
 saev_loader = HubLoader(from_saev)
+sparsify_loader = HubLoader(
+    from_sparsify, ("cfg.json", "sae.safetensors"), ("monoloss_terms.json",)
+)
 
 for _name, _loader in {
     "dictionary_learning": dictionary_learning_loader,
@@ -134,6 +139,7 @@ for _name, _loader in {
     "overcomplete": overcomplete_loader,
     "prisma": prisma_loader,
     "saev": saev_loader,
+    "sparsify": sparsify_loader,
 }.items():
     NAMED_PRETRAINED_SAE_LOADERS[f"monoloss_{_name}"] = _loader
     NAMED_PRETRAINED_SAE_CONFIG_GETTERS[f"monoloss_{_name}"] = _loader.read_config

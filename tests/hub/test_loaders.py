@@ -22,10 +22,12 @@ from monoloss_plugin.convert import (
     from_overcomplete,
     from_prisma,
     from_saev,
+    from_sparsify,
     monoloss_loader,
     overcomplete_loader,
     prisma_loader,
     saev_loader,
+    sparsify_loader,
 )
 from tests import stage
 from tests.convert.test_git_only import saev_file, weights
@@ -46,6 +48,7 @@ def there(hub, tmp_path, monkeypatch) -> Path:
     stage.checkpoints()
     files = {f"{DICTIONARY}/{p.name}": p.read_bytes() for p in Path("trainer_0").iterdir()}
     files |= {f"others/{name}": Path(name).read_bytes() for name in ("checkpoint.pt", "sae.pt")}
+    files |= {f"others/layers.3/{p.name}": p.read_bytes() for p in Path("layers.3").iterdir()}
     saev_file(Path("saev.pt"), {"cls": "Relu", "params": {}}, weights())
     Path("prisma").mkdir()
     torch.save(weights(), "prisma/weights.pt")
@@ -85,6 +88,8 @@ def test_every_loader_gives_what_its_converter_gives(there, x) -> None:
     assert_same(found, from_saev(there / "saev.pt"), x)
     found = SAE.from_pretrained(REPO, "prisma/weights.pt", converter=prisma_loader)
     assert_same(found, from_prisma(there / "prisma/weights.pt"), x)
+    found = SAE.from_pretrained(REPO, "others/layers.3", converter=sparsify_loader)
+    assert_same(found, from_sparsify(there / "layers.3"), x)
 
 
 def test_sae_lens_has_the_loaders_by_name(there, x) -> None:
@@ -98,7 +103,7 @@ def test_sae_lens_has_the_loaders_by_name(there, x) -> None:
     read = NAMED_PRETRAINED_SAE_CONFIG_GETTERS[name](REPO, DICTIONARY, "cpu", False, {"a": 1})
     assert read["a"] == 1
     assert read["architecture"] == cfg["architecture"] == "jumprelu"
-    for library in ("monoloss", "overcomplete", "prisma", "saev"):
+    for library in ("monoloss", "overcomplete", "prisma", "saev", "sparsify"):
         assert f"monoloss_{library}" in NAMED_PRETRAINED_SAE_LOADERS
         assert f"monoloss_{library}" in NAMED_PRETRAINED_SAE_CONFIG_GETTERS
 

@@ -30,7 +30,12 @@ from monoloss_plugin import (
     publish_sae,
     refit_decoder,
 )
-from monoloss_plugin.convert import from_dictionary_learning, from_monoloss, from_overcomplete
+from monoloss_plugin.convert import (
+    from_dictionary_learning,
+    from_monoloss,
+    from_overcomplete,
+    from_sparsify,
+)
 from monoloss_plugin.evaluation import evaluate
 from monoloss_plugin.features import FeatureBatches, FeatureSet
 from monoloss_plugin.hub.repository import bundled_folder
@@ -452,7 +457,7 @@ def test_arguments_of_the_wrong_kind_are_named(wrong, hub) -> None:
             lambda given: publish_features(given, REPO),
         ],
         "evaluation": [lambda given: publish_sae(good, REPO, evaluation=given)],
-        "source": [from_monoloss, from_dictionary_learning, from_overcomplete],
+        "source": [from_monoloss, from_dictionary_learning, from_overcomplete, from_sparsify],
     }
     optional = ("sae_id", "revision", "split", "dtype", "license", "features", "evaluation")
     for argument, uses in calls.items():

@@ -210,13 +210,17 @@ def measure_model(model: HookedSAETransformer, rows: Tensor) -> dict[str, Any]:
 
 
 def _similarities(x: Tensor, rows: Tensor) -> dict[str, float]:
-    """Return norms, and mean cosines of pairs, of special tokens and of the others."""
+    """Return norms and mean cosines of pairs, of special tokens and of the others.
+
+    ``tokens_as_latents`` is the score above chance of latents that are one token each.
+    """
     special, others = x[rows == BEGIN], x[rows != BEGIN]
     tokens = rows[rows != BEGIN]
     every = MonoScore()
-    every.update(torch.ones(len(others), 1).float(), others)
-    different = MonoScore()
+    every.update(torch.rand(len(others), 1), others)
+    different, of_tokens = MonoScore(), MonoScore()
     different.update(torch.rand(len(others), 1), others, tokens)
+    of_tokens.update(F.one_hot(tokens).float().to_sparse(), others)
     unit = F.normalize(others.double(), dim=1)
     sums = unit.new_zeros(int(tokens.max()) + 1, unit.shape[1]).index_add_(0, tokens, unit)
     counts = tokens.bincount().double()
@@ -230,6 +234,7 @@ def _similarities(x: Tensor, rows: Tensor) -> dict[str, float]:
             (sums.square().sum() - len(others)) / (counts.square().sum() - len(others))
         ),
         "different_tokens": different.compute().chance,
+        "tokens_as_latents": of_tokens.compute().mean_adjusted,
     }
 
 

@@ -67,7 +67,7 @@ class HubLoader:
     """The files to read in the folder that ``sae_id`` names, and that must be there. If there are
     none, ``sae_id`` names the one file to read."""
     extra_files: tuple[str, ...] = ()
-    """More files of the folder, which are read if they are there."""
+    """More files of the same folder, which are read if they are there."""
 
     def __call__(
         self,
@@ -95,7 +95,8 @@ class HubLoader:
             EntryNotFoundError: the repository has no such file.
             ValueError, TypeError: those of the converter.
         """
-        folder = PurePosixPath(folder_name)
+        named = PurePosixPath(folder_name)
+        folder = named if self.files else named.parent
 
         def download(path: PurePosixPath) -> Path:
             found = hf_hub_download(
@@ -109,7 +110,7 @@ class HubLoader:
             except EntryNotFoundError:
                 continue
         paths = [download(folder / name) for name in self.files]
-        sae = self.convert(paths[0].parent if paths else download(folder), **options)
+        sae = self.convert(paths[0].parent if paths else download(named), **options)
         config = {**sae.cfg.to_dict(), "device": device, **(cfg_overrides or {})}
         dtype: torch.dtype = str_to_dtype(config["dtype"])
         tensors = {name: t.to(device, dtype) for name, t in sae.state_dict().items()}
@@ -126,9 +127,7 @@ class HubLoader:
 dictionary_learning_loader = HubLoader(from_dictionary_learning, ("ae.pt",), ("config.json",))
 monoloss_loader = HubLoader(from_monoloss)
 overcomplete_loader = HubLoader(from_overcomplete)
-prisma_loader = HubLoader(
-    lambda folder: from_prisma(folder / "weights.pt"), ("weights.pt", "config.json")
-)
+prisma_loader = HubLoader(from_prisma, extra_files=("config.json",))
 saev_loader = HubLoader(from_saev)
 sparsify_loader = HubLoader(
     from_sparsify, ("cfg.json", "sae.safetensors"), ("monoloss_terms.json",)

@@ -20,12 +20,17 @@ from monoloss_plugin.convert import (
     from_dictionary_learning,
     from_monoloss,
     from_overcomplete,
+    from_prisma,
+    from_saev,
     from_sparsify,
     monoloss_loader,
     overcomplete_loader,
+    prisma_loader,
+    saev_loader,
     sparsify_loader,
 )
 from tests import stage
+from tests.convert.test_git_only import saev_file, weights
 
 REPO = "bob/their-saes"
 DICTIONARY = "run/trainer_0"
@@ -44,7 +49,14 @@ def there(hub, tmp_path, monkeypatch) -> Path:
     files = {f"{DICTIONARY}/{p.name}": p.read_bytes() for p in Path("trainer_0").iterdir()}
     files |= {f"others/{name}": Path(name).read_bytes() for name in ("checkpoint.pt", "sae.pt")}
     files |= {f"others/layers.3/{p.name}": p.read_bytes() for p in Path("layers.3").iterdir()}
-    hub.put(REPO, files)
+    saev_file(Path("saev.pt"), {"cls": "Relu", "params": {}}, weights())
+    Path("prisma").mkdir()
+    torch.save(weights(), "prisma/weights.pt")
+    Path("prisma/config.json").write_text(
+        '{"architecture": "standard", "activation_fn_str": "relu"}'
+    )
+    others = ("saev.pt", "prisma/weights.pt", "prisma/config.json")
+    hub.put(REPO, files | {name: Path(name).read_bytes() for name in others})
     return tmp_path
 
 
@@ -72,6 +84,10 @@ def test_every_loader_gives_what_its_converter_gives(there, x) -> None:
     found = SAE.from_pretrained(REPO, "others/sae.pt", converter=loader)
     assert_same(found, from_overcomplete(there / "sae.pt", **options), x)
 
+    found = SAE.from_pretrained(REPO, "saev.pt", converter=saev_loader)
+    assert_same(found, from_saev(there / "saev.pt"), x)
+    found = SAE.from_pretrained(REPO, "prisma/weights.pt", converter=prisma_loader)
+    assert_same(found, from_prisma(there / "prisma/weights.pt"), x)
     found = SAE.from_pretrained(REPO, "others/layers.3", converter=sparsify_loader)
     assert_same(found, from_sparsify(there / "layers.3"), x)
 
@@ -87,9 +103,9 @@ def test_sae_lens_has_the_loaders_by_name(there, x) -> None:
     read = NAMED_PRETRAINED_SAE_CONFIG_GETTERS[name](REPO, DICTIONARY, "cpu", False, {"a": 1})
     assert read["a"] == 1
     assert read["architecture"] == cfg["architecture"] == "jumprelu"
-    for other in ("monoloss_monoloss", "monoloss_overcomplete", "monoloss_sparsify"):
-        assert other in NAMED_PRETRAINED_SAE_LOADERS
-        assert other in NAMED_PRETRAINED_SAE_CONFIG_GETTERS
+    for library in ("monoloss", "overcomplete", "prisma", "saev", "sparsify"):
+        assert f"monoloss_{library}" in NAMED_PRETRAINED_SAE_LOADERS
+        assert f"monoloss_{library}" in NAMED_PRETRAINED_SAE_CONFIG_GETTERS
 
 
 def test_the_dtype_that_sae_lens_is_asked_for(there) -> None:

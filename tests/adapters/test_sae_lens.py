@@ -212,12 +212,17 @@ def test_the_term_is_in_the_host_s_logs_progress_bar_and_schedule(images, capsys
     assert "monoloss: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("normalize", ["none", "expected_average_only_in"])
-def test_a_resumed_run_takes_the_path_of_an_uninterrupted_one(normalize, images, tmp_path):
+@pytest.mark.parametrize(
+    ("architecture", "normalize"),
+    [*((name, "none") for name in ARCHITECTURES), ("batchtopk", "expected_average_only_in")],
+)
+def test_a_resumed_run_takes_the_path_of_an_uninterrupted_one(
+    architecture, normalize, images, tmp_path
+):
     images = images * 3
 
     def fresh(batches):
-        sae = make_sae("batchtopk", normalize_activations=normalize)
+        sae = make_sae(architecture, normalize_activations=normalize)
         trainer = make_trainer(sae, batches, steps=40)
         trainer.add_loss(MonoLoss(lam=0.01), warm_up_steps=30)
         return sae, trainer
@@ -452,6 +457,15 @@ def test_lam_is_converted_by_width_and_measured_input_scale(
     assert (caplog.records[0].levelno >= logging.WARNING) == (abs(factor - 1) > 1e-3)
     assert "lam 0.0003" in said[0]
     assert f"{3e-4 * factor:g}" in said[0]
+
+
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if "matryoshka" not in a])
+def test_lam_is_converted_by_what_the_host_s_own_loss_is_of_the_paper_s(architecture, images):
+    x, scale = 7 * images[:BATCH], 7
+    output = attached_output(make_sae(architecture), x, MonoLoss(lam=3e-4))
+    paper = ((output.sae_out - x) / scale).square().mean()
+    factor = output.metrics["monoloss_weight"] / 3e-4
+    assert factor == pytest.approx((output.losses["mse_loss"] / paper).item(), rel=1e-4)
 
 
 def test_lam_follows_the_host_s_own_input_scaling(images):

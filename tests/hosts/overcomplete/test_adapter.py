@@ -201,22 +201,22 @@ def test_without_gradients_the_loss_is_the_criterions_own(images) -> None:
     assert criterion.terms.steps == 0
 
 
-def test_a_resumed_run_goes_on(images) -> None:
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_resumed_run_goes_on(name, images) -> None:
     def run(sae, criterion, epochs):
         optimizer = torch.optim.SGD(sae.parameters(), lr=0.5)
         for epoch in epochs:
             torch.manual_seed(epoch)
-            loader = DataLoader(TensorDataset(x), batch_size=BATCH, shuffle=True)
+            loader = DataLoader(TensorDataset(x), batch_size=BATCH, shuffle=True, drop_last=True)
             train_sae(sae, loader, criterion, optimizer, nb_epochs=1, monitoring=0)
         return sae
 
     x = images * torch.linspace(0.5, 2, len(images)).unsqueeze(1)
     term = MonoLoss(lam=0.02)
-    whole = run(make("TopKSAE"), add_loss(mse, term, warm_up_steps=20), range(3))
+    whole = run(make(name), add_loss(mse, term, warm_up_steps=20), range(3))
     first = add_loss(mse, term, warm_up_steps=20)
-    half = run(make("TopKSAE"), first, range(1))
-    again, second = make("TopKSAE"), add_loss(mse, term, warm_up_steps=20)
-    again.load_state_dict(half.state_dict())
+    half = run(make(name), first, range(1))
+    again, second = copy.deepcopy(half), add_loss(mse, term, warm_up_steps=20)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     run(again, second, range(1, 3))
     for one, other in zip(whole.parameters(), again.parameters(), strict=True):

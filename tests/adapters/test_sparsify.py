@@ -455,13 +455,20 @@ class Stopped(Exception):  # noqa: N818
     """A run that ends at its first checkpoint."""
 
 
-@pytest.mark.parametrize("transcode", [False, True])
-@pytest.mark.parametrize("grad", [1, 2])
-def test_a_resumed_run_takes_the_path_of_an_uninterrupted_one(grad, transcode, model, data):
+@pytest.mark.parametrize(
+    ("sae", "grad"),
+    [
+        ({}, 1),
+        ({}, 2),
+        ({"transcode": True}, 2),
+        ({"activation": "groupmax"}, 1),
+        ({"multi_topk": True}, 1),
+        ({"skip_connection": True}, 1),
+    ],
+)
+def test_a_resumed_run_takes_the_path_of_an_uninterrupted_one(sae, grad, model, data):
     def fresh() -> Trainer:
-        trainer = make_trainer(
-            model, data, sae={"transcode": transcode}, steps=20, grad_acc_steps=grad, save_every=5
-        )
+        trainer = make_trainer(model, data, sae=sae, steps=20, grad_acc_steps=grad, save_every=5)
         trainer.add_loss(MonoLoss(lam=0.01), warm_up_steps=8)
         trainer.add_loss(OffSupportL1(lam=0.01))
         return trainer

@@ -392,9 +392,12 @@ def test_a_share_of_the_run_needs_a_trainer_that_knows_its_steps(digits):
     assert "monoloss" not in trainer.config
 
 
-def test_a_run_goes_on_from_what_a_user_saves(digits):
+@pytest.mark.parametrize(
+    "name", ["topk", "batchtopk", "matryoshka", "jumprelu", "standard", "april", "gated"]
+)
+def test_a_run_goes_on_from_what_a_user_saves(name, digits):
     def fresh() -> Any:
-        trainer = make_trainer("topk", steps=30)
+        trainer = make_trainer(name, steps=30)
         add_loss(trainer, MonoLoss(lam=0.01), warm_up_steps=20)
         return trainer
 
@@ -404,7 +407,8 @@ def test_a_run_goes_on_from_what_a_user_saves(digits):
     resumed = fresh()
     for part in ("ae", "optimizer", "scheduler"):
         getattr(resumed, part).load_state_dict(getattr(first, part).state_dict())
-    resumed.num_tokens_since_fired = first.num_tokens_since_fired
+    if hasattr(first, "num_tokens_since_fired"):
+        resumed.num_tokens_since_fired = first.num_tokens_since_fired
     torch.testing.assert_close(run(resumed, digits, range(12, 30)), whole)
 
 

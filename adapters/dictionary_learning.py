@@ -27,18 +27,11 @@ import torch
 from torch import Tensor
 
 from monoloss_plugin._places import kind_of
-from monoloss_plugin.attaching import (
-    AttachedTerm,
-    Attachment,
-    Embeddings,
-    LamConversion,
-    SaeTerms,
-    require_embeddings,
-    require_nonnegative,
-)
+from monoloss_plugin.attaching import AttachedTerm, Attachment, require_embeddings
 from monoloss_plugin.hosts import check_version, failed_import, moved_seam
 from monoloss_plugin.kernels.batch import GradientAt
 from monoloss_plugin.losses import LossHandle, LossTerm
+from monoloss_plugin.sae_terms import Embeddings, LamConversion, SaeTerms, require_nonnegative
 
 try:
     from dictionary_learning.trainers.trainer import SAETrainer

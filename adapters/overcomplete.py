@@ -21,17 +21,11 @@ from torch import Tensor
 
 from monoloss_plugin._checks import looks_are_free
 from monoloss_plugin._places import kind_of
-from monoloss_plugin.attaching import (
-    AttachedTerm,
-    Embeddings,
-    LamConversion,
-    SaeTerms,
-    require_embeddings,
-    require_nonnegative,
-)
+from monoloss_plugin.attaching import AttachedTerm, require_embeddings
 from monoloss_plugin.hosts import check_version, failed_import
 from monoloss_plugin.kernels.batch import GradientAt
 from monoloss_plugin.losses import LossTerm
+from monoloss_plugin.sae_terms import Embeddings, LamConversion, SaeTerms, require_nonnegative
 
 try:
     import overcomplete.sae  # noqa: F401  # we replace nothing in it, and need nothing of it

@@ -24,18 +24,11 @@ from torch import Tensor, nn
 
 from monoloss_plugin._checks import require_choice, require_text
 from monoloss_plugin._places import kind_of
-from monoloss_plugin.attaching import (
-    AttachedTerm,
-    Attachment,
-    Embeddings,
-    LamConversion,
-    SaeTerms,
-    require_embeddings,
-    require_nonnegative,
-)
+from monoloss_plugin.attaching import AttachedTerm, Attachment, require_embeddings
 from monoloss_plugin.finetuning.recorder import LatentRecorder
 from monoloss_plugin.kernels.batch import GradientAt
 from monoloss_plugin.losses import LossHandle, LossTerm, Reduction
+from monoloss_plugin.sae_terms import Embeddings, LamConversion, SaeTerms, require_nonnegative
 
 __all__ = ["AttachedLoss", "Call", "attach"]
 

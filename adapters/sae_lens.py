@@ -29,19 +29,12 @@ from torch import Tensor, nn
 
 from monoloss_plugin._checks import as_rows, looks_are_free
 from monoloss_plugin._places import as_path, require_file
-from monoloss_plugin.attaching import (
-    AttachedTerm,
-    Attachment,
-    Embeddings,
-    LamConversion,
-    StepTerm,
-    require_embeddings,
-    tensors_of_sae,
-)
+from monoloss_plugin.attaching import AttachedTerm, Attachment, StepTerm, require_embeddings
 from monoloss_plugin.hosts import check_version, failed_import
 from monoloss_plugin.kernels.batch import GradientAt
 from monoloss_plugin.kernels.support import is_sparse, sampled_rows
 from monoloss_plugin.losses import LossHandle, LossTerm, StepTensors
+from monoloss_plugin.sae_terms import Embeddings, LamConversion, tensors_of_sae
 
 try:
     from sae_lens import (

@@ -31,17 +31,11 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from monoloss_plugin.attaching import (
-    AttachedTerm,
-    Attachment,
-    Embeddings,
-    LamConversion,
-    SaeTerms,
-    require_embeddings,
-)
+from monoloss_plugin.attaching import AttachedTerm, Attachment, require_embeddings
 from monoloss_plugin.hosts import check_version, failed_import, moved_seam
 from monoloss_plugin.losses import LossHandle, LossTerm
 from monoloss_plugin.other_saes import sparse_latents
+from monoloss_plugin.sae_terms import Embeddings, LamConversion, SaeTerms
 
 try:
     from sparsify import SparseCoder, Trainer

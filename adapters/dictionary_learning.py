@@ -36,7 +36,7 @@ from monoloss_plugin.sae_terms import Embeddings, LamConversion, SaeTerms, requi
 try:
     from dictionary_learning.trainers.trainer import SAETrainer
 except ImportError as error:
-    raise failed_import(error, "dictionary_learning", "dictionary-learning") from error
+    raise failed_import(error, "dictionary_learning") from error
 
 __all__ = ["LossHandle", "add_loss"]
 
@@ -149,7 +149,7 @@ def add_loss(
         >>> handle = add_loss(trainer, MonoLoss(lam=1e-4, name="second"), start=0.5)
         >>> handle.remove()
     """
-    attached = _AttachedTerm(loss, warm_up_steps, embeddings, start=start)
+    attached = AttachedTerm(loss, warm_up_steps, embeddings, start=start)
     if embeddings is not None:
         require_embeddings(embeddings)
     if isinstance(target, Mapping):
@@ -162,24 +162,12 @@ def add_loss(
     return _add_to_trainer(target, attached)
 
 
-@dataclass
-class _AttachedTerm(AttachedTerm):
-    """A term, and when it was added."""
-
-    added_at: int = 0
-    """How many steps the trainer had done."""
-
-    def weight_at(self, step: int, steps: float = math.inf, added_at: int = 0) -> float:
-        """Return lam as it is in one step, with the warm-up from the step it was added at."""
-        return super().weight_at(step, steps, max(added_at, self.added_at))
-
-
 @dataclass(frozen=True)
 class _TrainerWithTerms:
     """What a config has in the place of its trainer's class: it makes one, and adds the terms."""
 
     trainer_class: type
-    terms: tuple[_AttachedTerm, ...]
+    terms: tuple[AttachedTerm, ...]
 
     def __call__(self, **options: Any) -> Any:
         trainer = self.trainer_class(**options)
@@ -188,7 +176,7 @@ class _TrainerWithTerms:
         return trainer
 
 
-def _add_to_config(config: Mapping[str, Any], attached: _AttachedTerm) -> dict[str, Any]:
+def _add_to_config(config: Mapping[str, Any], attached: AttachedTerm) -> dict[str, Any]:
     """Return a config whose trainer has one more term."""
     if "trainer" not in config:
         raise ValueError(
@@ -210,7 +198,7 @@ def _add_to_config(config: Mapping[str, Any], attached: _AttachedTerm) -> dict[s
     return {**config, "trainer": replace(found, terms=(*found.terms, attached))}
 
 
-def _add_to_trainer(trainer: Any, attached: _AttachedTerm) -> LossHandle:
+def _add_to_trainer(trainer: Any, attached: AttachedTerm) -> LossHandle:
     """Attach a term to a trainer that exists."""
     _check(type(trainer), attached)
     Attachment.require_free(trainer, attached.term.name)
@@ -235,7 +223,7 @@ def _check(trainer_class: type, attached: AttachedTerm) -> None:
         )
 
 
-def _attach(trainer: Any, attached: _AttachedTerm, steps: float) -> LossHandle:
+def _attach(trainer: Any, attached: AttachedTerm, steps: float) -> LossHandle:
     """Attach a term to one trainer, which will train for so many steps."""
     for name in ("encode", "decode"):
         if not callable(getattr(trainer.ae, name, None)):
@@ -245,7 +233,7 @@ def _attach(trainer: Any, attached: _AttachedTerm, steps: float) -> LossHandle:
     return attachment.add(attached, lambda: attachment.forget(attached.term.name))
 
 
-class _Attachment(Attachment[_AttachedTerm]):
+class _Attachment(Attachment[AttachedTerm]):
     """The terms of one trainer."""
 
     host = "dictionary_learning"

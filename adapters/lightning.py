@@ -27,7 +27,7 @@ from monoloss_plugin.losses import LossHandle, LossTerm
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError as error:
-    raise failed_import(error, "lightning", "lightning") from error
+    raise failed_import(error, "lightning") from error
 
 __all__ = ["MonoLossCallback"]
 

@@ -12,6 +12,7 @@ Nothing in overcomplete changes.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +31,7 @@ from monoloss_plugin.sae_terms import Embeddings, LamConversion, SaeTerms, requi
 try:
     import overcomplete.sae  # noqa: F401  # we replace nothing in it, and need nothing of it
 except ImportError as error:
-    raise failed_import(error, "overcomplete", "overcomplete") from error
+    raise failed_import(error, "overcomplete") from error
 
 __all__ = ["CriterionWithLoss", "add_loss"]
 
@@ -93,27 +94,33 @@ def add_loss(
     attached.first_step(float("inf"))  # an error for a share of an unknown run
     if embeddings is not None:
         require_embeddings(embeddings)
-    if loss.name in _names(criterion):
+    if not isinstance(criterion, CriterionWithLoss):
+        return CriterionWithLoss(criterion, [attached])
+    if loss.name in (other.term.name for other in criterion.attached):
         raise ValueError(
             f"{loss.name}: the criterion has a term of this name already; give the new term "
             "another name, such as MonoLoss(..., name='monoloss_2')"
         )
-    return CriterionWithLoss(criterion, attached)
+    attached.added_at = criterion.terms.steps
+    more = CriterionWithLoss(criterion.criterion, [*criterion.attached, attached])
+    more.load_state_dict(criterion.state_dict())
+    return more
 
 
 class CriterionWithLoss:
-    """A criterion of overcomplete with a loss term. :func:`add_loss` makes it."""
+    """A criterion of overcomplete with loss terms, for one run. :func:`add_loss` makes it."""
 
-    def __init__(self, criterion: Criterion, attached: AttachedTerm) -> None:
+    def __init__(self, criterion: Criterion, attached: list[AttachedTerm]) -> None:
         self.criterion = criterion
-        """The criterion without the term."""
+        """The criterion without the terms."""
         self.attached = attached
         self.terms = SaeTerms(LamConversion("overcomplete", "mean", logger))
+        self._checked = False
 
     @property
     def metrics(self) -> dict[str, Tensor]:
         """The weighted terms and their metrics of the last step, to log."""
-        return {**getattr(self.criterion, "metrics", {}), **self.terms.metrics}
+        return self.terms.metrics
 
     def __call__(
         self,
@@ -124,40 +131,29 @@ class CriterionWithLoss:
         dictionary: Tensor,
         **more: Any,
     ) -> Tensor:
-        """Return the criterion's loss; with gradients, the term is in it."""
+        """Return the criterion's loss; with gradients, the terms are in it."""
         loss = self.criterion(x, x_hat, pre_codes, codes, dictionary, **more)
         if not torch.is_grad_enabled():
             return loss
-        term, inputs = self.attached.term, _rows_of_codes(x)
-        if not self.terms.steps:
-            _require_codes(term, pre_codes, codes, inputs - _rows_of_codes(x_hat))
-        if term.needs_nonnegative and (not self.terms.steps or looks_are_free(codes)):
-            require_nonnegative(codes, term)
+        inputs = _rows_of_codes(x)
+        for attached in self.attached:
+            if not self._checked:
+                _require_codes(attached.term, pre_codes, codes, inputs - _rows_of_codes(x_hat))
+            if attached.term.needs_nonnegative and (not self._checked or looks_are_free(codes)):
+                require_nonnegative(codes, attached.term)
+        self._checked = True
         added: Tensor = self.terms.add_up(
-            [self.attached],
-            codes,
-            inputs,
-            pre_acts=pre_codes if term.needs_selection else None,
-            gradient_at=_gradient_at(codes),
+            self.attached, codes, inputs, pre_acts=pre_codes, gradient_at=_gradient_at(codes)
         )
         return loss + added
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: how many steps are done, and what lam became."""
-        return self.terms.state_dict()
+        return copy.deepcopy(self.terms.state_dict())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on as the run that saved this state."""
         self.terms.load_state_dict(state)
-
-
-def _names(criterion: Criterion) -> list[str]:
-    """Return the names of the terms that a criterion has."""
-    names = []
-    while isinstance(criterion, CriterionWithLoss):
-        names.append(criterion.attached.term.name)
-        criterion = criterion.criterion
-    return names
 
 
 def _rows_of_codes(x: Tensor) -> Tensor:
@@ -183,14 +179,13 @@ def _require_codes(term: LossTerm, pre_codes: Tensor, codes: Tensor, residual: T
 
 
 def _gradient_at(codes: Tensor) -> GradientAt:
-    """Return "active" if zeros pass no gradient: after a ReLU, a Top-k scatter or a mask.
+    """Return "active" if zeros pass no gradient: after a ReLU, its mask, or a Top-k scatter.
 
     A criterion does not see the SAE. What made the codes is seen in their graph.
     """
     made = codes.grad_fn
     if made is None:
         return "all"
-    masked = (
-        made.name() == "MulBackward0" and sum(f is not None for f, _ in made.next_functions) == 1
-    )
+    parents = [of.name() for of, _ in made.next_functions if of is not None]
+    masked = made.name() == "MulBackward0" and parents == ["ReluBackward0"]
     return "active" if masked or made.name() in ("ReluBackward0", "ScatterBackward0") else "all"

@@ -17,6 +17,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from inspect import signature
 from typing import Any, NamedTuple, TypeAlias, get_args
 
 import torch
@@ -69,8 +70,8 @@ def attach(
 ) -> AttachedLoss:
     """Add a loss term to a module that you train in a loop of your own.
 
-    A call of the module in training, with gradients, is a step. Call what you get after it: it
-    returns the weighted term, to add to your loss. In evaluation it returns zero.
+    Call what you get after a call of the module in training: it returns the weighted term, to add
+    to your loss, and counts a step. After a call in evaluation it returns zero.
 
     Args:
         module: such as an SAE. Only this instance changes, and no state dict does.
@@ -100,8 +101,8 @@ def attach(
         TypeError: an argument has the wrong type.
         ValueError: there is no such layer or method, an option is unknown, a term of that name is
             attached already, the term needs ``pre_acts`` or a ``reduction``, or the module is
-            compiled already; in a step, the latents are negative and the term reads 0 as "not
-            active", or shapes do not match.
+            compiled already; in a step, the latents carry no gradient, are negative although the
+            term reads 0 as "not active", shapes do not match, or a layer gives several tensors.
 
     Examples:
         >>> from monoloss_plugin import MonoLoss
@@ -143,40 +144,76 @@ def attach(
     if loss.needs_selection and pre_acts is None:
         raise ValueError(f"pre_acts: {loss.name} needs the activations before the selection")
     attached.terms = SaeTerms(LamConversion("Your loop", reduction or "sum", logger))
-    places: dict[str, Any] = {"latents": latents, "inputs": inputs or _first, "pre_acts": pre_acts}
+    _forget_copied(module, loss.name)
     Attachment.require_free(module, loss.name)
-    attached.readers = {
-        name: place if _is_function(place, name) else _LayerOutput(LatentRecorder(module, place))
-        for name, place in places.items()
-        if place is not None
-    }
-    attached.handle = _Attachment.of(module, (method,)).add(attached, attached.stop)
+    first = _FirstArgument(next(iter(signature(getattr(module, method)).parameters), ""))
+    places = {"latents": latents, "inputs": inputs or first, "pre_acts": pre_acts}
+    try:
+        for name, place in places.items():
+            if place is not None:
+                attached.readers[name] = _reader(module, place, name)
+        attached.handle = _Attachment.of(module, (method,)).add(attached, attached.stop)
+    except Exception:
+        attached.stop()
+        raise
     return attached
 
 
-def _first(call: Call) -> Any:
-    """Return a call's first argument."""
-    return call.inputs[0] if call.inputs else next(iter(call.options.values()))
+def _forget_copied(module: nn.Module, name: str) -> None:
+    """Take away a term that a copy of a module has from the original. Nobody holds its handle."""
+    attachment = _Attachment.on(module)
+    found = attachment.terms.get(name) if attachment is not None else None
+    if attachment is not None and isinstance(found, AttachedLoss) and found.handle is None:
+        recorders = found._recorders()
+        for part in module.modules():
+            for key, hook in list(part._forward_hooks.items()):
+                if getattr(hook, "__self__", None) in recorders:
+                    del part._forward_hooks[key]
+        del attachment.terms[name]
 
 
-def _is_function(place: Any, name: str) -> bool:
-    """Return whether a place is a function of the call, and not a layer."""
+def _reader(module: nn.Module, place: Any, name: str) -> Callable[[Call], Any]:
+    """Return a function of the call that gives the tensor of a place."""
     if isinstance(place, nn.Module) or (isinstance(place, str) and place):
-        return False
+        return _LayerOutput(LatentRecorder(module, place), name)
     if callable(place) and not isinstance(place, type):
-        return True
+        return place  # type: ignore[no-any-return]
     raise TypeError(
         f"{name}: expected a layer, its path, or a function of the call, got {kind_of(place)}"
     )
 
 
+class _FirstArgument:
+    """Reads the first argument of a call, which may be given by its name."""
+
+    def __init__(self, parameter: str) -> None:
+        self.parameter = parameter
+
+    def __call__(self, call: Call) -> Any:
+        if call.inputs:
+            return call.inputs[0]
+        if self.parameter in call.options:
+            return call.options[self.parameter]
+        raise ValueError(
+            "inputs: the call has no first argument; say where the inputs are, such as "
+            "inputs=lambda call: call.options['x']"
+        )
+
+
 class _LayerOutput:
     """Reads what a layer gave in a call."""
 
-    def __init__(self, recorder: LatentRecorder) -> None:
-        self.recorder = recorder
+    def __init__(self, recorder: LatentRecorder, name: str) -> None:
+        self.recorder, self.name = recorder, name
 
     def __call__(self, call: Call) -> Tensor:
+        outputs = self.recorder.outputs
+        if len(outputs) > 1 or max(outputs, default=1) > 1:
+            what = f"ran {len(outputs)} times" if len(outputs) > 1 else "gave several tensors"
+            raise ValueError(
+                f"{self.name}: the layer {what} in one call; say which tensor you mean with a "
+                "function, such as lambda call: call.output[1]"
+            )
         return self.recorder.take_any()
 
 
@@ -188,9 +225,13 @@ class AttachedLoss(AttachedTerm):
     add: Callable[[Any, Tensor], Any] | None = None
     gradient_at: GradientAt = "all"
     terms: SaeTerms = field(init=False, repr=False)
-    readers: dict[str, Callable[[Call], Tensor]] = field(init=False, repr=False)
-    handle: LossHandle = field(init=False, repr=False)
+    readers: dict[str, Callable[[Call], Any]] = field(default_factory=dict, repr=False)
+    handle: LossHandle | None = field(default=None, repr=False)
+    """None on a copy of the module."""
     _tensors: dict[str, Tensor] | None = field(default=None, repr=False)
+    """Of the last call in training, until the term is asked for; empty of one in evaluation."""
+    _had_no_gradient: bool = False
+    """The last call was in training, but under ``no_grad``."""
 
     @property
     def metrics(self) -> dict[str, Tensor]:
@@ -210,29 +251,56 @@ class AttachedLoss(AttachedTerm):
             )
         if not tensors:
             return torch.zeros(())
+        if not tensors["latents"].requires_grad:
+            raise ValueError(
+                f"latents: they carry no gradient, so {self.term.name} can do nothing; name what "
+                "the module computes them from, before any detach() or no_grad()"
+            )
         if not self.terms.steps and self.term.needs_nonnegative:
             require_nonnegative(tensors["latents"], self.term)
         value: Tensor = self.terms.add_up([self], **tensors, gradient_at=self.gradient_at)
         return value
 
-    def record(self, call: Call) -> None:
-        """Keep the tensors of a call until the term is asked for."""
+    def record(self, call: Call, repeated: bool) -> None:
+        """Keep the tensors of a call until the term is asked for.
+
+        Args:
+            call: the call.
+            repeated: it repeats an earlier one in the backward pass, for a checkpoint.
+        """
+        if repeated and self._had_no_gradient:
+            raise ValueError(
+                f"{self.term.name}: the module runs inside a checkpoint with use_reentrant=True, "
+                "whose first pass has no gradient; use use_reentrant=False"
+            )
         trains = call.module.training and torch.is_grad_enabled()
+        self._had_no_gradient = call.module.training and not trains
         found = {name: read(call) for name, read in self.readers.items()}
         for name, tensor in found.items():
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name}: expected a tensor in the call, got {kind_of(tensor)}")
-        self._tensors = found if trains else {}
+        if trains:
+            self._tensors = found
+        elif not self._tensors:  # a call in evaluation does not take the place of one in training
+            self._tensors = {}
 
     def remove(self) -> None:
         """Take the loss away."""
-        self.handle.remove()
+        if self.handle is not None:
+            self.handle.remove()
+
+    def forget(self) -> None:
+        """Forget what layers gave before."""
+        for recorder in self._recorders():
+            recorder.forget()
 
     def stop(self) -> None:
         """Take the hooks away."""
-        for reader in self.readers.values():
-            if isinstance(reader, _LayerOutput):
-                reader.recorder.remove()
+        for recorder in self._recorders():
+            recorder.remove()
+
+    def _recorders(self) -> list[LatentRecorder]:
+        return [one.recorder for one in self.readers.values() if isinstance(one, _LayerOutput)]
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: how many steps are done, and what lam became."""
@@ -243,8 +311,9 @@ class AttachedLoss(AttachedTerm):
         self.terms.load_state_dict(state)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of the module copies its terms. A step's tensors belong to a graph.
-        return {**self.__dict__, "_tensors": None}
+        # A copy of the module copies its terms. A step's tensors belong to a graph, and the handle
+        # to the original.
+        return {**self.__dict__, "_tensors": None, "handle": None}
 
 
 class _Attachment(Attachment[AttachedLoss]):
@@ -259,15 +328,26 @@ class _Attachment(Attachment[AttachedLoss]):
 
     def _watch(self, method: str, inner: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
         """Return the method's output, with the terms that it takes."""
+        watching = [attached for attached in self.terms.values() if attached.method == method]
+        for attached in watching:
+            attached.forget()  # what is left of a call that failed, or that a checkpoint stopped
         output = inner(*inputs, **options)
-        for attached in self.terms.values():
-            if attached.method == method:
-                output = self._add(attached, Call(self.target, inputs, options, output))
+        for attached in watching:
+            output = self._add(attached, Call(self.target, inputs, options, output))
         return output
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _add(self, attached: AttachedLoss, call: Call) -> Any:
-        attached.record(call)
-        if attached.add is None or not attached._tensors:
+        repeated = torch._C._current_graph_task_id() >= 0  # as torch.utils.checkpoint asks
+        waiting, done = attached._tensors, attached.terms.steps
+        attached.record(call, repeated)
+        if attached.add is None:
+            if repeated:
+                attached._tensors = waiting
             return call.output
-        return attached.add(call.output, attached())
+        if not attached._tensors:
+            return call.output
+        attached.terms.steps -= repeated
+        output = attached.add(call.output, attached())
+        assert not repeated or attached.terms.steps == done
+        return output

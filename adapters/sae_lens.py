@@ -58,7 +58,7 @@ try:
     from sae_lens.training.multi_sae_trainer import MultiSAETrainer
     from sae_lens.training.optim import CoefficientScheduler
 except ImportError as error:
-    raise failed_import(error, "sae_lens", "sae-lens") from error
+    raise failed_import(error, "sae_lens") from error
 
 __all__ = ["LossHandle", "add_loss", "strip_checkpoint"]
 

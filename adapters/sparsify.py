@@ -40,7 +40,7 @@ from monoloss_plugin.sae_terms import Embeddings, LamConversion, SaeTerms
 try:
     from sparsify import SparseCoder, Trainer
 except ImportError as error:
-    raise failed_import(error, "sparsify", "sparsify") from error
+    raise failed_import(error, "sparsify") from error
 
 __all__ = ["LossHandle", "add_loss", "last_metrics"]
 

@@ -32,7 +32,7 @@ try:
     from timm.data.mixup import FastCollateMixup, Mixup
     from timm.task import TrainingTask
 except ImportError as error:
-    raise failed_import(error, "timm", "vision") from error
+    raise failed_import(error, "timm") from error
 
 __all__ = [
     "LossHandle",

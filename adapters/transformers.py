@@ -34,7 +34,7 @@ from monoloss_plugin.losses import LossHandle, LossTerm
 try:
     from transformers import PreTrainedModel, Trainer
 except ImportError as error:
-    raise failed_import(error, "transformers", "vision") from error
+    raise failed_import(error, "transformers") from error
 
 __all__ = ["LossHandle", "add_loss", "insert_mono_layer", "load_with_mono_layer"]
 

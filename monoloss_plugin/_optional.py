@@ -16,12 +16,17 @@ def missing_extra(error: ModuleNotFoundError, extra: str) -> ModuleNotFoundError
     """
     if error.name is None:
         return ModuleNotFoundError(f"an installed library cannot be imported: {error}")
-    every = _requirements(extra)
-    wanted = [one for one in every if not _is_installed(one)] or every or [error.name]
-    command = " ".join(f"'{one}'" for one in wanted)
+    command = install_command(extra) or f"pip install '{error.name}'"
     return ModuleNotFoundError(
-        f"needs {error.name}, which is not installed: pip install {command}", name=error.name
+        f"needs {error.name}, which is not installed: {command}", name=error.name
     )
+
+
+def install_command(extra: str) -> str:
+    """Return the command that installs what is missing of an extra; empty if nothing is known."""
+    every = _requirements(extra)
+    wanted = [one for one in every if not _is_installed(one)] or every
+    return "pip install " + " ".join(f"'{one}'" for one in wanted) if wanted else ""
 
 
 def _requirements(extra: str) -> list[str]:

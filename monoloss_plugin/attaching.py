@@ -53,6 +53,8 @@ class AttachedTerm:
     """The log has shown the user what lam became."""
     start: int | float = 0
     """The weight is 0 before this step (an int) or this share of the run (a float below 1)."""
+    added_at: int = 0
+    """How many steps were done when the term was added; the warm-up does not begin before."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.term, LossTerm):
@@ -107,18 +109,18 @@ class AttachedTerm:
             )
         return round(self.start * steps)
 
-    def weight_at(self, step: int, steps: float = math.inf, added_at: int = 0) -> float:
+    def weight_at(self, step: int, steps: float = math.inf, added_at: int | None = None) -> float:
         """Return lam as it is in one step: 0 before the start, then linear over the warm-up.
 
         Args:
             step: how many steps are done.
             steps: how many steps there will be; infinity or -1 if the host does not know.
-            added_at: how many steps were done when the term was added.
+            added_at: how many steps were done when the term was added, if a checkpoint says it.
 
         Raises:
             ValueError: as :meth:`first_step`.
         """
-        since = step - max(self.first_step(steps), added_at)
+        since = step - max(self.first_step(steps), self.added_at if added_at is None else added_at)
         if since < 0:
             return 0.0
         warm = min(1.0, since / self.warm_up_steps) if self.warm_up_steps else 1.0

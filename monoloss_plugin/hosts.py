@@ -5,12 +5,13 @@ Nothing here imports a host. ``monoloss hosts`` prints this list.
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-from monoloss_plugin._optional import missing_extra
+from monoloss_plugin._optional import install_command, missing_extra
 
 __all__ = ["HOSTS", "Host"]
 
@@ -31,6 +32,8 @@ class Host:
     """What it takes a loss for."""
     attach: str
     """The line that adds the loss."""
+    extra: str
+    """Our extra that installs it."""
 
     @property
     def installed(self) -> str | None:
@@ -39,6 +42,11 @@ class Host:
             return version(self.package)
         except PackageNotFoundError:
             return None
+
+    @property
+    def install(self) -> str:
+        """The command that installs what is missing."""
+        return install_command(self.extra) or f"pip install '{self.package}{self.versions}'"
 
     @property
     def fits(self) -> bool:
@@ -57,8 +65,9 @@ HOSTS = {
         "sae-lens",
         ">=6.53.1,<7",
         "6.54.12",
-        "every architecture, on images' features and on language models",
+        "every architecture (abstopk with a regularizer alone), also on language models",
         "trainer.add_loss(MonoLoss(lam=3e-4))",
+        "sae-lens",
     ),
     "overcomplete": Host(
         "overcomplete",
@@ -67,6 +76,7 @@ HOSTS = {
         "0.3.0",
         "SAE, TopK, BatchTopK, JumpReLU and archetypal SAEs",
         "criterion = add_loss(criterion, MonoLoss(lam=3e-4))",
+        "overcomplete",
     ),
     "dictionary_learning": Host(
         "dictionary_learning",
@@ -75,6 +85,7 @@ HOSTS = {
         "0.1.0",
         "every trainer of SAEs, in trainSAE or in a loop of your own",
         "config = add_loss(config, MonoLoss(lam=3e-4))",
+        "dictionary-learning",
     ),
     "sparsify": Host(
         "sparsify",
@@ -83,6 +94,7 @@ HOSTS = {
         "1.3.3",
         "SAEs and transcoders, TopK and groupmax, with loss_fn='fvu'",
         "trainer.add_loss(MonoLoss(lam=3e-4))",
+        "sparsify",
     ),
     "transformers": Host(
         "Hugging Face Trainer",
@@ -91,6 +103,7 @@ HOSTS = {
         "5.23.0",
         "fine-tuning of image classifiers",
         "trainer.add_loss(MonoLoss(lam=0.1, lam_units='raw'), embeddings=...)",
+        "vision",
     ),
     "timm": Host(
         "timm",
@@ -99,6 +112,7 @@ HOSTS = {
         "1.0.31",
         "fine-tuning with a TrainingTask",
         "task.add_loss(MonoLoss(lam=0.1, lam_units='raw'), embeddings=...)",
+        "vision",
     ),
     "lightning": Host(
         "Lightning",
@@ -107,6 +121,7 @@ HOSTS = {
         "2.6.6",
         "fine-tuning of a LightningModule",
         "Trainer(callbacks=[MonoLossCallback(loss, embeddings=...)])",
+        "lightning",
     ),
 }
 """By the name of their adapter, ``monoloss_plugin.adapters.<name>``."""
@@ -138,7 +153,7 @@ def moved_seam(key: str, what: str) -> RuntimeError:
     )
 
 
-def failed_import(error: ImportError, key: str, extra: str) -> Exception:
+def failed_import(error: ImportError, key: str) -> Exception:
     """Return what to raise if an adapter cannot import its host.
 
     If the host or a library it needs is missing, the error says what to install. If the host is
@@ -150,5 +165,7 @@ def failed_import(error: ImportError, key: str, extra: str) -> Exception:
             import_module(library)
         except ImportError:
             missing = ModuleNotFoundError(str(error), name=library or None)
-            return missing_extra(missing, extra)
-    return moved_seam(key, getattr(error, "name", "") or str(error))
+            return missing_extra(missing, HOSTS[key].extra)
+    lost = re.match(r"cannot import name '(\w+)'", str(error))
+    module = error.name or str(error)
+    return moved_seam(key, f"{module}.{lost[1]}" if lost else module)

@@ -6,6 +6,7 @@ No library is imported here: a class is told by the module that it comes from.
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -65,7 +66,25 @@ def sparse_latents(acts: Tensor, columns: Tensor, num_latents: int) -> Tensor:
     )
 
 
-class _OfOvercomplete(nn.Module):
+class OtherSAE(nn.Module):
+    """An SAE of another library, as measures see it."""
+
+    @property
+    def cfg(self) -> Any:
+        """What SAELens's ``cfg`` says of an SAE: the width of its features."""
+        return SimpleNamespace(d_in=self.W_dec.shape[1])
+
+    @property
+    def W_dec(self) -> Tensor:  # noqa: N802  # as in SAELens
+        """The decoder's directions (M, d_in)."""
+        raise NotImplementedError
+
+    def pre_activations(self, x: Tensor) -> Tensor:
+        """Return what the SAE selects its latents from (B, M), zero or positive."""
+        raise NotImplementedError
+
+
+class _OfOvercomplete(OtherSAE):
     """An SAE of overcomplete, in its eval mode; its own mode does not change."""
 
     def __init__(self, sae: Any) -> None:
@@ -82,12 +101,21 @@ class _OfOvercomplete(nn.Module):
         codes: Tensor = self.sae.encode(x)[1]
         return codes
 
+    def pre_activations(self, x: Tensor) -> Tensor:
+        codes: Tensor = self.sae.encoder(x)[1]
+        return codes.relu()
+
+    @property
+    def W_dec(self) -> Tensor:  # noqa: N802
+        dictionary: Tensor = self.sae.get_dictionary()
+        return dictionary
+
     def decode(self, latents: Tensor) -> Tensor:
         x_hat: Tensor = self.sae.decode(latents)
         return x_hat
 
 
-class _OfSparsify(nn.Module):
+class _OfSparsify(OtherSAE):
     """A coder of sparsify; its latents are sparse COO, never dense."""
 
     def __init__(self, coder: Any) -> None:
@@ -103,8 +131,17 @@ class _OfSparsify(nn.Module):
         acts, columns, _ = self.coder.encode(x.to(self.coder.dtype))
         return sparse_latents(acts, columns, self.coder.num_latents)
 
+    def pre_activations(self, x: Tensor) -> Tensor:
+        z: Tensor = self.coder.encode(x.to(self.coder.dtype)).pre_acts
+        return z
+
+    @property
+    def W_dec(self) -> Tensor:  # noqa: N802
+        weight: Tensor = self.coder.W_dec
+        return weight
+
     def decode(self, latents: Tensor) -> Tensor:
-        x_hat: Tensor = latents @ self.coder.W_dec + self.coder.b_dec
+        x_hat: Tensor = latents @ self.W_dec + self.coder.b_dec
         return x_hat
 
 

@@ -32,5 +32,5 @@ def hosts() -> Output:
 def _installed(host: Host) -> str:
     """Return what is installed, as the table shows it."""
     if host.installed is None:
-        return f"no: pip install {host.package}"
+        return f"no: {host.install}"
     return host.installed if host.fits else f"{host.installed}: not made for it"

@@ -37,7 +37,7 @@ try:
     )
     from sae_lens.util import str_to_dtype
 except ImportError as error:
-    raise failed_import(error, "sae_lens", "sae-lens") from error
+    raise failed_import(error, "sae_lens") from error
 
 __all__ = [
     "HubLoader",

@@ -53,7 +53,13 @@ class LatentRecorder:
             self.gradient_at = modules[0].gradient_at
         self._name = layer if isinstance(layer, str) else type(modules[0]).__name__
         self._recorded: Tensor | None = None
+        self.outputs: list[int] = []
+        """How many tensors each run of the layer gave, since they were last taken."""
         self._handles = [module.register_forward_hook(self._record) for module in modules]
+
+    def forget(self) -> None:
+        """Forget what was recorded."""
+        self._recorded, self.outputs = None, []
 
     def take_any(self) -> Tensor:
         """Return what the layer gave in the last forward pass, of any shape, and forget it.
@@ -61,7 +67,8 @@ class LatentRecorder:
         Raises:
             RuntimeError: there was no forward pass since the last call.
         """
-        recorded, self._recorded = self._recorded, None
+        recorded = self._recorded
+        self.forget()
         if recorded is None:
             raise RuntimeError(
                 f"{self._name}: gave no output since it was last taken; is it part of the model's "
@@ -107,6 +114,7 @@ class LatentRecorder:
         if not isinstance(found, Tensor):
             raise TypeError(f"{self._name}: expected a tensor from it, got {type(output).__name__}")
         self._recorded = found
+        self.outputs.append(len(output) if isinstance(output, (tuple, list)) else 1)
 
 
 def require_layer(layer: Any) -> None:

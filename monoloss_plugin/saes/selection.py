@@ -18,6 +18,7 @@ from monoloss_plugin._checks import as_list, as_rows, require_at_least, require_
 from monoloss_plugin._places import kind_of
 from monoloss_plugin._sae import SAE
 from monoloss_plugin.metrics import R2
+from monoloss_plugin.other_saes import OtherSAE, as_sae
 from monoloss_plugin.saes.rows import BATCH, Rows
 
 if TYPE_CHECKING:
@@ -38,8 +39,9 @@ def pre_activations(sae: Any, x: Tensor) -> Tensor:
     (``cfg.rescale_acts_by_decoder_norm``), so does this function.
 
     Args:
-        sae: a SAELens SAE of the architecture standard, topk or jumprelu. SAELens loads a saved
-            BatchTopK SAE as a jumprelu.
+        sae: a SAELens SAE of the architecture standard, topk or jumprelu (SAELens loads a saved
+            BatchTopK SAE as a jumprelu); or an SAE of overcomplete or sparsify, as
+            :func:`~monoloss_plugin.other_saes.as_sae` gives it.
         x: (B, d_in), on the scale that the SAE takes.
 
     Returns:
@@ -48,6 +50,8 @@ def pre_activations(sae: Any, x: Tensor) -> Tensor:
     Raises:
         TypeError: an SAE of another kind.
     """
+    if isinstance(sae, OtherSAE):
+        return sae.pre_activations(x)
     if not _has_pre_activations(sae):
         raise TypeError(
             f"sae: expected a SAELens SAE of the architecture {', '.join(_KNOWN)}, got "
@@ -260,7 +264,7 @@ def effective_latents(
 
 def _original(sae: SAE) -> SAE:
     """Return the SAE itself: a second selection takes the place of the first."""
-    return sae.sae if isinstance(sae, Reselected) else sae
+    return sae.sae if isinstance(sae, Reselected) else as_sae(sae)
 
 
 def architecture_of(sae: Any) -> str | None:
@@ -271,7 +275,8 @@ def architecture_of(sae: Any) -> str | None:
 
 def _has_pre_activations(sae: Any) -> bool:
     # A Reselected shows the cfg of its SAE, and has no hook point.
-    return architecture_of(sae) in _KNOWN and hasattr(sae, "hook_sae_acts_pre")
+    known = architecture_of(sae) in _KNOWN and hasattr(sae, "hook_sae_acts_pre")
+    return known or isinstance(sae, OtherSAE)
 
 
 def _candidates(sae: SAE, x: Tensor) -> Tensor:

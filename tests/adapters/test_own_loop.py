@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from monoloss_plugin import Batch, L1L2Ratio, MonoLoss, MonoScore, OffSupportL1, attach, functional
 from monoloss_plugin.adapters.sae_lens import add_loss
@@ -257,6 +258,105 @@ def test_a_copy_of_the_module_leaves_the_original_alone(images) -> None:
     torch.testing.assert_close(
         monoloss(), 0.5 * functional.monoloss(sae.encoder(images[:64]), images[:64])
     )
+
+
+def test_a_copy_takes_a_loss_of_its_own(images) -> None:
+    x, sae = images[:64], SAE()
+    monoloss = attach(sae, MonoLoss(lam=0.5), latents="encoder", reduction="mean")
+    copied = copy.deepcopy(sae)
+    own = attach(copied, MonoLoss(lam=2.0), latents="encoder", reduction="mean")
+    copied(x)
+    torch.testing.assert_close(own(), 2 * functional.monoloss(copied.encoder(x), x))
+    own.remove()
+    assert not copied.encoder._forward_hooks
+    sae(x)
+    torch.testing.assert_close(monoloss(), 0.5 * functional.monoloss(sae.encoder(x), x))
+
+
+def test_validation_between_does_not_lose_the_term_of_a_step(images) -> None:
+    x, sae = images[:64], SAE()
+    monoloss = attach(sae, MonoLoss(lam=0.5), latents="encoder", reduction="mean")
+    sae(x)
+    with torch.no_grad():
+        sae(images[64:128])
+    sae.eval()(images[64:128])
+    torch.testing.assert_close(monoloss(), 0.5 * functional.monoloss(sae.encoder(x), x))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_checkpointed_module_trains_as_without_the_checkpoint(inside, images) -> None:
+    """The backward pass calls it once more; with `add`, the term is computed once more too."""
+    x = images[:64]
+
+    class WithLoss(SAE):
+        def forward(self, x: Tensor) -> Tensor:
+            return error(super().forward(x), x)
+
+    found = []
+    for through in (lambda f, x: f(x), lambda f, x: checkpoint(f, x, use_reentrant=False)):
+        sae = WithLoss()
+        add = (lambda loss, term: loss + term) if inside else None
+        term = MonoLoss(lam=0.5)
+        monoloss = attach(sae, term, latents="encoder", reduction="mean", add=add, warm_up_steps=4)
+        for _ in range(3):
+            loss = through(sae, x)
+            loss = loss if inside else loss + monoloss()
+            grads = stepped(sae, loss)
+        assert monoloss.terms.steps == 3
+        found.append((loss, grads))
+    torch.testing.assert_close(found[0], found[1])
+    reentrant = WithLoss()
+    monoloss = attach(reentrant, MonoLoss(lam=0.5), latents="encoder", reduction="mean")
+    loss = checkpoint(reentrant, x.clone().requires_grad_(), use_reentrant=True)
+    with pytest.raises(ValueError, match="monoloss: the module runs inside a checkpoint"):
+        loss.backward()
+
+
+def test_the_first_argument_is_found_by_its_name(images) -> None:
+    class Weighted(SAE):
+        def forward(self, x: Tensor, weights: Tensor | None = None) -> Output:
+            return super().forward(x)
+
+    x, sae = images[:64], Weighted()
+    monoloss = attach(sae, MonoLoss(lam=0.5), latents="encoder", reduction="mean")
+    sae(weights=images[64:128], x=x)
+    torch.testing.assert_close(monoloss(), 0.5 * functional.monoloss(sae.encoder(x), x))
+
+
+def test_what_does_not_say_which_latents_is_an_error(images) -> None:
+    class Pair(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, x.relu()
+
+    class Twice(SAE):
+        def forward(self, x: Tensor) -> Output:
+            super().forward(x)
+            return super().forward(x)
+
+    x = images[:64]
+    sae = nn.Sequential(nn.Linear(D, M), Pair())
+    attach(sae, MonoLoss(lam=0.5), latents="1", reduction="mean")
+    with pytest.raises(ValueError, match="latents: the layer gave several tensors"):
+        sae(x)
+    twice = Twice()
+    attach(twice, MonoLoss(lam=0.5), latents="encoder", reduction="mean")
+    with pytest.raises(ValueError, match="latents: the layer ran 2 times in one call; say which"):
+        twice(x)
+    sae = SAE()
+    cut = attach(
+        sae, MonoLoss(0.5), latents=lambda call: call.output.latents.detach(), reduction="mean"
+    )
+    sae(x)
+    with pytest.raises(ValueError, match="latents: they carry no gradient, so"):
+        cut()
+
+
+def test_a_failed_attach_leaves_nothing_behind() -> None:
+    sae = SAE()
+    with pytest.raises(ValueError, match="the model has no module 'nope'"):
+        attach(sae, MonoLoss(0.5), latents="encoder", inputs="nope", reduction="mean")
+    assert not sae.encoder._forward_hooks
+    assert sae.__dict__.keys() == SAE().__dict__.keys()
 
 
 def test_in_evaluation_the_term_is_zero(images) -> None:

@@ -194,6 +194,42 @@ def test_terms_stack_start_late_and_compare_by_other_embeddings(images) -> None:
         add_loss(criterion, grouped)
 
 
+def test_the_state_holds_every_term_and_a_stack_leaves_the_inner_criterion_alone(images) -> None:
+    def stack():
+        inner = add_loss(mse, MonoLoss(lam=0.1), warm_up_steps=10)
+        return inner, add_loss(inner, L1L2Ratio(lam=0.1), warm_up_steps=10)
+
+    x, sae = images[:BATCH], make("TopKSAE")
+    inner, both = stack()
+    for _ in range(5):
+        call(both, sae, x)
+    assert inner.terms.steps == 0
+    again = stack()[1]
+    again.load_state_dict(both.state_dict())
+    torch.testing.assert_close(call(again, sae, 3 * x)[0], call(both, sae, 3 * x)[0])
+    late = add_loss(both, MonoLoss(lam=0.1, name="late"), warm_up_steps=2)
+    call(late, sae, x)
+    assert late.metrics["late"] == 0  # its warm-up begins when it is added
+    assert late.metrics["monoloss"] > 0
+
+
+def test_codes_that_are_scaled_get_a_gradient_wherever_the_sae_gives_one(images) -> None:
+    class Scaled(JumpSAE):
+        def encode(self, x):
+            pre_codes, codes = super().encode(x)
+            return pre_codes, 2.0 * codes
+
+    found = []
+    for made in (JumpSAE, Scaled):
+        torch.manual_seed(0)
+        sae = made(WIDTH, LATENTS, bandwidth=0.1)
+        criterion = add_loss(lambda *_: torch.zeros(()), MonoLoss(lam=1.0))  # of codes alone
+        loss, _, _ = call(criterion, sae, images[:BATCH])
+        found.append(torch.autograd.grad(loss, sae.thresholds)[0])
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(found[1], found[0], atol=1e-7, rtol=1e-3)
+
+
 def test_without_gradients_the_loss_is_the_criterions_own(images) -> None:
     sae, criterion = make("TopKSAE"), add_loss(mse, MonoLoss(lam=0.5))
     with torch.no_grad():

@@ -8,7 +8,10 @@ from sklearn.datasets import load_digits
 from sparsify import SparseCoder, SparseCoderConfig
 from torch import Tensor, nn
 
+from monoloss_plugin.comparison import compare
+from monoloss_plugin.convert import from_sparsify
 from monoloss_plugin.evaluation import evaluate
+from monoloss_plugin.features import FeatureSet
 from monoloss_plugin.functional import monoscore
 from monoloss_plugin.other_saes import as_sae
 
@@ -67,3 +70,26 @@ def test_what_needs_no_other_view_is_returned_as_it_is() -> None:
 
     plain = Plain()
     assert as_sae(plain) is plain
+
+
+def test_compare_measures_it_as_it_measures_what_it_is_converted_to(digits) -> None:
+    torch.manual_seed(0)
+    coders = [SparseCoder(64, SparseCoderConfig(k=k, num_latents=32)) for k in (8, 4)]
+    with torch.no_grad():
+        for coder in coders:
+            coder.b_dec.copy_(digits.mean(0))
+    features = FeatureSet.from_tensors(digits, torch.tensor(load_digits().target))
+    raw, converted = (
+        compare(
+            {"many": of[0], "few": of[1]}, features, match="l0", groups=["budgets", "dictionary"]
+        ).to_frame()
+        for of in (coders, [from_sparsify(coder) for coder in coders])
+    )
+    assert raw.columns.tolist() == converted.columns.tolist()
+    torch.testing.assert_close(
+        torch.tensor(raw.values),
+        torch.tensor(converted.values),
+        atol=1e-4,
+        rtol=1e-4,
+        equal_nan=True,
+    )

@@ -69,7 +69,7 @@ def read_tensors(
         chosen = next((one for one in options if one.removesuffix(".T") in state), options[0])
         key = chosen.removesuffix(".T")
         if key not in state:
-            raise ValueError(f"source: no {key} in it; it has {_listed(unread)}")
+            raise ValueError(f"source: no {key} in it; it has {_listed(set(map(str, state)))}")
         tensor = state[key]
         if not isinstance(tensor, Tensor) or tensor.is_complex():
             got = getattr(tensor, "dtype", type(tensor).__name__)

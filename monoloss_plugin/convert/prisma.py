@@ -46,7 +46,7 @@ def from_prisma(source: str | os.PathLike[str]) -> SAE[Any]:
         architecture = config["architecture"]
         activation = config.get("activation_fn_str", "relu")
         normalize = config.get("normalize_activations") or "none"
-        of_topk = config.get("activation_fn_kwargs") or {}
+        k = (config.get("activation_fn_kwargs") or {}).get("k")
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"source: {_CONFIG} is not a config of ViT-Prisma") from None
     if normalize not in ("none", "layer_norm") or config.get("is_transcoder"):
@@ -61,7 +61,7 @@ def from_prisma(source: str | os.PathLike[str]) -> SAE[Any]:
             return build_sae("standard", tensors, converted_from="vit-prisma", **settings)
         case "standard" | "vanilla", "topk":
             tensors = read_tensors(state, SAE_LENS)
-            settings["k"] = read_count(of_topk.get("k"), "k", len(tensors["W_dec"]))
+            settings["k"] = read_count(k, "k", len(tensors["W_dec"]))
             return build_sae("topk", tensors, converted_from="vit-prisma", **settings)
         case "gated", "relu":
             tensors = read_tensors(state, _GATED, ignored="b_enc")

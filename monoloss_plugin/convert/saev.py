@@ -63,12 +63,14 @@ def _activation(line: bytes, name: str) -> tuple[str, dict[str, Any]]:
         header = json.loads(line)
         if "schema" not in header and "exp_factor" in header:
             return "Relu", {}
+        if header["schema"] not in (2, 3, 4, 5):
+            raise ValueError
         activation = header["cfg"]["activation"]
         found, params = activation["cls"], activation["params"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(
             f"source: {name} does not begin with a line of JSON that says its activation, as "
-            "saev's checkpoints do from schema 2 on"
+            "saev's checkpoints of schema 2 to 5 do"
         ) from None
     if found not in ("Relu", "TopK", "BatchTopK") or not isinstance(params, dict):
         raise ValueError(f"source: expected the activation Relu, TopK or BatchTopK, got {found!r}")

@@ -66,7 +66,10 @@ def test_what_is_no_checkpoint_of_saev_is_named(tmp_path) -> None:
     torch.save(weights(), tmp_path / "plain.pt")
     with pytest.raises(ValueError, match=r"source: plain.pt does not begin with a line of JSON"):
         from_saev(tmp_path / "plain.pt")
-    with pytest.raises(ValueError, match=r"source: no activation\.threshold in it"):
+    later = saev_file(tmp_path / "later.pt", {"cls": "Relu", "params": {}}, weights(), schema=6)
+    with pytest.raises(ValueError, match=r"checkpoints of schema 2 to 5 do"):
+        from_saev(later)
+    with pytest.raises(ValueError, match=r"no activation\.threshold in it; it has W_dec, W_enc"):
         from_saev(saev_file(tmp_path / "a.pt", {"cls": "BatchTopK", "params": {}}, weights()))
     with pytest.raises(ValueError, match="expected the activation Relu, TopK or BatchTopK, got 'G"):
         from_saev(saev_file(tmp_path / "b.pt", {"cls": "Gelu", "params": {}}, weights()))
@@ -131,6 +134,9 @@ def test_what_is_no_sae_of_prisma_is_named(tmp_path) -> None:
         from_prisma(tmp_path / "weights.pt")
     config.write_text(json.dumps({"architecture": "standard", "is_transcoder": True}))
     with pytest.raises(ValueError, match="source: a transcoder"):
+        from_prisma(tmp_path / "weights.pt")
+    config.write_text(json.dumps({"architecture": "standard", "activation_fn_kwargs": [5]}))
+    with pytest.raises(ValueError, match=r"source: config.json is not a config of ViT-Prisma"):
         from_prisma(tmp_path / "weights.pt")
     config.write_text("[]")
     with pytest.raises(ValueError, match=r"source: config.json is not a config of ViT-Prisma"):

@@ -207,9 +207,9 @@ class _LayerOutput:
         self.recorder, self.name = recorder, name
 
     def __call__(self, call: Call) -> Tensor:
-        outputs = self.recorder.outputs
-        if len(outputs) > 1 or max(outputs, default=1) > 1:
-            what = f"ran {len(outputs)} times" if len(outputs) > 1 else "gave several tensors"
+        runs = self.recorder.runs
+        if runs > 1 or (runs and self.recorder.gave_several):
+            what = f"ran {runs} times" if runs > 1 else "gave several tensors"
             raise ValueError(
                 f"{self.name}: the layer {what} in one call; say which tensor you mean with a "
                 "function, such as lambda call: call.output[1]"

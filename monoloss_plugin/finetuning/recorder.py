@@ -53,13 +53,15 @@ class LatentRecorder:
             self.gradient_at = modules[0].gradient_at
         self._name = layer if isinstance(layer, str) else type(modules[0]).__name__
         self._recorded: Tensor | None = None
-        self.outputs: list[int] = []
-        """How many tensors each run of the layer gave, since they were last taken."""
+        self.runs = 0
+        """How often the layer ran since its output was last taken."""
+        self.gave_several = False
+        """Its last output was a tuple of several tensors, of which the first is recorded."""
         self._handles = [module.register_forward_hook(self._record) for module in modules]
 
     def forget(self) -> None:
         """Forget what was recorded."""
-        self._recorded, self.outputs = None, []
+        self._recorded, self.runs = None, 0
 
     def take_any(self) -> Tensor:
         """Return what the layer gave in the last forward pass, of any shape, and forget it.
@@ -114,7 +116,8 @@ class LatentRecorder:
         if not isinstance(found, Tensor):
             raise TypeError(f"{self._name}: expected a tensor from it, got {type(output).__name__}")
         self._recorded = found
-        self.outputs.append(len(output) if isinstance(output, (tuple, list)) else 1)
+        self.runs += 1
+        self.gave_several = isinstance(output, (tuple, list)) and len(output) > 1
 
 
 def require_layer(layer: Any) -> None:

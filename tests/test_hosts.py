@@ -8,6 +8,7 @@ import sys
 import warnings
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from statistics import fmean, stdev
 from types import ModuleType
 
 import pytest
@@ -92,3 +93,21 @@ def test_the_command_lists_every_host_and_its_line(monkeypatch) -> None:
     for key, host in HOSTS.items():
         assert f"monoloss_plugin.adapters.{key}" in shown
         assert host.attach in shown
+
+
+def test_the_page_of_trainers_shows_what_was_measured() -> None:
+    page = (ROOT / "docs/hosts/index.md").read_text()
+    results = ROOT / "benchmarks/results"
+    for host in json.loads((results / "host-scores.json").read_text()).values():
+        for way, runs in host["runs"].items():
+            for key in ("r2", "adjusted") if way != "shuffled" else ("adjusted",):
+                values = [run[key] for run in runs]
+                assert f" {fmean(values):.3f} ± {stdev(values):.3f} |" in page
+    for host in json.loads((results / "hosts.json").read_text()).values():
+        without, with_it = (host["seconds"][way]["median"] for way in ("without", "with"))
+        more = host["with over without"]
+        low, high = more["quartiles"]
+        cells = (
+            f"{without:.3f} s | {with_it:.3f} s | {more['median']:.2f} ({low:.2f} to {high:.2f})"
+        )
+        assert f"| {cells} |" in page

@@ -230,8 +230,8 @@ class AttachedLoss(AttachedTerm):
     """None on a copy of the module."""
     _tensors: dict[str, Tensor] | None = field(default=None, repr=False)
     """Of the last call in training, until the term is asked for; empty of one in evaluation."""
-    _had_no_gradient: bool = False
-    """The last call was in training, but under ``no_grad``."""
+    _trained: bool = False
+    """There was a call in training with gradients."""
 
     @property
     def metrics(self) -> dict[str, Tensor]:
@@ -268,13 +268,13 @@ class AttachedLoss(AttachedTerm):
             call: the call.
             repeated: it repeats an earlier one in the backward pass, for a checkpoint.
         """
-        if repeated and self._had_no_gradient:
+        if repeated and not self._trained:
             raise ValueError(
                 f"{self.term.name}: the module runs inside a checkpoint with use_reentrant=True, "
                 "whose first pass has no gradient; use use_reentrant=False"
             )
         trains = call.module.training and torch.is_grad_enabled()
-        self._had_no_gradient = call.module.training and not trains
+        self._trained |= trains
         found = {name: read(call) for name, read in self.readers.items()}
         for name, tensor in found.items():
             if not isinstance(tensor, Tensor):

@@ -301,13 +301,16 @@ def test_a_checkpointed_module_trains_as_without_the_checkpoint(inside, images) 
         for _ in range(3):
             loss = through(sae, x)
             loss = loss if inside else loss + monoloss()
+            with torch.no_grad():
+                sae(images[64:128])  # a validation that does not leave training mode
             grads = stepped(sae, loss)
         assert monoloss.terms.steps == 3
         found.append((loss, grads))
     torch.testing.assert_close(found[0], found[1])
     reentrant = WithLoss()
-    monoloss = attach(reentrant, MonoLoss(lam=0.5), latents="encoder", reduction="mean")
+    monoloss = attach(reentrant, MonoLoss(lam=0.5), latents="encoder", reduction="mean", add=add)
     loss = checkpoint(reentrant, x.clone().requires_grad_(), use_reentrant=True)
+    loss = loss if inside else loss + monoloss()
     with pytest.raises(ValueError, match="monoloss: the module runs inside a checkpoint"):
         loss.backward()
 

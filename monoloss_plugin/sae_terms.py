@@ -181,7 +181,7 @@ class SaeTerms:
         """Go on as the run that saved this state."""
         self.steps, self.record = int(state["steps"]), dict(state["record"])
 
-    # There is nothing to fuse with the host's graph; schedules and logs are Python's business.
+    # Compiling would gain nothing: the schedule and the logs are plain Python.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def add_up(
         self,

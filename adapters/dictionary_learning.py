@@ -31,7 +31,7 @@ from monoloss_plugin.attaching import AttachedTerm, Attachment, require_embeddin
 from monoloss_plugin.hosts import check_version, failed_import, moved_seam
 from monoloss_plugin.kernels.batch import GradientAt
 from monoloss_plugin.losses import LossHandle, LossTerm
-from monoloss_plugin.sae_terms import Embeddings, LamConversion, SaeTerms, require_nonnegative
+from monoloss_plugin.sae_terms import Embeddings, LamConversion, SaeTerms
 
 try:
     from dictionary_learning.trainers.trainer import SAETrainer
@@ -282,10 +282,6 @@ class _Attachment(Attachment[AttachedTerm]):
         latents, pre_acts = _latents_in(calls, trainer)
         active_only = type(trainer.ae).__name__ in _ACTIVE_ONLY
         gradient_at: GradientAt = "active" if active_only else "all"
-        if not active_only and not self.sum.steps:
-            for attached in self.terms.values():
-                if attached.term.needs_nonnegative:
-                    require_nonnegative(latents, attached.term)
         total: Tensor = self.sum.add_up(
             self.terms.values(),
             latents,

@@ -139,8 +139,8 @@ class CriterionWithLoss:
         for attached in self.attached:
             if not self._checked:
                 _require_codes(attached.term, pre_codes, codes, inputs - _rows_of_codes(x_hat))
-            if attached.term.needs_nonnegative and (not self._checked or looks_are_free(codes)):
-                require_nonnegative(codes, attached.term)
+            if attached.term.needs_nonnegative and looks_are_free(codes):
+                require_nonnegative(codes, attached.term)  # in each step, and not just the first
         self._checked = True
         added: Tensor = self.terms.add_up(
             self.attached, codes, inputs, pre_acts=pre_codes, gradient_at=_gradient_at(codes)

@@ -29,7 +29,7 @@ from monoloss_plugin.attaching import AttachedTerm, Attachment, require_embeddin
 from monoloss_plugin.finetuning.recorder import LatentRecorder
 from monoloss_plugin.kernels.batch import GradientAt
 from monoloss_plugin.losses import LossHandle, LossTerm, Reduction
-from monoloss_plugin.sae_terms import Embeddings, LamConversion, SaeTerms, require_nonnegative
+from monoloss_plugin.sae_terms import Embeddings, LamConversion, SaeTerms
 
 __all__ = ["AttachedLoss", "Call", "attach"]
 
@@ -256,23 +256,19 @@ class AttachedLoss(AttachedTerm):
                 f"latents: they carry no gradient, so {self.term.name} can do nothing; name what "
                 "the module computes them from, before any detach() or no_grad()"
             )
-        if not self.terms.steps and self.term.needs_nonnegative:
-            require_nonnegative(tensors["latents"], self.term)
         value: Tensor = self.terms.add_up([self], **tensors, gradient_at=self.gradient_at)
         return value
 
-    def record(self, call: Call, repeated: bool) -> None:
-        """Keep the tensors of a call until the term is asked for.
-
-        Args:
-            call: the call.
-            repeated: it repeats an earlier one in the backward pass, for a checkpoint.
-        """
-        if repeated and not self._trained:
+    def require_trained(self) -> None:
+        """Raise ValueError for a call that a checkpoint repeats, if the first had no gradient."""
+        if not self._trained:
             raise ValueError(
                 f"{self.term.name}: the module runs inside a checkpoint with use_reentrant=True, "
                 "whose first pass has no gradient; use use_reentrant=False"
             )
+
+    def record(self, call: Call) -> None:
+        """Keep the tensors of a call until the term is asked for."""
         trains = call.module.training and torch.is_grad_enabled()
         self._trained |= trains
         found = {name: read(call) for name, read in self.readers.items()}
@@ -338,16 +334,16 @@ class _Attachment(Attachment[AttachedLoss]):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _add(self, attached: AttachedLoss, call: Call) -> Any:
-        repeated = torch._C._current_graph_task_id() >= 0  # as torch.utils.checkpoint asks
-        waiting, done = attached._tensors, attached.terms.steps
-        attached.record(call, repeated)
-        if attached.add is None:
-            if repeated:
-                attached._tensors = waiting
+        # A checkpoint repeats its calls in the backward pass; torch.utils.checkpoint asks the same.
+        repeated = torch._C._current_graph_task_id() >= 0
+        if repeated:
+            attached.require_trained()
+            if attached.add is None:  # the term of the first pass is in the loss already
+                attached.forget()
+                return call.output
+        attached.record(call)
+        if attached.add is None or not attached._tensors:
             return call.output
-        if not attached._tensors:
-            return call.output
-        attached.terms.steps -= repeated
-        output = attached.add(call.output, attached())
-        assert not repeated or attached.terms.steps == done
-        return output
+        if repeated:
+            attached.terms.steps -= 1  # the first pass has counted it
+        return attached.add(call.output, attached())

@@ -29,7 +29,13 @@ from torch import Tensor, nn
 
 from monoloss_plugin._checks import as_rows, looks_are_free
 from monoloss_plugin._places import as_path, require_file
-from monoloss_plugin.attaching import AttachedTerm, Attachment, StepTerm, require_embeddings
+from monoloss_plugin.attaching import (
+    AttachedTerm,
+    Attachment,
+    StepTerm,
+    give_add_loss,
+    require_embeddings,
+)
 from monoloss_plugin.hosts import check_version, failed_import
 from monoloss_plugin.kernels.batch import GradientAt
 from monoloss_plugin.kernels.support import is_sparse, sampled_rows
@@ -468,7 +474,4 @@ for _host in (
     MultiSAETrainingRunner,
     SyntheticSAERunner,
 ):
-    if getattr(_host, "add_loss", add_loss) is not add_loss:
-        logger.warning("%s has an add_loss of its own; use add_loss(target, ...)", _host.__name__)
-    else:
-        _host.add_loss = add_loss
+    give_add_loss(_host, add_loss)

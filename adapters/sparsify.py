@@ -31,7 +31,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from monoloss_plugin.attaching import AttachedTerm, Attachment, require_embeddings
+from monoloss_plugin.attaching import AttachedTerm, Attachment, give_add_loss, require_embeddings
 from monoloss_plugin.hosts import check_version, failed_import, moved_seam
 from monoloss_plugin.losses import LossHandle, LossTerm
 from monoloss_plugin.other_saes import sparse_latents
@@ -294,7 +294,4 @@ class _Attachment(Attachment[AttachedTerm]):
             wandb.log(metrics, step=step)
 
 
-if getattr(Trainer, "add_loss", add_loss) is not add_loss:
-    logger.warning("Trainer has an add_loss of its own; use add_loss(trainer, ...)")
-else:
-    Trainer.add_loss = add_loss
+give_add_loss(Trainer, add_loss)

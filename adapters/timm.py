@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from monoloss_plugin._checks import as_rows, as_tensor, looks_are_free
-from monoloss_plugin.attaching import Attachment, require_embeddings
+from monoloss_plugin.attaching import Attachment, give_add_loss, require_embeddings
 from monoloss_plugin.finetuning import insert_mono_layer, load_with_mono_layer
 from monoloss_plugin.finetuning.embeddings import Frozen
 from monoloss_plugin.finetuning.latent_term import LatentTerm
@@ -182,5 +182,4 @@ def mix_with_embeddings(
     return images, shares @ plain, shares.to(unit) @ unit
 
 
-if getattr(TrainingTask, "add_loss", add_loss) is add_loss:
-    TrainingTask.add_loss = add_loss  # type: ignore[attr-defined]
+give_add_loss(TrainingTask, add_loss)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from monoloss_plugin.attaching import Attachment, require_embeddings
+from monoloss_plugin.attaching import Attachment, give_add_loss, require_embeddings
 from monoloss_plugin.finetuning import insert_mono_layer, load_with_mono_layer
 from monoloss_plugin.finetuning.embeddings import Column, Frozen
 from monoloss_plugin.finetuning.latent_term import LatentTerm
@@ -236,8 +236,7 @@ def _scale(trainer: Trainer, num_items_in_batch: Any) -> float:
     return 1.0 / float(steps)
 
 
-if getattr(Trainer, "add_loss", add_loss) is add_loss:
-    Trainer.add_loss = add_loss  # type: ignore[attr-defined]
+give_add_loss(Trainer, add_loss)
 
 
 def _with_warning(from_pretrained: Any) -> Any:

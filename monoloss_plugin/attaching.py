@@ -18,6 +18,7 @@ method of the same name for each::
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Callable
@@ -309,6 +310,16 @@ def _method_of_attachment(name: str, inner: Any) -> Callable[..., Any]:
         return getattr(attachment, name)(attachment._inner(self, name), *arguments, **options)
 
     return method
+
+
+def give_add_loss(host_class: Any, add_loss: Callable[..., Any]) -> None:
+    """Give a host's class the method ``add_loss``, unless it has one of its own."""
+    if getattr(host_class, "add_loss", add_loss) is add_loss:
+        host_class.add_loss = add_loss
+    else:
+        logging.getLogger(add_loss.__module__).warning(
+            "%s has an add_loss of its own; use add_loss(target, ...)", host_class.__name__
+        )
 
 
 def require_embeddings(given: Any, key: str = "") -> None:

@@ -69,10 +69,10 @@ def sparse_latents(acts: Tensor, columns: Tensor, num_latents: int) -> Tensor:
 class OtherSAE(nn.Module):
     """An SAE of another library, as measures see it."""
 
-    @property
-    def cfg(self) -> Any:
+    def __init__(self, d_in: int) -> None:
+        super().__init__()
+        self.cfg = SimpleNamespace(d_in=d_in)
         """What SAELens's ``cfg`` says of an SAE: the width of its features."""
-        return SimpleNamespace(d_in=self.W_dec.shape[1])
 
     @property
     def W_dec(self) -> Tensor:  # noqa: N802  # as in SAELens
@@ -88,7 +88,7 @@ class _OfOvercomplete(OtherSAE):
     """An SAE of overcomplete, in its eval mode; its own mode does not change."""
 
     def __init__(self, sae: Any) -> None:
-        super().__init__()
+        super().__init__(sae.dictionary.in_dimensions)
         # In training, encoding changes a BatchTopKSAE's threshold; leaving it has lasting effects.
         self.sae = copy.deepcopy(sae).eval() if sae.training else sae
         if getattr(sae, "running_threshold", 0) is None:
@@ -119,7 +119,7 @@ class _OfSparsify(OtherSAE):
     """A coder of sparsify; its latents are sparse COO, never dense."""
 
     def __init__(self, coder: Any) -> None:
-        super().__init__()
+        super().__init__(coder.d_in)
         if coder.cfg.transcode or coder.W_skip is not None:
             raise ValueError(
                 "sae: this is a transcoder, whose output is not its input; score its latents with "

@@ -131,8 +131,8 @@ class LamConversion:
         norm = known.get("input_mean_square_norm") or inputs.square().sum(1).mean()
         self._mean_square_norm = float(norm)
         if self.reduction == "fvu":
-            variance = known.get("input_variance") or (inputs - inputs.mean(0)).square().sum(1)
-            self._variance = float(torch.as_tensor(variance).mean())
+            variance = known.get("input_variance")
+            self._variance = float(variance or (inputs - inputs.mean(0)).square().sum(1).mean())
 
     def _announce(
         self, attached: AttachedTerm, factor: float, width: int, record: dict[str, Any]
@@ -172,6 +172,8 @@ class SaeTerms:
     """Scalars of the last step, by name."""
     steps: int = 0
     """How many steps are done, if the host does not say."""
+    _checked: bool = False
+    """The latents of the first step were seen to fit the terms."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: how many steps are done, and what lam became."""
@@ -210,8 +212,14 @@ class SaeTerms:
             targets: (..., d_out), what a transcoder reconstructs; an SAE reconstructs its inputs.
 
         Raises:
-            ValueError: ``start`` is a share of an unknown number of steps, or shapes do not match.
+            ValueError: ``start`` is a share of an unknown number of steps, shapes do not match, or
+                in the first step the latents are negative and a term reads 0 as "not active".
         """
+        terms = list(terms)
+        for term in (attached.term for attached in terms if not self._checked):
+            if term.needs_nonnegative:
+                require_nonnegative(latents, term)
+        self._checked = True
         step = self.steps if step is None else step
         self.steps = step + 1
         self.conversion.begin_step(step)

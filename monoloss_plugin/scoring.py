@@ -98,9 +98,7 @@ class Scoring:
                 if self.scaled:
                     were_scaled = were_scaled and is_scaled(given)
                     given, _ = unit_rows(given, torch.float32)
-                latents = as_rows(
-                    encoded(self.sae, given), "sae.encode(features)", keep_sparse=True
-                )
+                latents = encoded(self.sae, given)
                 # Look for the entries once; every measure sums over them.
                 found = support_of(latents) if is_sparse(latents) else latents
                 self.r2.update(given, decode(latents, found))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from monoloss_plugin import MonoLoss
-from monoloss_plugin.attaching import AttachedTerm, Attachment
+from monoloss_plugin.attaching import AttachedTerm, Attachment, give_add_loss
 from monoloss_plugin.losses import LossHandle
 
 
@@ -196,3 +196,19 @@ def test_terms_of_another_kind_are_named(wrong) -> None:
         AttachedTerm(MonoLoss(lam=1.0), 1.5)
     with pytest.raises(ValueError, match="warm_up_steps: expected at least 0, got -1"):
         AttachedTerm(MonoLoss(lam=1.0), -1)
+
+
+def test_a_hosts_own_method_of_the_name_is_kept(caplog) -> None:
+    class Trainer:
+        pass
+
+    class HasOwn:
+        def add_loss(self) -> str:
+            return "its own"
+
+    for host in (Trainer, Trainer, HasOwn):  # a second import gives it again
+        give_add_loss(host, add)
+    assert Trainer.add_loss is add
+    assert HasOwn().add_loss() == "its own"
+    (said,) = caplog.messages
+    assert said == "HasOwn has an add_loss of its own; use add_loss(target, ...)"

@@ -35,7 +35,9 @@ def read_checkpoint(path: Path, start: int = 0) -> Any:
     """
     require_file(path, "source")
     try:
-        content = io.BytesIO(path.read_bytes()[start:]) if start else path
+        with path.open("rb") as file:
+            file.seek(start)
+            content = io.BytesIO(file.read()) if start else path
         return torch.load(content, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises all kinds for a damaged or foreign file
         refused = _REFUSED_CLASS.search(str(error))

@@ -397,6 +397,7 @@ def test_bad_input_is_named(images) -> None:
         sae, MonoLoss(0.1, name="b"), latents="encoder.0", reduction="mean", gradient_at="active"
     )
     sae(images[:9])
+    signed.load_state_dict({"steps": 7, "record": {}})  # a resumed run is checked too
     with pytest.raises(ValueError, match="b: reads 0 as 'not active', but these latents are neg"):
         signed()
     whole = attach(sae, MonoLoss(0.1, name="c"), latents=lambda call: call.output, reduction="sum")
